@@ -1,0 +1,35 @@
+# Two commands are all a new machine needs: `make verify` and `make test`.
+# Each makes .venv when it is missing or older than what defines it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: verify test test-all lint types pdf notebooks bench clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+verify: $(VENV)/installed
+	mkdir -p build
+	$(BIN)/mixproof verify --seed 0 --json build/report.json --html build/report.html
+
+test: lint types
+	$(BIN)/pytest -m 'not slow'
+
+test-all: lint types
+	$(BIN)/pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy -p mixproof
+	$(BIN)/mypy tests
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,163 @@
+"""The log density of a Pyro program with its discrete latents summed out, as a function of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints, transform_to
+
+Model = Callable[..., Any]
+
+
+class Program(NamedTuple):
+    """What a program says of itself when it is run once with its parameters set."""
+
+    supports: dict[str, constraints.Constraint]
+    """The support of each parameter site, ``pyro.sample`` or ``pyro.param``, that is not deterministic."""
+    latents: tuple[str, ...]
+    """The enumerated sites, in order of appearance."""
+    max_plate_nesting: int
+    """How many dimensions its plates take."""
+
+
+class Bind(Messenger):
+    """Runs a program at given parameters: sample sites are conditioned on, param sites replaced by, the values by name."""
+
+    def __init__(self, params: Mapping[str, Tensor]):
+        super().__init__()
+        self.params = params
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] in self.params:
+            message["value"], message["is_observed"] = self.params[message["name"]], True
+
+    def _pyro_param(self, message: Any) -> None:
+        if message["name"] in self.params:
+            message["value"], message["done"] = self.params[message["name"]], True
+
+
+def bind(model: Model, params: Mapping[str, Tensor]) -> Model:
+    """Return the program run at the given parameters."""
+    return Bind(params)(model)
+
+
+def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
+    """Return the parameter sites, their supports and the enumerated sites of ``model(*args)``.
+
+    Args:
+        model: a Pyro program.
+        params: a value for each continuous latent site and each param site.
+
+    Raises:
+        ValueError: there is no enumerated site, a discrete site is not marked for enumeration, a continuous site has no value
+            in ``params``, or ``params`` names a site that the program does not have.
+    """
+    with pyro.get_param_store().scope(), torch.no_grad():
+        trace = poutine.trace(bind(model, params)).get_trace(*args)
+    supports, latents, nesting = {}, [], 0
+    for name, site in trace.nodes.items():
+        if site["type"] == "param":
+            supports[name] = site["kwargs"].get("constraint", constraints.real)
+        if site["type"] != "sample":
+            continue
+        nesting = max([nesting, *(-frame.dim for frame in site["cond_indep_stack"] if frame.dim is not None)])
+        if type(site["fn"]).__name__ == "_Subsample":
+            continue
+        if site["infer"].get("_deterministic"):
+            continue
+        if name in params:
+            supports[name] = site["fn"].support
+        elif not site["is_observed"] and site["fn"].has_enumerate_support:
+            if site["infer"].get("enumerate") != "parallel":
+                raise ValueError(
+                    f'site "{name}" is discrete and not marked for enumeration: give it '
+                    'infer={"enumerate": "parallel"}, or wrap the model in pyro.infer.config_enumerate'
+                )
+            latents.append(name)
+        elif not site["is_observed"]:
+            raise ValueError(f'site "{name}" is continuous, unobserved and not among the parameters {sorted(params)}')
+    if unknown := sorted(set(params) - set(trace.nodes)):
+        raise ValueError(f"the program has no site {', '.join(unknown)}; its parameter sites are {', '.join(supports)}")
+    if missing := sorted(name for name, site in trace.nodes.items() if site["type"] == "param" and name not in params):
+        raise ValueError(f"the param sites {', '.join(missing)} have no value among the parameters {sorted(params)}")
+    if not latents:
+        raise ValueError("the program has no enumerated site: there is no discrete latent to sum out")
+    return Program(supports, tuple(latents), nesting)
+
+
+def log_density(model: Model, program: Program, params: Mapping[str, Tensor], *args: Any) -> Tensor:
+    """Return log p(data, params), the discrete latents summed out by Pyro's ``TraceEnum_ELBO``; differentiable in params."""
+    elbo = TraceEnum_ELBO(max_plate_nesting=program.max_plate_nesting)
+    differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in params.values())
+    with pyro.get_param_store().scope():
+        loss = elbo.differentiable_loss if differentiable else elbo.loss
+        return -torch.as_tensor(loss(bind(model, params), lambda *args: None, *args), dtype=torch.float64)
+
+
+def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+    """Return log p(x_n, z_n = k | params) of each row, shape (N, K), and log p(params), shape (); differentiable in params.
+
+    With more than one enumerated site, K counts their joint values, the first site varying slowest. The program must be
+    independent over the plates that its enumerated sites share.
+    """
+    first = -1 - program.max_plate_nesting
+    with pyro.get_param_store().scope():
+        trace = poutine.trace(poutine.enum(bind(model, params), first_available_dim=first)).get_trace(*args)
+    trace.compute_log_prob()
+    plates = {frame.name for frame in trace.nodes[program.latents[0]]["cond_indep_stack"]}
+    table = log_prior = torch.zeros(())
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+            continue
+        own = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+        log_prob = site["log_prob"]
+        if not own.keys() & plates:
+            log_prior = log_prior + log_prob.sum()
+            continue
+        inner = [dim for plate, dim in own.items() if plate not in plates]
+        table = table + (log_prob.sum(inner, keepdim=True) if inner else log_prob)
+    sizes = [trace.nodes[name]["fn"].enumerate_support(expand=False).shape[0] for name in program.latents]
+    rows = table.shape[len(table.shape) - program.max_plate_nesting :]
+    table = table.expand(*reversed(sizes), *rows)  # the first enumerated site has the rightmost enumeration dimension
+    order = [*range(len(sizes), table.ndim), *reversed(range(len(sizes)))]
+    return table.permute(order).reshape(rows.numel(), -1), log_prior
+
+
+def unconstrain(support: constraints.Constraint) -> Transform:
+    """Return a smooth map from unconstrained coordinates onto a support, one to one where torch has such a map.
+
+    For positive definite matrices torch has none: the coordinates are a square matrix of which the upper triangle is ignored.
+    """
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        return transform_to(support)
+
+
+class Coordinates:
+    """Unconstrained coordinates of the parameters that have a support: one flat vector u (P,) and back; others stay fixed."""
+
+    def __init__(self, supports: Mapping[str, constraints.Constraint], params: Mapping[str, Tensor]):
+        self.transforms = {name: unconstrain(supports[name]) for name in params if name in supports}
+        self.fixed = {name: value for name, value in params.items() if name not in supports}
+        self.shapes = {name: transform.inv(params[name]).shape for name, transform in self.transforms.items()}
+
+    def __call__(self, u: Tensor) -> dict[str, Tensor]:
+        """Return the parameters at unconstrained coordinates u (P,)."""
+        blocks = u.split([shape.numel() for shape in self.shapes.values()])
+        free = {
+            name: self.transforms[name](block.reshape(shape))
+            for (name, shape), block in zip(self.shapes.items(), blocks, strict=True)
+        }
+        return {**self.fixed, **free}
+
+    def inverse(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Return the unconstrained coordinates (P,) of parameters inside their supports."""
+        return torch.cat([transform.inv(params[name]).reshape(-1) for name, transform in self.transforms.items()])

@@ -1,0 +1,80 @@
+"""First centres spread over the data: k-means++ for squared Euclidean distance, and its counterpart for L1.
+
+Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding" (2007), section 2.2, in the greedy variant: of
+a few candidates for each further centre, the one that lowers the potential most is kept. Section 5 of the paper covers
+a potential that sums the l-th power of the distance, by drawing rows with probability proportional to it; L1 is l = 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from mixproof.inference.validation import check_data, check_num_components
+from sklearn.cluster import kmeans_plusplus as sklearn_kmeans_plusplus
+from torch import Tensor
+
+
+def kmeans_plusplus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Return k rows of x, drawn one after another by their squared distance to the nearest row drawn before.
+
+    The drawing is scikit-learn's, on the CPU, seeded from the generator. Rows repeat only if fewer than k are distinct.
+
+    Args:
+        x: (N, D), the data.
+        k: the number of centres.
+        generator: the only source of randomness; it may live on another device than x.
+
+    Returns:
+        centers: (K, D), rows of x.
+
+    Raises:
+        TypeError: x does not hold numbers, or k is not an integer.
+        ValueError: x is not a finite (N, D), or k is not between 1 and N.
+    """
+    x = check_data(x)
+    k = check_num_components(k, len(x))
+    # scikit-learn expands the square here, which cancels far from zero and may overflow. The draw depends on neither
+    # location nor scale, so both are taken out.
+    scaled = x.detach().cpu().double()
+    scaled = scaled / scaled.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    scaled = scaled - scaled.mean(0)
+    seed = torch.randint(2**31, (), generator=generator, device=generator.device).item()
+    _, rows = sklearn_kmeans_plusplus(scaled.numpy(), k, random_state=seed)
+    return x[torch.as_tensor(rows, device=x.device)]
+
+
+def kmedians_plusplus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Return k rows of x, drawn one after another by their L1 distance to the nearest row drawn before.
+
+    Args:
+        x: (N, D), the data.
+        k: the number of centres.
+        generator: the only source of randomness; it may live on another device than x.
+
+    Returns:
+        centers: (K, D), rows of x. Rows repeat only if fewer than k are distinct.
+
+    Raises:
+        TypeError: x does not hold numbers, or k is not an integer.
+        ValueError: x is not a finite (N, D), or k is not between 1 and N.
+    """
+    x = check_data(x)
+    k = check_num_components(k, len(x))
+    num_candidates = 2 + int(math.log(k))  # as many as scikit-learn tries for K-means
+
+    def uniform(size: int) -> Tensor:
+        return torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64).to(x.device)
+
+    rows = [int(uniform(1).item() * len(x))]
+    nearest = torch.cdist(x, x[rows], p=1)[:, 0]
+    for _ in range(1, k):
+        cumulative = nearest.double().cumsum(0)
+        # right=True passes over rows of probability zero; rounding may put a draw past the last row
+        candidates = torch.searchsorted(cumulative, uniform(num_candidates) * cumulative[-1], right=True)
+        candidates = candidates.clamp_max(len(x) - 1)
+        nearest_with = torch.minimum(nearest[:, None], torch.cdist(x, x[candidates], p=1))
+        best = int(nearest_with.sum(0).argmin())
+        rows.append(int(candidates[best]))
+        nearest = nearest_with[:, best]
+    return x[rows]

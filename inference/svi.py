@@ -1,0 +1,75 @@
+"""Stochastic variational inference of an enumerated Pyro program, in a parameter store of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.infer import SVI, TraceEnum_ELBO
+from pyro.optim import ClippedAdam
+from torch import Tensor
+
+
+class Variational(NamedTuple):
+    """What SVI found."""
+
+    guide: Any
+    """The fitted guide, q(params); an autoguide's ``median()`` and ``quantiles()`` read it."""
+    losses: Tensor
+    """(num_steps,), the estimate of -ELBO before each step: an upper bound of -log p(data) in expectation."""
+
+
+def svi(
+    model: Callable[..., Any],
+    guide: Any,
+    *args: Any,
+    num_steps: int,
+    seed: int,
+    max_plate_nesting: int = 1,
+    learning_rate: float = 0.1,
+    final_learning_rate: float = 1e-4,
+) -> Variational:
+    """Fit a guide to the posterior of a Pyro program with enumerated discrete latents by maximising the ELBO.
+
+    Args:
+        model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
+        guide: a Pyro guide that leaves the enumerated sites out, e.g. ``AutoDelta(pyro.poutine.block(model, hide=["z"]))``.
+        args: the positional arguments of the program.
+        num_steps: the number of gradient steps.
+        seed: seeds Pyro's random draws for the run; the state of the global generator is put back afterwards.
+        max_plate_nesting: the largest number of plates inside one another in the program.
+        learning_rate: the step of Adam at the start, in unconstrained coordinates.
+        final_learning_rate: the step at the end; it decays geometrically in between.
+
+    Raises:
+        ValueError: ``num_steps`` is below 1, the loss is not finite, or Pyro refuses the pair of model and guide.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    decay = (final_learning_rate / learning_rate) ** (1 / num_steps)
+    losses = []
+    with pyro.get_param_store().scope(), torch.random.fork_rng(), _default_dtype_of(args):
+        pyro.set_rng_seed(seed)
+        optimiser = ClippedAdam({"lr": learning_rate, "lrd": decay, "clip_norm": float("inf")})
+        inference = SVI(model, guide, optimiser, TraceEnum_ELBO(max_plate_nesting=max_plate_nesting))
+        for step in range(num_steps):
+            losses.append(inference.step(*args))
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"the loss is {losses[-1]} at step {step}: lower the learning rate, or start nearer")
+    return Variational(guide, torch.tensor(losses, dtype=torch.float64))
+
+
+@contextmanager
+def _default_dtype_of(args: tuple[Any, ...]) -> Iterator[None]:
+    """Make torch's default dtype that of the data: Pyro's enumeration fills its tables of ones with the default."""
+    before = torch.get_default_dtype()
+    dtypes = [value.dtype for value in args if isinstance(value, Tensor) and value.is_floating_point()]
+    torch.set_default_dtype(dtypes[0] if dtypes else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,165 @@
+"""Errors in words: what was wrong with data or parameters, where, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+
+def check_data(x: Any, support: constraints.Constraint | None = None) -> Tensor:
+    """Return the data as a floating tensor (N, D), or say what is wrong with them.
+
+    Args:
+        x: (N, D), a tensor or anything numpy reads as a numeric matrix; integers and booleans become float64.
+        support: the torch constraint that a single row, or each of its entries, must satisfy.
+
+    Raises:
+        TypeError: the data are not numbers.
+        ValueError: the shape is not (N, D) with N, D >= 1, or an entry is NaN, infinite or outside the support.
+    """
+    if not isinstance(x, Tensor):
+        array = np.asarray(x)
+        if array.dtype.kind not in "buif":
+            raise TypeError(f"x must hold numbers, not {array.dtype}: convert or encode the columns first")
+        x = torch.as_tensor(array)
+    if x.is_complex():
+        raise TypeError("x must hold real numbers, not complex ones")
+    if x.ndim != 2:
+        hint = ": one feature is x[:, None]" if x.ndim == 1 else ""
+        raise ValueError(f"x must have shape (N, D), not {tuple(x.shape)}{hint}")
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: it needs at least one row and one column")
+    x = x if x.is_floating_point() else x.to(torch.float64)
+    _raise_at_first(~torch.isfinite(x), x, "is {value}: drop or impute the row, mixproof does not guess missing values")
+    if support is not None:
+        elementwise = support.base_constraint if isinstance(support, constraints.independent) else support
+        _raise_at_first(
+            ~elementwise.check(x), x, f"is {{value}}, outside the support of this family ({_words(elementwise)})"
+        )
+    return x
+
+
+def check_num_components(num_components: Any, num_rows: int) -> int:
+    """Return the number of components as an int, or say why the data cannot carry it.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is below 1 or above the number of rows.
+    """
+    if isinstance(num_components, bool) or not isinstance(num_components, int | np.integer):
+        raise TypeError(f"the number of components must be an integer, not {num_components!r}")
+    if num_components < 1:
+        raise ValueError(f"the number of components must be at least 1, not {num_components}")
+    if num_components > num_rows:
+        raise ValueError(f"{num_components} components need at least as many rows, and x has {num_rows}")
+    return int(num_components)
+
+
+def check_params(family: Any, params: Any, num_features: int | None = None) -> Any:
+    """Return the parameters of a family as floating tensors, or say which field is wrong and where.
+
+    The shapes and supports come from the family's Pyro program, run once with the parameters put in its sites.
+
+    Args:
+        family: a family of the contract.
+        params: its ``Params``, a mapping, or a sequence of its fields; entries may be numpy arrays or nested lists.
+        num_features: D of the data the parameters must fit; None if there are none.
+
+    Raises:
+        TypeError: a field is missing, unknown, or not numeric.
+        ValueError: a field has the wrong shape, is not finite, or leaves its support (weights off the simplex, a
+            covariance that is not positive definite, a variance that is not positive).
+    """
+    fields = family.Params._fields
+    values = params if isinstance(params, dict) else dict(zip(fields, params, strict=len(params) == len(fields)))
+    if unknown := set(fields) ^ set(values):
+        raise TypeError(
+            f"the parameters of this family are {', '.join(fields)}; missing or unknown: {', '.join(sorted(unknown))}"
+        )
+    tensors = {}
+    for name in fields:
+        value = values[name]
+        value = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, dtype=np.float64))
+        tensors[name] = value if value.is_floating_point() else value.to(torch.float64)
+        bad = ~torch.isfinite(tensors[name])
+        if bad.any():
+            where = ", ".join(str(i) for i in bad.nonzero()[0].tolist())
+            raise ValueError(f"{name}[{where}] is {tensors[name][bad][0].item()}: every parameter must be finite")
+    result = family.Params(**tensors)
+    for name, site in _parameter_sites(family, result, num_features).items():
+        value, shape = getattr(result, name), tuple(site.shape())
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; the other parameters and the data call for {shape}"
+            )
+        valid = site.support.check(value)
+        if not valid.all():
+            at = tuple((~valid).nonzero()[0].tolist()) if valid.ndim else ()
+            where = "".join(f"[{i}]" for i in at)
+            raise ValueError(f"{name}{where} must be {_words(site.support)}, and is {value[at].tolist()}")
+    return result
+
+
+def num_components(params: Any) -> int | tuple[int, ...]:
+    """Return K as the family's program takes it: the length of ``weights``, or of each field of weights where it has more."""
+    sizes = tuple(value.shape[-1] for name, value in params._asdict().items() if name.endswith("weights"))
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def data_support(family: Any) -> constraints.Constraint:
+    """Return the torch constraint on one row of data, by the family's program: the support of its observed site ``x``."""
+    sizes = [1 if name.endswith("weights") else 0 for name in family.Params._fields]
+    num_weights = sum(sizes)
+    with torch.no_grad(), InitMessenger(_feasible), poutine.trace() as tape:
+        family.model(num_components=1 if num_weights == 1 else (1,) * num_weights, num_data=1, num_features=1)
+    return tape.trace.nodes["x"]["fn"].support
+
+
+def _parameter_sites(family: Any, params: Any, num_features: int | None) -> dict[str, Any]:
+    """Return the distributions of the parameter sites, by the program's own account of their shapes and supports."""
+    for name, value in params._asdict().items():
+        least = 1 if name.endswith("weights") else 0
+        if value.ndim < least:
+            raise ValueError(f"{name} must have at least {least} axis, and is the number {value.item()}")
+    features = num_features if num_features is not None else (params[1].shape[-1] if params[1].ndim else 1)
+    with torch.no_grad(), InitMessenger(_feasible), poutine.trace() as tape:
+        family.model(num_components=num_components(params), num_data=1, num_features=features)
+    return {name: tape.trace.nodes[name]["fn"] for name in params._fields}
+
+
+def _feasible(site: dict[str, Any]) -> Tensor:
+    """Return a value in the support of a site, for tracing a program whose priors are flat and cannot be drawn from."""
+    distribution = site["fn"]
+    if distribution.support.is_discrete:
+        return torch.zeros(distribution.shape(), dtype=torch.long)
+    transform = transform_to(distribution.support)
+    return transform(torch.zeros(transform.inverse_shape(distribution.shape()), dtype=torch.float64))
+
+
+def _raise_at_first(bad: Tensor, x: Tensor, what: str) -> None:
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        count = int(bad.sum())
+        more = f" (and {count - 1} more entries)" if count > 1 else ""
+        raise ValueError(f"x[{row}, {column}] " + what.format(value=x[row, column].item()) + more)
+
+
+def _words(support: Any) -> str:
+    base = support.base_constraint if isinstance(support, constraints.independent) else support
+    if base is constraints.boolean:
+        return "0 or 1"
+    if base is constraints.simplex:
+        return "a probability vector: entries >= 0 that sum to 1"
+    if base is constraints.positive_definite:
+        return "a symmetric positive definite matrix"
+    if isinstance(base, type(constraints.positive)):
+        return "positive"
+    if isinstance(base, type(constraints.unit_interval)):
+        return "between 0 and 1"
+    return str(base)

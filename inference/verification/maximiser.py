@@ -1,0 +1,317 @@
+"""Maximisers: a claimed argmax is stationary, lies on a hilltop, and is not beaten by any point that was tried.
+
+Stationarity is tested in unconstrained coordinates u, with v = T(u) the claimed value and T the ``transform_to`` of its constraint.
+Along each axis of the Hessian the slope g is compared with sqrt(|f| h), the slope at which a Newton step would change the
+objective f by its own size (h is the curvature), so that no unit of f or of v matters. Where slopes do not vanish the claim may
+still sit at a kink (a median): then the one-sided slopes must change sign within a bracket of rounding size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from mixproof.inference.verification.identity import (
+    NUM_PERTURBATIONS,
+    PERTURBATION,
+    ROUNDING,
+    bare,
+    perturb,
+)
+from mixproof.inference.verification.report import Check, Report, asserting, conclude
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+Objective = Callable[..., Tensor]
+Constraints = constraints.Constraint | Sequence[constraints.Constraint]
+FLAT = 2.0**-20
+"""Curvatures below this share of the largest count as none: rounding of the slope along them is that much larger."""
+SMOOTH = 2.0**-10
+"""A slope that a rounding of the claimed value changes by more than this share of its size is not that of a smooth objective."""
+
+
+def verify_maximiser(
+    claimed: Tensor | Sequence[Tensor],
+    objective: Objective,
+    *,
+    constraint: Constraints = constraints.real,
+    seed: int,
+    num_scales: int = 40,
+    subject: str | None = None,
+) -> Report:
+    """Try to refute that a value maximises an objective over a constraint.
+
+    Args:
+        claimed: the argmax, a tensor or a tuple of tensors, of any shapes.
+        objective: ``objective(*claimed)`` returns the number that is maximised; differentiable almost everywhere.
+        constraint: a torch constraint for all of the claimed tensors, or one for each.
+        seed: of the perturbations.
+        num_scales: how many scales of perturbation, each half the one before.
+        subject: the claim in words, for the report.
+
+    Returns:
+        A report: refuted with a better point or the slopes, undecided where the objective has no value at the claim.
+
+    Raises:
+        ValueError: there are not as many constraints as claimed tensors.
+    """
+    values = (claimed,) if isinstance(claimed, Tensor) else tuple(claimed)
+    values = tuple(value.detach() for value in values)
+    sets = (constraint,) * len(values) if isinstance(constraint, constraints.Constraint) else tuple(constraint)
+    if len(sets) != len(values):
+        raise ValueError(f"{len(values)} claimed tensors need one constraint or {len(values)}, got {len(sets)}")
+    subject = subject or "the maximiser"
+    inside = inside_constraint(values, sets)
+    try:
+        value = float(objective(*values))
+    except Exception as error:
+        value, inside = float("nan"), inside._replace(detail=f"the objective raised {type(error).__name__}: {error}")
+    if not inside.passed:
+        return conclude(subject, [inside], seed)
+    if math.isnan(value):
+        nan, detail = float("nan"), inside.detail or "the objective is NaN at the claimed value"
+        return conclude(subject, [inside, Check("objective", False, nan, nan, detail=detail)], seed)
+
+    checks = [inside]
+    beaten = not_beaten(values, objective, sets, seed=seed, num_scales=num_scales)
+    if on_boundary(values, sets):
+        beaten = beaten._replace(
+            detail="at the boundary of the constraint, where no stationarity is to be expected: only this check was made"
+        )
+    elif abs(value) < torch.inf:
+        stationary = slopes_vanish(values, objective, sets, seed=seed)
+        kink = stationary if stationary.passed else slopes_change_sign(values, objective, sets)
+        checks.append(kink if kink.passed else stationary)
+        if stationary.passed:
+            checks.append(curves_down(values, objective, sets))
+    return conclude(subject, [*checks, beaten], seed)
+
+
+def inside_constraint(values: Sequence[Tensor], sets: Sequence[constraints.Constraint]) -> Check:
+    """Check that each value satisfies its constraint, and to rounding: weights that sum to 1.0000001 do not."""
+    error, name = 0.0, "inside the constraint"
+    for value, constraint in zip(values, sets, strict=True):
+        tolerance = ROUNDING * torch.finfo(value.dtype).eps
+        if not constraint.check(value).all():
+            detail = f"the claimed value is outside its constraint, {constraint}"
+            return Check(name, False, torch.inf, tolerance, counterexample={"claimed": value}, detail=detail)
+        transform = transform_to(constraint)
+        change = (transform(transform.inv(value)) - value).abs()
+        if change.isfinite().all() and change.numel():
+            error = max(error, float(change.max() / value.abs().max().clamp(min=torch.finfo(value.dtype).tiny)))
+        if error > tolerance:
+            detail = f"the claimed value is near its constraint, {constraint}, but not in it"
+            return Check(name, False, error, tolerance, counterexample={"claimed": value}, detail=detail)
+    return Check(name, True, error, max(ROUNDING * torch.finfo(value.dtype).eps for value in values))
+
+
+def on_boundary(values: Sequence[Tensor], sets: Sequence[constraints.Constraint]) -> bool:
+    """Return whether an entry is one that no finite unconstrained coordinate can move, as a weight of exactly zero."""
+    for value, constraint in zip(values, sets, strict=True):
+        transform = transform_to(constraint)
+        free = transform.inv(value)
+        if not free.isfinite().all():
+            return True
+        if constraint is not constraints.real and value.numel():
+            jacobian = torch.autograd.functional.jacobian(transform, free).reshape(value.numel(), -1)
+            speed = jacobian.abs().amax(1).reshape(value.shape)
+            if (
+                speed <= ROUNDING * torch.finfo(value.dtype).eps * value.abs() + torch.finfo(value.dtype).tiny * 4
+            ).any():
+                return True
+    return False
+
+
+def slopes_vanish(
+    values: Sequence[Tensor], objective: Objective, sets: Sequence[constraints.Constraint], *, seed: int
+) -> Check:
+    """Check that the gradient in unconstrained coordinates vanishes to rounding along every axis of the Hessian."""
+    name = "stationary"
+    generator = torch.Generator().manual_seed(seed)
+    u, rebuild = unconstrained(values, sets)
+    eps = torch.finfo(u.dtype).eps
+
+    def f(u: Tensor) -> Tensor:
+        return objective(*rebuild(u))
+
+    def slope(u: Tensor) -> Tensor:
+        return torch.autograd.functional.jacobian(f, u)
+
+    gradient = slope(u)
+    units, curvatures, axes = principal_axes(torch.autograd.functional.hessian(f, u))
+    if not (gradient.isfinite().all() and curvatures.isfinite().all()):
+        nan = float("nan")
+        return Check(name, False, nan, nan, detail="autograd gives no finite gradient at the claimed value")
+    steps = scales(values, sets) * torch.randn(16, len(u), generator=generator, dtype=torch.float64).to(u)
+    spread = torch.stack([(f(u + step) - f(u)).abs() for step in steps]).nan_to_num(0.0, 0.0).median()
+    curvatures = torch.maximum(curvatures.abs(), FLAT * curvatures.abs().max())
+    size = ((f(u).abs() + spread) * curvatures).sqrt()
+    along = axes.T @ (units * gradient)
+    moved = torch.zeros_like(along)
+    for _ in range(NUM_PERTURBATIONS):
+        nearby, _ = unconstrained([perturb(value, generator) for value in values], sets)
+        change = axes.T @ (units * (slope(nearby) - gradient))
+        moved = torch.maximum(moved, change.abs().nan_to_num(0.0, 0.0))
+    allowed = ROUNDING * eps * size + ROUNDING / PERTURBATION * moved
+    known = allowed <= SMOOTH * size  # else the slope jumps between neighbouring numbers: a kink
+    passed = bool((known & (along.abs() <= allowed)).all())
+    worst = int(torch.where(known, along.abs() / allowed, torch.inf).nan_to_num(0.0, torch.inf).argmax())
+    scale = size[worst] if size[worst] > 0 else 1.0
+    found = {"claimed": bare(values), "gradient in unconstrained coordinates": gradient}
+    return Check(
+        name, passed, float(along[worst].abs() / scale), float(allowed[worst] / scale), None, None if passed else found
+    )
+
+
+def slopes_change_sign(values: Sequence[Tensor], objective: Objective, sets: Sequence[constraints.Constraint]) -> Check:
+    """Check that along each coordinate the objective rises just before the claimed value and falls just after it.
+
+    Just before and after is at 2^12 units in the last place. A slope counts as zero when it is rounding beside the slopes a
+    quarter of the coordinate's size away, so that any point of a flat top passes.
+    """
+    u, rebuild = unconstrained(values, sets)
+    eps = torch.finfo(u.dtype).eps
+    size = scales(values, sets)
+    names = ("2^-2 before", "just before", "just after", "2^-2 after")
+
+    def slopes(i: int) -> Tensor:
+        found = []
+        for share in (-0.25, -(2**12) * eps, 2**12 * eps, 0.25):
+            moved = u.clone()
+            moved[i] += share * size[i]
+            found.append(torch.autograd.functional.jacobian(lambda x: objective(*rebuild(x)), moved)[i])
+        return torch.stack(found)
+
+    error, found = 0.0, None
+    tolerance = ROUNDING * eps
+    for i in range(len(u)):
+        far = slopes(i)
+        wrong = torch.maximum(-far[1], far[2]).clamp(min=0)
+        relative = float(wrong / far.abs().max()) if wrong > 0 else float(wrong)
+        if not relative <= error:
+            error = relative
+            found = {"claimed": bare(values), "coordinate": i, **dict(zip(names, far.tolist(), strict=True))}
+    passed = error <= tolerance
+    return Check(
+        "stationary",
+        passed,
+        error,
+        tolerance,
+        counterexample=None if passed else found,
+        detail="the objective has a kink here: its one-sided slopes change sign along every coordinate"
+        if passed
+        else "",
+    )
+
+
+def curves_down(values: Sequence[Tensor], objective: Objective, sets: Sequence[constraints.Constraint]) -> Check:
+    """Check that the Hessian in unconstrained coordinates has no positive curvature, beyond what counts as none."""
+    u, rebuild = unconstrained(values, sets)
+    hessian = torch.autograd.functional.hessian(lambda u: objective(*rebuild(u)), u)
+    _, curvatures, _ = principal_axes(hessian)
+    largest = float(curvatures.abs().max())
+    error = max(0.0, float(curvatures.max()) / largest) if largest > 0 else 0.0
+    passed = error <= FLAT
+    found = {"claimed": bare(values), "Hessian in unconstrained coordinates": hessian}
+    return Check("curves down", passed, error, FLAT, counterexample=None if passed else found)
+
+
+def not_beaten(
+    values: Sequence[Tensor],
+    objective: Objective,
+    sets: Sequence[constraints.Constraint],
+    *,
+    seed: int,
+    num_scales: int = 40,
+) -> Check:
+    """Check that no random point near or far, inside the constraint, has a larger objective.
+
+    At each scale there are steps in all unconstrained coordinates, in one of them, and on the segment to a random point of the
+    set, which leads away from a boundary too.
+    """
+    name = "not beaten"
+    generator = torch.Generator().manual_seed(seed)
+    u, rebuild = unconstrained(values, sets)
+    size = scales(values, sets)
+    height = float(objective(*values))
+    eps = torch.finfo(u.dtype).eps
+    nearby = [tuple(perturb(value, generator) for value in values) for _ in range(NUM_PERTURBATIONS)]
+    moved = max(
+        [abs(h - height) for h in (_height(objective, point, sets) for point in nearby) if abs(h) < torch.inf] or [0]
+    )
+    best, better = -torch.inf, None
+    for k in range(num_scales):
+        shrink = 2.0 ** (2 - k)
+        dense = torch.randn(len(u), generator=generator, dtype=torch.float64).to(u)
+        single = torch.zeros_like(u)
+        single[torch.randint(len(u), (), generator=generator)] = dense[0]
+        target = rebuild(size * torch.randn(len(u), generator=generator, dtype=torch.float64).to(u))
+        share = min(shrink, 1.0)
+        points = [rebuild(u + sign * shrink * size * step) for step in (dense, single) for sign in (1, -1)]
+        points.append(tuple(value + share * (end - value) for value, end in zip(values, target, strict=True)))
+        for point in points:
+            found = _height(objective, point, sets)
+            if found > best:
+                best, better = found, point
+    if better is None:
+        nan = float("nan")
+        return Check(name, False, nan, nan, detail="the objective has no value at any point that was tried")
+    allowed = ROUNDING * eps * abs(height) + ROUNDING / PERTURBATION * moved if abs(height) < torch.inf else 0.0
+    gain = max(best - height, 0.0) if best > height else 0.0
+    passed = gain <= allowed
+    scale = max(size for size in (abs(height), abs(best), allowed, 1e-300) if size < torch.inf)
+    counterexample = {"claimed": bare(values), "better": bare(better), "objective": height, "better objective": best}
+    return Check(name, passed, gain / scale, allowed / scale, None, None if passed else counterexample)
+
+
+def unconstrained(
+    values: Sequence[Tensor], sets: Sequence[constraints.Constraint]
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """Return all unconstrained coordinates as one tensor (M,), and the function that leads back to the values."""
+    transforms = [transform_to(constraint) for constraint in sets]
+    free = [transform.inv(value) for transform, value in zip(transforms, values, strict=True)]
+
+    def rebuild(u: Tensor) -> tuple[Tensor, ...]:
+        parts = u.split([part.numel() for part in free])
+        return tuple(t(part.reshape(like.shape)) for t, part, like in zip(transforms, parts, free, strict=True))
+
+    return torch.cat([part.flatten() for part in free]), rebuild
+
+
+def scales(values: Sequence[Tensor], sets: Sequence[constraints.Constraint]) -> Tensor:
+    """Return a natural size for each unconstrained coordinate, (M,): the largest of its tensor, at least 1 under a constraint."""
+    sizes = []
+    for value, constraint in zip(values, sets, strict=True):
+        free = transform_to(constraint).inv(value)
+        largest = free.abs().max() if free.numel() else free.new_tensor(1.0)
+        is_real = free.shape == value.shape and torch.equal(free, value)
+        largest = largest if is_real and largest > 0 else largest.clamp(1.0, 8.0)
+        sizes.append(largest.expand(free.numel()))
+    return torch.cat(sizes)
+
+
+def principal_axes(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return units (M,) in which a Hessian (M, M) has a diagonal of ones, and its curvatures and axes in those units."""
+    diagonal = hessian.diagonal().abs()
+    largest = diagonal.max() if diagonal.max() > 0 else diagonal.new_tensor(1.0)
+    units = torch.where(diagonal > FLAT**2 * largest, diagonal, largest).rsqrt()
+    scaled = units[:, None] * (hessian + hessian.T) / 2 * units
+    if not scaled.isfinite().all():
+        return units, scaled.diagonal(), torch.eye(len(units)).to(hessian)
+    curvatures, axes = torch.linalg.eigh(scaled)
+    return units, curvatures, axes
+
+
+def _height(objective: Objective, point: Sequence[Tensor], sets: Sequence[constraints.Constraint]) -> float:
+    """Return the objective at a point, or minus infinity where it is undefined or the constraint excludes it."""
+    try:
+        if not all(bool(c.check(value).all()) for c, value in zip(sets, point, strict=True)):
+            return -torch.inf
+        height = float(objective(*point))
+    except Exception:
+        return -torch.inf
+    return -torch.inf if math.isnan(height) else height
+
+
+assert_maximiser = asserting(verify_maximiser)

@@ -1,0 +1,209 @@
+r"""Mixture of products of Bernoullis, for binary vectors: latent class analysis (problem 4 of the sheet).
+
+.. math::
+    z_n \sim \mathrm{Cat}(\pi), \qquad p(x_n \mid z_n = k) = \prod_d \theta_{kd}^{x_{nd}} (1 - \theta_{kd})^{1 - x_{nd}}
+
+Sizes: N observations, D features, K components; x holds 0.0 and 1.0. The module is the family with free weights;
+``UniformWeights()`` is the sheet's, with p(z = k) = 1 / K known. Bishop, Pattern Recognition and Machine Learning, section 9.3.3.
+The conjugate prior is Dirichlet on the weights and beta on each probability.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from mixproof.models.initial import partition
+from torch import Tensor
+from torch.distributions import constraints
+
+
+class Params(NamedTuple):
+    weights: Tensor  # (K,)
+    probs: Tensor  # (K, D), of a one
+
+
+class Prior(NamedTuple):
+    """Dirichlet(concentration) on weights; probs ~ Beta(ones, zeros)."""
+
+    concentration: Tensor  # (K,)
+    ones: Tensor  # (D,)
+    zeros: Tensor  # (D,)
+
+
+class Stats(NamedTuple):
+    """Sums over rows, weighted by responsibilities; additive over rows. Both are kept: 1 - probs must not cancel."""
+
+    counts: Tensor  # (K,), of r
+    ones: Tensor  # (K, D), of r x
+    zeros: Tensor  # (K, D), of r (1 - x)
+
+
+def model(
+    x: Tensor | None = None,
+    *,
+    num_components: int,
+    prior: Prior | None = None,
+    num_data: int | None = None,
+    num_features: int | None = None,
+) -> Tensor:
+    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+
+    Flat priors here are uniform in value, yet improper to Pyro: without ``prior``, condition the sites to generate.
+    """
+    if prior is None:
+        weights = pyro.sample("weights", dist.ImproperUniform(constraints.simplex, (), (num_components,)))
+    else:
+        weights = pyro.sample("weights", dist.Dirichlet(prior.concentration))
+    beta = None if prior is None else (prior.ones, prior.zeros)
+    return _draw_rows(weights, x, beta, num_data, num_features)
+
+
+def _draw_rows(
+    weights: Tensor,
+    x: Tensor | None,
+    beta: tuple[Tensor, Tensor] | None,
+    num_data: int | None,
+    num_features: int | None,
+) -> Tensor:
+    num_data = num_data if x is None else x.shape[0]
+    with pyro.plate("components", weights.shape[-1]):
+        if beta is None:
+            num_features = num_features if x is None else x.shape[1]
+            unit_vector = constraints.independent(constraints.unit_interval, 1)
+            probs = pyro.sample("probs", dist.ImproperUniform(unit_vector, (), (num_features,)))
+        else:
+            probs = pyro.sample("probs", dist.Beta(*beta).to_event(1))
+    with pyro.plate("data", num_data):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        return pyro.sample("x", dist.Bernoulli(probs[z]).to_event(1), obs=x)
+
+
+def log_joint(params: Params, x: Tensor) -> Tensor:
+    """Return log p(x_n, z_n = k), shape (N, K); -inf where a probability of exactly 0 or 1 excludes the row."""
+    probs = params.probs
+    never, always = (probs == 0).to(probs.dtype), (probs == 1).to(probs.dtype)
+    log_ones = torch.where(probs > 0, probs, 1).log()
+    log_zeros = torch.where(probs < 1, -probs, 0).log1p()
+    excluded = x @ never.mT + (1 - x) @ always.mT > 0
+    log_likelihood = x @ log_ones.mT + (1 - x) @ log_zeros.mT
+    return params.weights.log() + torch.where(excluded, -torch.inf, log_likelihood)
+
+
+def statistics(params: Params, x: Tensor, resp: Tensor) -> Stats:
+    """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
+    return Stats(resp.sum(-2), resp.mT @ x, resp.mT @ (1 - x))
+
+
+def m_step(stats: Stats, prior: Prior | None = None) -> Params:
+    """Return the parameters that maximise Q, or Q + log prior (problem 4 of the sheet)."""
+    if prior is None:
+        return Params(stats.counts / stats.counts.sum(-1, keepdim=True), stats.ones / (stats.ones + stats.zeros))
+    weights = stats.counts + prior.concentration - 1
+    ones, zeros = stats.ones + prior.ones - 1, stats.zeros + prior.zeros - 1
+    return Params(weights / weights.sum(-1, keepdim=True), ones / (ones + zeros))
+
+
+def log_prior(params: Params, prior: Prior) -> Tensor:
+    """Return the log density of the prior at the parameters, a number ()."""
+    alpha = prior.concentration
+    log_dirichlet = torch.xlogy(alpha - 1, params.weights).sum(-1) + alpha.sum().lgamma() - alpha.lgamma().sum()
+    return log_dirichlet + _log_beta(params.probs, prior.ones, prior.zeros)
+
+
+def _log_beta(probs: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
+    log_normaliser = (ones + zeros).lgamma() - ones.lgamma() - zeros.lgamma()
+    log_density = torch.xlogy(ones - 1, probs) + torch.special.xlog1py(zeros - 1, -probs)
+    return (log_density + log_normaliser).sum((-2, -1))
+
+
+def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return ``num_samples`` draws x (n, D) of 0.0 and 1.0 and the components z (n,) that they came from."""
+    z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
+    probs = params.probs
+    uniform = torch.rand(num_samples, probs.shape[-1], generator=generator, dtype=probs.dtype, device=probs.device)
+    return (uniform < probs[z]).to(probs.dtype), z
+
+
+def moments(params: Params) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,) and the covariance (D, D) of one observation."""
+    mean = params.weights @ params.probs
+    deviations = params.probs - mean
+    between = (params.weights[:, None] * deviations).mT @ deviations
+    return mean, between + torch.diag_embed(params.weights @ (params.probs * (1 - params.probs)))
+
+
+def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
+    """Return a start for EM: the shares and frequencies of a partition of x (N, D), drawn to those of all the data.
+
+    One pseudo-observation at the overall frequencies keeps a part from excluding a value that it has not seen, and half a one and
+    half a zero more keep those frequencies inside (0, 1).
+    """
+    resp = partition(x, num_components, generator, method)
+    counts = resp.sum(0)
+    overall = (x.sum(0) + 0.5) / (len(x) + 1)
+    return Params((counts + 1) / (counts + 1).sum(), (resp.mT @ x + overall) / (counts[:, None] + 1))
+
+
+@dataclass(frozen=True)
+class UniformWeights:
+    """The sheet's family: the weights are known, p(z = k) = 1 / K, and EM learns the probabilities alone."""
+
+    class Prior(NamedTuple):
+        """probs ~ Beta(ones, zeros)."""
+
+        ones: Tensor  # (D,)
+        zeros: Tensor  # (D,)
+
+    Params: ClassVar = Params
+    Stats: ClassVar = Stats
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        *,
+        num_components: int,
+        prior: UniformWeights.Prior | None = None,
+        num_data: int | None = None,
+        num_features: int | None = None,
+    ) -> Tensor:
+        """Draw the probabilities, then each row from its component; observe x (N, D) if given; weights are a fixed site."""
+        reference = prior[0] if prior is not None else torch.empty((), dtype=torch.float64) if x is None else x
+        weights = reference.new_full((num_components,), 1 / num_components)
+        weights = pyro.deterministic("weights", weights, event_dim=1)
+        return _draw_rows(weights, x, prior, num_data, num_features)
+
+    def log_joint(self, params: Params, x: Tensor) -> Tensor:
+        """Return log p(x_n, z_n = k), shape (N, K); -inf where a probability of exactly 0 or 1 excludes the row."""
+        return log_joint(params, x)
+
+    def statistics(self, params: Params, x: Tensor, resp: Tensor) -> Stats:
+        """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
+        return statistics(params, x, resp)
+
+    def m_step(self, stats: Stats, prior: UniformWeights.Prior | None = None) -> Params:
+        """Return the probabilities that maximise Q, or Q + log prior, beside the weights as they are known."""
+        free = None if prior is None else Prior(torch.ones_like(stats.counts), *prior)
+        return Params(torch.full_like(stats.counts, 1 / stats.counts.shape[-1]), m_step(stats, free).probs)
+
+    def log_prior(self, params: Params, prior: UniformWeights.Prior) -> Tensor:
+        """Return the log density of the prior at the probabilities, a number ()."""
+        return _log_beta(params.probs, prior.ones, prior.zeros)
+
+    def sample(self, params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return ``num_samples`` draws x (n, D) of 0.0 and 1.0 and the components z (n,) that they came from."""
+        return sample(params, num_samples, generator)
+
+    def moments(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Return the mean (D,) and the covariance (D, D) of one observation."""
+        return moments(params)
+
+    def init_params(
+        self, x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++"
+    ) -> Params:
+        """Return a start for EM: uniform weights, and the frequencies of a partition of x (N, D)."""
+        start = init_params(x, num_components, generator, method)
+        return start._replace(weights=torch.full_like(start.weights, 1 / num_components))

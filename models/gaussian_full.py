@@ -1,0 +1,156 @@
+r"""Mixture of Gaussians, each component with its own full covariance matrix (problems 2, 3 and 5 of the sheet).
+
+.. math::
+    z_n \sim \mathrm{Cat}(\pi), \qquad x_n \mid z_n = k \sim \mathcal{N}(\mu_k, \Sigma_k), \qquad
+    p(x_n) = \sum_k \pi_k \, \mathcal{N}(x_n \mid \mu_k, \Sigma_k)
+
+Sizes: N observations, D features, K components. EM: Bishop, Pattern Recognition and Machine Learning, section 9.2.2. The
+conjugate prior is Dirichlet on the weights and normal-inverse-Wishart on each component (Fraley and Raftery 2007, section 2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from mixproof.models.initial import partition
+from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
+from torch import Tensor
+from torch.distributions import constraints
+
+
+class Params(NamedTuple):
+    weights: Tensor  # (K,)
+    locs: Tensor  # (K, D)
+    covariances: Tensor  # (K, D, D)
+
+
+class Prior(NamedTuple):
+    """Dirichlet(concentration) on weights; covariances ~ InverseWishart(df, scale), locs | ~ N(loc, covariance / strength)."""
+
+    concentration: Tensor  # (K,)
+    loc: Tensor  # (D,)
+    strength: Tensor  # (), in pseudo-observations
+    df: Tensor  # (), above D - 1
+    scale: Tensor  # (D, D), positive definite
+
+
+class Stats(NamedTuple):
+    """Sums over rows, weighted by responsibilities; additive over rows. Second moments are about the current locs."""
+
+    counts: Tensor  # (K,), of r
+    sums: Tensor  # (K, D), of r x
+    shifts: Tensor  # (K, D), of r (x - loc)
+    scatters: Tensor  # (K, D, D), of r (x - loc)(x - loc)^T
+
+
+def model(
+    x: Tensor | None = None,
+    *,
+    num_components: int,
+    prior: Prior | None = None,
+    num_data: int | None = None,
+    num_features: int | None = None,
+) -> Tensor:
+    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+
+    Flat priors are improper and cannot be drawn from: without ``prior``, condition the parameter sites to generate.
+    """
+    num_data = num_data if x is None else x.shape[0]
+    if prior is None:
+        num_features = num_features if x is None else x.shape[1]
+        weights = pyro.sample("weights", dist.ImproperUniform(constraints.simplex, (), (num_components,)))
+        with pyro.plate("components", num_components):
+            locs = pyro.sample("locs", dist.ImproperUniform(constraints.real_vector, (), (num_features,)))
+            covariances = pyro.sample(
+                "covariances",
+                dist.ImproperUniform(constraints.positive_definite, (), (num_features, num_features)),
+            )
+    else:
+        weights = pyro.sample("weights", dist.Dirichlet(prior.concentration))
+        with pyro.plate("components", num_components):
+            covariances = pyro.sample("covariances", InverseWishart(prior.df, prior.scale))
+            locs = pyro.sample("locs", dist.MultivariateNormal(prior.loc, covariances / prior.strength))
+    with pyro.plate("data", num_data):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        return pyro.sample("x", dist.MultivariateNormal(locs[z], covariances[z]), obs=x)
+
+
+def log_joint(params: Params, x: Tensor) -> Tensor:
+    """Return log p(x_n, z_n = k), shape (N, K)."""
+    factors = cholesky(params.covariances)
+    deviations = x.mT - params.locs[..., None]  # (K, D, N)
+    mahalanobis = torch.linalg.solve_triangular(factors, deviations, upper=False).square().sum(-2)
+    log_normal = -(x.shape[-1] * math.log(2 * math.pi) + log_det(factors)[..., None] + mahalanobis) / 2
+    return params.weights.log() + log_normal.mT
+
+
+def statistics(params: Params, x: Tensor, resp: Tensor) -> Stats:
+    """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
+    deviations = x - params.locs[..., None, :]  # (K, N, D)
+    weighted = resp.mT[..., None] * deviations
+    return Stats(resp.sum(-2), resp.mT @ x, weighted.sum(-2), weighted.mT @ deviations)
+
+
+def m_step(stats: Stats, prior: Prior | None = None) -> Params:
+    """Return the parameters that maximise Q, or Q + log prior (problem 3 of the sheet; Fraley and Raftery 2007)."""
+    counts = stats.counts[..., None]
+    safe = counts.clamp_min(torch.finfo(counts.dtype).tiny)
+    within = stats.scatters - outer(stats.shifts) / safe[..., None]  # scatter about the component's own mean
+    if prior is None:
+        return Params(
+            stats.counts / stats.counts.sum(-1, keepdim=True), stats.sums / counts, within / counts[..., None]
+        )
+    weights = stats.counts + prior.concentration - 1
+    locs = (prior.strength * prior.loc + stats.sums) / (prior.strength + counts)
+    pull = outer(stats.sums - counts * prior.loc) * (prior.strength / (prior.strength + counts) / safe)[..., None]
+    covariances = (prior.scale + within + pull) / (prior.df + counts + stats.sums.shape[-1] + 2)[..., None]
+    return Params(weights / weights.sum(-1, keepdim=True), locs, covariances)
+
+
+def log_prior(params: Params, prior: Prior) -> Tensor:
+    """Return the log density of the prior at the parameters, a number ()."""
+    alpha = prior.concentration
+    log_dirichlet = torch.xlogy(alpha - 1, params.weights).sum(-1) + alpha.sum().lgamma() - alpha.lgamma().sum()
+    factors = cholesky(params.covariances)
+    deviations = (params.locs - prior.loc)[..., None]
+    mahalanobis = torch.linalg.solve_triangular(factors, deviations, upper=False).square().sum((-2, -1))
+    size = params.locs.shape[-1]
+    log_locs = (size * (prior.strength / (2 * math.pi)).log() - log_det(factors) - prior.strength * mahalanobis) / 2
+    return log_dirichlet + (log_locs + log_inverse_wishart(params.covariances, prior.df, prior.scale)).sum(-1)
+
+
+def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return ``num_samples`` draws x (n, D) and the components z (n,) that they came from."""
+    z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
+    locs = params.locs
+    noise = torch.randn(num_samples, locs.shape[-1], generator=generator, dtype=locs.dtype, device=locs.device)
+    factors = cholesky(params.covariances)
+    x = torch.zeros_like(noise)
+    for k in range(locs.shape[-2]):
+        x = torch.where((z == k)[:, None], locs[k] + noise @ factors[k].mT, x)
+    return x, z
+
+
+def moments(params: Params) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,) and the covariance (D, D) of one observation (problem 5 of the sheet, centred)."""
+    mean = params.weights @ params.locs
+    between = outer(params.locs - mean)
+    return mean, torch.einsum("k,kij->ij", params.weights, params.covariances + between)
+
+
+def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
+    """Return a start for EM: shares and means of a partition of x (N, D), and its covariance within the parts for all.
+
+    One pseudo-observation with the covariance of all the data keeps the start regular where a part has a single row.
+    """
+    resp = partition(x, num_components, generator, method)
+    counts = resp.sum(0)
+    locs = (resp.mT @ x) / counts[:, None].clamp_min(1)
+    residuals = x - resp @ locs
+    centred = x - x.mean(0)
+    within = (residuals.mT @ residuals + centred.mT @ centred / len(x)) / (len(x) + 1)
+    return Params((counts + 1) / (counts + 1).sum(), locs, within.expand(num_components, -1, -1).clone())

@@ -1,0 +1,151 @@
+r"""Mixture of spherical Gaussians: each component has one variance for all its features.
+
+.. math::
+    z_n \sim \mathrm{Cat}(\pi), \qquad x_n \mid z_n = k \sim \mathcal{N}(\mu_k, \sigma^2_k I)
+
+Sizes: N observations, D features, K components. Every scale here is a variance. The conjugate prior is Dirichlet on the weights
+and normal-inverse-gamma on each component (Fraley and Raftery 2007, section 2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from mixproof.models.initial import partition
+from torch import Tensor
+from torch.distributions import constraints
+
+
+class Params(NamedTuple):
+    weights: Tensor  # (K,)
+    locs: Tensor  # (K, D)
+    variances: Tensor  # (K,)
+
+
+class Prior(NamedTuple):
+    """Dirichlet(concentration) on weights; variances ~ InverseGamma(shape, rate), locs | ~ N(loc, variance / strength I)."""
+
+    concentration: Tensor  # (K,)
+    loc: Tensor  # (D,)
+    strength: Tensor  # (), in pseudo-observations
+    shape: Tensor  # ()
+    rate: Tensor  # ()
+
+
+class Stats(NamedTuple):
+    """Sums over rows, weighted by responsibilities; additive over rows. Second moments are about the current locs."""
+
+    counts: Tensor  # (K,), of r
+    sums: Tensor  # (K, D), of r x
+    shifts: Tensor  # (K, D), of r (x - loc)
+    squares: Tensor  # (K,), of r ||x - loc||^2
+
+
+def model(
+    x: Tensor | None = None,
+    *,
+    num_components: int,
+    prior: Prior | None = None,
+    num_data: int | None = None,
+    num_features: int | None = None,
+) -> Tensor:
+    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+
+    Flat priors are improper and cannot be drawn from: without ``prior``, condition the parameter sites to generate.
+    """
+    num_data = num_data if x is None else x.shape[0]
+    if prior is None:
+        num_features = num_features if x is None else x.shape[1]
+        weights = pyro.sample("weights", dist.ImproperUniform(constraints.simplex, (), (num_components,)))
+        with pyro.plate("components", num_components):
+            locs = pyro.sample("locs", dist.ImproperUniform(constraints.real_vector, (), (num_features,)))
+            variances = pyro.sample("variances", dist.ImproperUniform(constraints.positive, (), ()))
+    else:
+        weights = pyro.sample("weights", dist.Dirichlet(prior.concentration))
+        with pyro.plate("components", num_components):
+            variances = pyro.sample("variances", dist.InverseGamma(prior.shape, prior.rate))
+            spread = (variances / prior.strength).sqrt()[..., None]
+            locs = pyro.sample("locs", dist.Normal(prior.loc, spread).to_event(1))
+    with pyro.plate("data", num_data):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        return pyro.sample("x", dist.Normal(locs[z], variances[z].sqrt()[..., None]).to_event(1), obs=x)
+
+
+def log_joint(params: Params, x: Tensor) -> Tensor:
+    """Return log p(x_n, z_n = k), shape (N, K)."""
+    squares = (x[..., None, :] - params.locs).square().sum(-1)
+    log_normal = -(x.shape[-1] * (2 * math.pi * params.variances).log() + squares / params.variances) / 2
+    return params.weights.log() + log_normal
+
+
+def statistics(params: Params, x: Tensor, resp: Tensor) -> Stats:
+    """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
+    deviations = x - params.locs[..., None, :]  # (K, N, D)
+    weighted = resp.mT[..., None] * deviations
+    return Stats(resp.sum(-2), resp.mT @ x, weighted.sum(-2), (weighted * deviations).sum((-2, -1)))
+
+
+def m_step(stats: Stats, prior: Prior | None = None) -> Params:
+    """Return the parameters that maximise Q, or Q + log prior."""
+    size = stats.sums.shape[-1]
+    counts = stats.counts
+    safe = counts.clamp_min(torch.finfo(counts.dtype).tiny)
+    within = stats.squares - stats.shifts.square().sum(-1) / safe  # about the component's own mean
+    if prior is None:
+        return Params(counts / counts.sum(-1, keepdim=True), stats.sums / counts[..., None], within / (size * counts))
+    weights = counts + prior.concentration - 1
+    locs = (prior.strength * prior.loc + stats.sums) / (prior.strength + counts)[..., None]
+    distances = (stats.sums - counts[..., None] * prior.loc).square().sum(-1) / safe
+    pull = prior.strength / (prior.strength + counts) * distances
+    variances = (2 * prior.rate + within + pull) / (2 * prior.shape + 2 + size * (counts + 1))
+    return Params(weights / weights.sum(-1, keepdim=True), locs, variances)
+
+
+def log_prior(params: Params, prior: Prior) -> Tensor:
+    """Return the log density of the prior at the parameters, a number ()."""
+    alpha, variances = prior.concentration, params.variances
+    log_dirichlet = torch.xlogy(alpha - 1, params.weights).sum(-1) + alpha.sum().lgamma() - alpha.lgamma().sum()
+    log_variances = (
+        prior.shape * prior.rate.log()
+        - prior.shape.lgamma()
+        - (prior.shape + 1) * variances.log()
+        - prior.rate / variances
+    )
+    precision = prior.strength / variances
+    distances = (params.locs - prior.loc).square().sum(-1)
+    log_locs = (params.locs.shape[-1] * (precision / (2 * math.pi)).log() - precision * distances) / 2
+    return log_dirichlet + (log_variances + log_locs).sum(-1)
+
+
+def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return ``num_samples`` draws x (n, D) and the components z (n,) that they came from."""
+    z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
+    locs = params.locs
+    noise = torch.randn(num_samples, locs.shape[-1], generator=generator, dtype=locs.dtype, device=locs.device)
+    return locs[z] + params.variances.sqrt()[z][:, None] * noise, z
+
+
+def moments(params: Params) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,) and the covariance (D, D) of one observation."""
+    mean = params.weights @ params.locs
+    deviations = params.locs - mean
+    between = (params.weights[:, None] * deviations).mT @ deviations
+    return mean, between + (params.weights @ params.variances) * torch.eye(
+        len(mean), dtype=mean.dtype, device=mean.device
+    )
+
+
+def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
+    """Return a start for EM: shares and means of a partition of x (N, D), and its variance within the parts for all.
+
+    One pseudo-observation with the variance of all the data keeps the start regular where a part has a single row.
+    """
+    resp = partition(x, num_components, generator, method)
+    counts = resp.sum(0)
+    locs = (resp.mT @ x) / counts[:, None].clamp_min(1)
+    within = ((x - resp @ locs).square().sum() / x.shape[1] + x.var(0, correction=0).mean()) / (len(x) + 1)
+    return Params((counts + 1) / (counts + 1).sum(), locs, within.expand(num_components).clone())

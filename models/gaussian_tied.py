@@ -1,0 +1,150 @@
+r"""Mixture of Gaussians that share one full covariance matrix, the generative side of linear discriminant analysis.
+
+.. math::
+    z_n \sim \mathrm{Cat}(\pi), \qquad x_n \mid z_n = k \sim \mathcal{N}(\mu_k, \Sigma)
+
+Sizes: N observations, D features, K components. The conjugate prior is Dirichlet on the weights, inverse-Wishart on the shared
+covariance and normal on each mean given it (Fraley and Raftery 2007, section 2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from mixproof.models.initial import partition
+from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
+from torch import Tensor
+from torch.distributions import constraints
+
+
+class Params(NamedTuple):
+    weights: Tensor  # (K,)
+    locs: Tensor  # (K, D)
+    covariance: Tensor  # (D, D)
+
+
+class Prior(NamedTuple):
+    """Dirichlet(concentration) on weights; covariance ~ InverseWishart(df, scale), locs | ~ N(loc, covariance / strength)."""
+
+    concentration: Tensor  # (K,)
+    loc: Tensor  # (D,)
+    strength: Tensor  # (), in pseudo-observations
+    df: Tensor  # (), above D - 1
+    scale: Tensor  # (D, D), positive definite
+
+
+class Stats(NamedTuple):
+    """Sums over rows, weighted by responsibilities; additive over rows. Second moments are about the current locs."""
+
+    counts: Tensor  # (K,), of r
+    sums: Tensor  # (K, D), of r x
+    shifts: Tensor  # (K, D), of r (x - loc)
+    scatter: Tensor  # (D, D), of r (x - loc)(x - loc)^T, over all components
+
+
+def model(
+    x: Tensor | None = None,
+    *,
+    num_components: int,
+    prior: Prior | None = None,
+    num_data: int | None = None,
+    num_features: int | None = None,
+) -> Tensor:
+    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+
+    Flat priors are improper and cannot be drawn from: without ``prior``, condition the parameter sites to generate.
+    """
+    num_data = num_data if x is None else x.shape[0]
+    if prior is None:
+        num_features = num_features if x is None else x.shape[1]
+        weights = pyro.sample("weights", dist.ImproperUniform(constraints.simplex, (), (num_components,)))
+        covariance = pyro.sample(
+            "covariance", dist.ImproperUniform(constraints.positive_definite, (), (num_features, num_features))
+        )
+        with pyro.plate("components", num_components):
+            locs = pyro.sample("locs", dist.ImproperUniform(constraints.real_vector, (), (num_features,)))
+    else:
+        weights = pyro.sample("weights", dist.Dirichlet(prior.concentration))
+        covariance = pyro.sample("covariance", InverseWishart(prior.df, prior.scale))
+        with pyro.plate("components", num_components):
+            locs = pyro.sample("locs", dist.MultivariateNormal(prior.loc, covariance / prior.strength))
+    with pyro.plate("data", num_data):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        return pyro.sample("x", dist.MultivariateNormal(locs[z], covariance), obs=x)
+
+
+def log_joint(params: Params, x: Tensor) -> Tensor:
+    """Return log p(x_n, z_n = k), shape (N, K)."""
+    factor = cholesky(params.covariance)
+    deviations = x.mT - params.locs[..., None]  # (K, D, N)
+    mahalanobis = torch.linalg.solve_triangular(factor, deviations, upper=False).square().sum(-2)
+    log_normal = -(x.shape[-1] * math.log(2 * math.pi) + log_det(factor) + mahalanobis) / 2
+    return params.weights.log() + log_normal.mT
+
+
+def statistics(params: Params, x: Tensor, resp: Tensor) -> Stats:
+    """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
+    deviations = x - params.locs[..., None, :]  # (K, N, D)
+    weighted = resp.mT[..., None] * deviations
+    return Stats(resp.sum(-2), resp.mT @ x, weighted.sum(-2), (weighted.mT @ deviations).sum(-3))
+
+
+def m_step(stats: Stats, prior: Prior | None = None) -> Params:
+    """Return the parameters that maximise Q, or Q + log prior."""
+    counts = stats.counts[..., None]
+    safe = counts.clamp_min(torch.finfo(counts.dtype).tiny)
+    within = stats.scatter - (outer(stats.shifts) / safe[..., None]).sum(-3)  # about the components' own means
+    total = stats.counts.sum(-1)
+    if prior is None:
+        return Params(stats.counts / total, stats.sums / counts, within / total)
+    num_components, size = stats.sums.shape[-2:]
+    weights = stats.counts + prior.concentration - 1
+    locs = (prior.strength * prior.loc + stats.sums) / (prior.strength + counts)
+    pull = outer(stats.sums - counts * prior.loc) * (prior.strength / (prior.strength + counts) / safe)[..., None]
+    covariance = (prior.scale + within + pull.sum(-3)) / (prior.df + size + 1 + num_components + total)
+    return Params(weights / weights.sum(-1, keepdim=True), locs, covariance)
+
+
+def log_prior(params: Params, prior: Prior) -> Tensor:
+    """Return the log density of the prior at the parameters, a number ()."""
+    alpha = prior.concentration
+    log_dirichlet = torch.xlogy(alpha - 1, params.weights).sum(-1) + alpha.sum().lgamma() - alpha.lgamma().sum()
+    factor = cholesky(params.covariance)
+    deviations = (params.locs - prior.loc).mT
+    mahalanobis = torch.linalg.solve_triangular(factor, deviations, upper=False).square().sum(-2)
+    size = params.locs.shape[-1]
+    log_locs = (size * (prior.strength / (2 * math.pi)).log() - log_det(factor) - prior.strength * mahalanobis) / 2
+    return log_dirichlet + log_locs.sum(-1) + log_inverse_wishart(params.covariance, prior.df, prior.scale)
+
+
+def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return ``num_samples`` draws x (n, D) and the components z (n,) that they came from."""
+    z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
+    locs = params.locs
+    noise = torch.randn(num_samples, locs.shape[-1], generator=generator, dtype=locs.dtype, device=locs.device)
+    return locs[z] + noise @ cholesky(params.covariance).mT, z
+
+
+def moments(params: Params) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,) and the covariance (D, D) of one observation."""
+    mean = params.weights @ params.locs
+    deviations = params.locs - mean
+    return mean, params.covariance + (params.weights[:, None] * deviations).mT @ deviations
+
+
+def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
+    """Return a start for EM: shares and means of a partition of x (N, D), and its covariance within the parts.
+
+    One pseudo-observation with the covariance of all the data keeps the start regular where every part has a single row.
+    """
+    resp = partition(x, num_components, generator, method)
+    counts = resp.sum(0)
+    locs = (resp.mT @ x) / counts[:, None].clamp_min(1)
+    residuals = x - resp @ locs
+    centred = x - x.mean(0)
+    within = (residuals.mT @ residuals + centred.mT @ centred / len(x)) / (len(x) + 1)
+    return Params((counts + 1) / (counts + 1).sum(), locs, within)

@@ -1,0 +1,164 @@
+r"""Mixture of products of Laplace laws; as their scale goes to 0, EM becomes K-medians (problem 1 of the sheet).
+
+.. math::
+    z_n \sim \mathrm{Cat}(\pi), \qquad
+    p(x_n \mid z_n = k) = \prod_d \frac{1}{2 b_{kd}} \exp\left(-\frac{|x_{nd} - \mu_{kd}|}{b_{kd}}\right)
+
+Sizes: N observations, D features, K components; b is the scale, the standard deviation is b sqrt(2). The location of the M-step
+is a weighted median, so it needs the data: the statistics are the rows themselves, and chunks of them are joined, not added. The
+prior is Dirichlet on the weights, inverse-gamma on each scale and, given it, Laplace on each location: it acts as ``strength``
+further rows at ``loc``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from mixproof.models.initial import partition
+from torch import Tensor
+from torch.distributions import constraints
+
+
+class Params(NamedTuple):
+    weights: Tensor  # (K,)
+    locs: Tensor  # (K, D)
+    scales: Tensor  # (K, D)
+
+
+class Prior(NamedTuple):
+    """Dirichlet(concentration) on weights; scales ~ InverseGamma(shape, rate), locs | ~ Laplace(loc, scale / strength)."""
+
+    concentration: Tensor  # (K,)
+    loc: Tensor  # (D,)
+    strength: Tensor  # (), in pseudo-observations
+    shape: Tensor  # (D,)
+    rate: Tensor  # (D,)
+
+
+class Stats(NamedTuple):
+    """The rows and their responsibilities: no sums are sufficient for a median."""
+
+    x: Tensor  # (N, D)
+    resp: Tensor  # (N, K)
+
+
+def model(
+    x: Tensor | None = None,
+    *,
+    num_components: int,
+    prior: Prior | None = None,
+    num_data: int | None = None,
+    num_features: int | None = None,
+) -> Tensor:
+    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+
+    Flat priors are improper and cannot be drawn from: without ``prior``, condition the parameter sites to generate.
+    """
+    num_data = num_data if x is None else x.shape[0]
+    if prior is None:
+        num_features = num_features if x is None else x.shape[1]
+        weights = pyro.sample("weights", dist.ImproperUniform(constraints.simplex, (), (num_components,)))
+        with pyro.plate("components", num_components):
+            locs = pyro.sample("locs", dist.ImproperUniform(constraints.real_vector, (), (num_features,)))
+            positive_vector = constraints.independent(constraints.positive, 1)
+            scales = pyro.sample("scales", dist.ImproperUniform(positive_vector, (), (num_features,)))
+    else:
+        weights = pyro.sample("weights", dist.Dirichlet(prior.concentration))
+        with pyro.plate("components", num_components):
+            scales = pyro.sample("scales", dist.InverseGamma(prior.shape, prior.rate).to_event(1))
+            locs = pyro.sample("locs", dist.Laplace(prior.loc, scales / prior.strength).to_event(1))
+    with pyro.plate("data", num_data):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        return pyro.sample("x", dist.Laplace(locs[z], scales[z]).to_event(1), obs=x)
+
+
+def log_joint(params: Params, x: Tensor) -> Tensor:
+    """Return log p(x_n, z_n = k), shape (N, K)."""
+    deviations = (x[..., None, :] - params.locs).abs()  # (N, K, D)
+    return params.weights.log() - ((2 * params.scales).log() + deviations / params.scales).sum(-1)
+
+
+def statistics(params: Params, x: Tensor, resp: Tensor) -> Stats:
+    """Return the rows x (N, D) and their responsibilities (N, K)."""
+    return Stats(x, resp)
+
+
+def m_step(stats: Stats, prior: Prior | None = None) -> Params:
+    """Return the parameters that maximise Q, or Q + log prior: weighted medians, and mean deviations about them."""
+    counts = stats.resp.sum(-2)
+    if prior is None:
+        locs = weighted_median(stats.x, stats.resp)
+        return Params(
+            counts / counts.sum(-1, keepdim=True), locs, _deviations(stats.x, stats.resp, locs) / counts[..., None]
+        )
+    x = torch.cat([stats.x, prior.loc[None]])
+    resp = torch.cat([stats.resp, prior.strength.expand(1, counts.shape[-1])])
+    locs = weighted_median(x, resp)
+    weights = counts + prior.concentration - 1
+    scales = (prior.rate + _deviations(x, resp, locs)) / (prior.shape + 2 + counts[..., None])
+    return Params(weights / weights.sum(-1, keepdim=True), locs, scales)
+
+
+def _deviations(x: Tensor, resp: Tensor, locs: Tensor) -> Tensor:
+    return (resp.mT[..., None] * (x - locs[..., None, :]).abs()).sum(-2)
+
+
+def weighted_median(x: Tensor, resp: Tensor) -> Tensor:
+    """Return the points (K, D) that minimise the weighted absolute deviations; of an interval of them, the midpoint.
+
+    Args:
+        x: (N, D).
+        resp: (N, K), the weights of the rows for each of K medians, not negative.
+    """
+    values, order = x.sort(dim=-2)  # (N, D)
+    cumulated = resp.mT[:, order].cumsum(-2)  # (K, N, D)
+    half = cumulated[:, -1:] / 2
+    rows = x.shape[-2] - 1
+    lower = (cumulated < half).sum(-2).clamp_max(rows)  # first row at which half the weight is reached
+    upper = (cumulated <= half).sum(-2).clamp_max(rows)  # first row at which it is exceeded
+    median = (values.gather(-2, lower) + values.gather(-2, upper)) / 2
+    return torch.where(half[:, 0] > 0, median, torch.nan)
+
+
+def log_prior(params: Params, prior: Prior) -> Tensor:
+    """Return the log density of the prior at the parameters, a number ()."""
+    alpha, scales = prior.concentration, params.scales
+    log_dirichlet = torch.xlogy(alpha - 1, params.weights).sum(-1) + alpha.sum().lgamma() - alpha.lgamma().sum()
+    log_scales = (
+        prior.shape * prior.rate.log() - prior.shape.lgamma() - (prior.shape + 1) * scales.log() - prior.rate / scales
+    )
+    log_locs = (prior.strength / (2 * scales)).log() - prior.strength * (params.locs - prior.loc).abs() / scales
+    return log_dirichlet + (log_scales + log_locs).sum((-2, -1))
+
+
+def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return ``num_samples`` draws x (n, D) and the components z (n,) that they came from."""
+    z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
+    locs = params.locs
+    shape = (2, num_samples, locs.shape[-1])
+    uniform = torch.rand(shape, generator=generator, dtype=locs.dtype, device=locs.device)
+    exponential = -torch.log1p(-uniform)  # finite: uniform draws are below 1
+    return locs[z] + params.scales[z] * (exponential[0] - exponential[1]), z
+
+
+def moments(params: Params) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,) and the covariance (D, D) of one observation."""
+    mean = params.weights @ params.locs
+    deviations = params.locs - mean
+    between = (params.weights[:, None] * deviations).mT @ deviations
+    return mean, between + torch.diag_embed(params.weights @ (2 * params.scales.square()))
+
+
+def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
+    """Return a start for EM: shares and medians of a partition of x (N, D), and its mean deviations for all.
+
+    One pseudo-observation with the deviation of all the data keeps the start regular where a part has a single row.
+    """
+    resp = partition(x, num_components, generator, method)
+    counts = resp.sum(0)
+    locs = weighted_median(x, resp)
+    within = ((x - resp @ locs).abs().sum(0) + (x - x.mean(0)).abs().mean(0)) / (len(x) + 1)
+    return Params((counts + 1) / (counts + 1).sum(), locs, within.expand(num_components, -1).clone())

@@ -1,0 +1,86 @@
+"""Positive definite matrices: their Cholesky factor under batching, and the inverse-Wishart law on them."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+
+def cholesky(covariances: Tensor) -> Tensor:
+    """Return lower triangular L with L L^T = covariances, for matrices of shape (..., D, D).
+
+    A matrix that is not positive definite beyond rounding gets a factor of NaNs rather than an exception, so that one bad
+    member of a batch does not hide the others and the function can be vectorised by ``torch.func.vmap``.
+    """
+    factor, info = torch.linalg.cholesky_ex(covariances)
+    variances = covariances.diagonal(dim1=-2, dim2=-1)
+    rounding = covariances.shape[-1] * torch.finfo(covariances.dtype).eps
+    conditional_variances = factor.diagonal(dim1=-2, dim2=-1).square()
+    regular = (info == 0) & (conditional_variances > rounding * variances).all(-1)
+    return torch.where(regular[..., None, None], factor, torch.nan)
+
+
+def log_det(factor: Tensor) -> Tensor:
+    """Return log det of L L^T from its lower triangular factor L of shape (..., D, D)."""
+    return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def outer(vectors: Tensor) -> Tensor:
+    """Return v v^T for vectors of shape (..., D)."""
+    return vectors[..., :, None] * vectors[..., None, :]
+
+
+def log_inverse_wishart(covariances: Tensor, df: Tensor, scale: Tensor) -> Tensor:
+    """Return the log density of the inverse-Wishart law at matrices of shape (..., D, D).
+
+    It is the law of the inverse of a Wishart matrix with ``df`` degrees of freedom and scale matrix ``scale`` inverted, so
+    that its mean is scale / (df - D - 1) (Gelman et al., Bayesian Data Analysis, 3rd edition, appendix A).
+
+    Args:
+        covariances: (..., D, D), positive definite.
+        df: (), degrees of freedom, above D - 1.
+        scale: (D, D), positive definite.
+    """
+    size = covariances.shape[-1]
+    factor = cholesky(covariances)
+    scale_factor = cholesky(scale)
+    ratio = torch.linalg.solve_triangular(factor, scale_factor.expand_as(factor), upper=False)
+    normaliser = (df * size / 2) * math.log(2) + torch.special.multigammaln(df / 2, size)
+    trace = ratio.square().sum((-2, -1))
+    return df / 2 * log_det(scale_factor) - normaliser - (df + size + 1) / 2 * log_det(factor) - trace / 2
+
+
+class InverseWishart(TorchDistribution):
+    """The inverse-Wishart law with ``df`` degrees of freedom () and scale matrix (D, D), as a Pyro distribution."""
+
+    arg_constraints: ClassVar = {"df": constraints.positive, "scale": constraints.positive_definite}
+    support = constraints.positive_definite
+
+    def __init__(
+        self, df: Tensor, scale: Tensor, batch_shape: torch.Size | None = None, validate_args: bool | None = None
+    ):
+        self.df, self.scale = df, scale
+        super().__init__(batch_shape or torch.Size(), scale.shape[-2:], validate_args=validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> InverseWishart:
+        return InverseWishart(self.df, self.scale, torch.Size(batch_shape), validate_args=False)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draw by Bartlett's decomposition: the inverse of a Wishart matrix is (C A)^-T (C A)^-1, A lower triangular."""
+        size = self.scale.shape[-1]
+        shape = self._extended_shape(sample_shape)
+        bartlett = torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device).tril(-1)
+        halves = (self.df - torch.arange(size, dtype=self.scale.dtype, device=self.scale.device)) / 2
+        chi2 = 2 * torch.distributions.Gamma(halves, torch.ones_like(halves)).sample(shape[:-2])
+        bartlett = bartlett + torch.diag_embed(chi2.sqrt())
+        # With scale = L L^T and A the Bartlett factor, the draw is M M^T, M = L A^-T.
+        root = torch.linalg.solve_triangular(bartlett, cholesky(self.scale).mT.expand(shape), upper=False).mT
+        return root @ root.mT
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return log_inverse_wishart(value, self.df, self.scale).expand(value.shape[:-2])

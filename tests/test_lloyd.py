@@ -1,0 +1,451 @@
+"""K-means and K-medians: published optima, brute force over all partitions, scikit-learn, laws of the iteration."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from mixproof.inference.lloyd import (
+    MANHATTAN,
+    SQUARED_EUCLIDEAN,
+    Clustering,
+    Metric,
+    assign,
+    deviations,
+    kmeans,
+    kmedians,
+    lloyd,
+    update,
+)
+from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_iris
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+METRICS = pytest.mark.parametrize("metric", [SQUARED_EUCLIDEAN, MANHATTAN], ids=["kmeans", "kmedians"])
+ALGORITHMS = pytest.mark.parametrize(
+    ("algorithm", "metric"), [(kmeans, SQUARED_EUCLIDEAN), (kmedians, MANHATTAN)], ids=["kmeans", "kmedians"]
+)
+Algorithm = Callable[..., Clustering]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def blobs(seed: int, num_rows: int = 90, num_features: int = 2, num_blobs: int = 3) -> Tensor:
+    """Return rows about well separated centres, on a grid of 1/1024 so that adding 1e6 to them is exact."""
+    generator = seeded(seed)
+    locs = 20 * torch.randn(num_blobs, num_features, generator=generator, dtype=torch.float64)
+    noise = torch.randn(num_rows, num_features, generator=generator, dtype=torch.float64)
+    return ((locs.repeat(num_rows // num_blobs, 1) + noise) * 1024).round() / 1024
+
+
+def numpy_objective(x: np.ndarray, labels: np.ndarray, metric: Metric) -> float:
+    """Return J of a partition with the best centres, by numpy alone."""
+    total = 0.0
+    for label in np.unique(labels):
+        rows = x[labels == label]
+        center = rows.mean(0) if metric is SQUARED_EUCLIDEAN else np.median(rows, axis=0)
+        total += float((np.abs(rows - center) ** metric.power).sum())
+    return total
+
+
+def global_optimum(x: np.ndarray, k: int, metric: Metric) -> float:
+    """Return the least J over all k^N assignments."""
+    every_row = np.arange(len(x))
+    return min(
+        numpy_objective(x, np.array(labels)[every_row], metric) for labels in itertools.product(range(k), repeat=len(x))
+    )
+
+
+def quiet_lloyd(x: Tensor, centers: Tensor, metric: Metric, max_steps: int = 300) -> Clustering:
+    """Run from arbitrary centres, where an empty cluster is nothing unusual; other warnings stay errors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="cluster .* is empty", category=RuntimeWarning)
+        return lloyd(x, centers, metric, max_steps=max_steps)
+
+
+# Published figures
+
+
+@pytest.mark.parametrize(("k", "printed"), [(2, "152.347951760358"), (3, "78.8514414261460"), (4, "57.2284732142857")])
+def test_iris_reaches_the_published_global_optimum(k: int, printed: str) -> None:
+    """du Merle et al., "An interior point algorithm for minimum sum-of-squares clustering" (2000).
+
+    scikit-learn's iris is Fisher's, as theirs is. The copy at UCI differs in the 35th and 38th row and its optima are
+    152.3687, 78.9408 and 57.3173.
+    """
+    result = kmeans(load_iris().data, k, num_starts=20, generator=seeded(0))
+    half_a_digit = 0.5 * 10.0 ** -len(printed.split(".")[1])
+    rounding = 4 * np.spacing(float(printed))
+    assert abs(result.objective[-1].item() - float(printed)) <= half_a_digit + rounding
+    assert result.converged
+
+
+def test_kmedians_in_one_dimension_finds_the_published_optimum() -> None:
+    """Tests of the R package Ckmeans.1d.dp (Wang and Song 2011), weighted and unweighted K-medians."""
+    result = kmedians(torch.tensor([[-1.0], [2.0], [4.0], [5.0], [6.0]]), 3, generator=seeded(0))
+    assert sorted(result.centers[:, 0].tolist()) == [-1, 2, 5]
+    assert result.objective[-1] == 2
+
+
+# Another implementation
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_kmeans_agrees_with_scikit_learn_from_the_same_centres(k: int, offset: float) -> None:
+    """On continuous data: iris, with one decimal, has rows exactly midway between centres; either label is right."""
+    x = np.random.default_rng(0).normal(size=(300, 4)) * [1, 2, 3, 4] + offset
+    for seed in range(4):
+        centers = x[np.random.default_rng(seed).permutation(len(x))[:k]]
+        peer = KMeans(k, init=centers, n_init=1, tol=0, max_iter=300, algorithm="lloyd").fit(x)
+        ours = lloyd(torch.tensor(x), torch.tensor(centers), SQUARED_EUCLIDEAN)
+        np.testing.assert_array_equal(ours.labels, peer.labels_)
+        np.testing.assert_allclose(ours.centers, peer.cluster_centers_, rtol=1e-13)
+        np.testing.assert_allclose(ours.objective[-1], peer.inertia_, rtol=1e-13)
+
+
+@METRICS
+def test_update_is_the_numpy_mean_or_median(metric: Metric) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 3))
+    labels = np.concatenate([np.repeat(np.arange(5), [1, 2, 3, 4, 7]), rng.integers(5, 7, size=183)])
+    centers = update(torch.tensor(x), torch.tensor(labels), torch.zeros(7, 3, dtype=torch.float64), metric)
+    center = np.mean if metric is SQUARED_EUCLIDEAN else np.median
+    expected = np.stack([center(x[labels == k], axis=0) for k in range(7)])
+    np.testing.assert_allclose(centers, expected, rtol=1e-14, atol=1e-15)
+
+
+@METRICS
+def test_update_leaves_the_centre_of_an_empty_cluster_alone(metric: Metric) -> None:
+    x = torch.tensor([[0.0], [2.0], [10.0]])
+    centers = update(x, torch.tensor([0, 0, 2]), torch.tensor([[5.0], [6.0], [7.0]]), metric)
+    assert centers.tolist() == [[1], [6], [10]]
+
+
+# Brute force
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("num_features", [1, 2])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_restarts_find_the_optimum_over_all_partitions(
+    algorithm: Algorithm, metric: Metric, num_features: int, k: int
+) -> None:
+    for seed in range(2):
+        x = np.random.default_rng(seed).normal(size=(7, num_features))
+        optimum = global_optimum(x, k, metric)
+        best = algorithm(x, k, num_starts=30, generator=seeded(seed))
+        assert best.objective[-1].item() == pytest.approx(optimum, rel=1e-13)
+        for rows in itertools.combinations(range(7), k):
+            from_rows = quiet_lloyd(torch.tensor(x), torch.tensor(x[list(rows)]), metric)
+            assert from_rows.objective[-1] >= optimum * (1 - 1e-13)
+
+
+# Laws of the iteration
+
+# A coarse grid makes ties and duplicates the rule; thirds and the offset 0.7 make them inexact.
+GRIDS = st.tuples(st.sampled_from([1.0, 1 / 3, 1e-3, 1e4]), st.sampled_from([0.0, 0.7]))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Draw data and starting centres: rows of the data in some order, some of them pushed away."""
+    num_rows, num_features = draw(st.integers(1, 12)), draw(st.integers(1, 3))
+    k = draw(st.integers(1, min(num_rows, 5)))
+    scale, offset = draw(GRIDS)
+    entries = draw(st.lists(st.integers(0, 9), min_size=num_rows * num_features, max_size=num_rows * num_features))
+    x = torch.tensor(entries, dtype=torch.float64).reshape(num_rows, num_features) * scale + offset
+    pushes = draw(st.lists(st.sampled_from([0, 0, 1, 50]), min_size=k, max_size=k))
+    centers = x[draw(st.permutations(range(num_rows)))[:k]] + torch.tensor(pushes)[:, None] * scale
+    assume(len(x.unique(dim=0)) >= k)
+    return x, centers
+
+
+@METRICS
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
+@given(problem=problems())
+def test_every_run_descends_to_a_fixed_point(metric: Metric, problem: tuple[Tensor, Tensor]) -> None:
+    x, centers = problem
+    result = quiet_lloyd(x, centers, metric)
+    assert result.converged
+
+    rounding = 1e-13 * deviations(x, result.labels, centers, metric).sum()
+    assert (result.objective.diff() <= rounding).all()
+    assert result.objective[-1] == deviations(x, result.labels, result.centers, metric).sum()
+
+    assert sorted(set(result.labels.tolist())) == list(range(len(centers)))
+    own = deviations(x, result.labels, result.centers, metric)
+    to_each = (x[:, None] - result.centers).abs().pow(metric.power).sum(-1)
+    assert (own <= to_each.amin(1) * (1 + 1e-14)).all()
+
+    again = lloyd(x, result.centers, metric)
+    assert torch.equal(again.labels, result.labels)
+    assert torch.equal(again.centers, result.centers)
+    assert len(again.objective) == 1
+
+    center = np.mean if metric is SQUARED_EUCLIDEAN else np.median
+    for k in range(len(centers)):
+        expected = center(x[result.labels == k].numpy(), axis=0)
+        np.testing.assert_allclose(result.centers[k], expected, rtol=1e-14, atol=1e-15)
+
+
+@METRICS
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
+@given(problem=problems())
+def test_each_half_step_minimises(metric: Metric, problem: tuple[Tensor, Tensor]) -> None:
+    """No single label moved, and no centre shifted, lowers J below what the half-step reached."""
+    x, centers = problem
+    labels = assign(x, centers, metric)
+    assigned = deviations(x, labels, centers, metric)
+    for k in range(len(centers)):
+        others = deviations(x, torch.full_like(labels, k), centers, metric)
+        assert (assigned <= others * (1 + 1e-14)).all()
+    updated = update(x, labels, centers, metric)
+    reached = deviations(x, labels, updated, metric).sum()
+    assert reached <= assigned.sum() * (1 + 1e-14)
+    for shift in (-0.5, -1e-3, 1e-3, 0.5):
+        for d in range(x.shape[1]):
+            shifted = updated.clone()
+            shifted[:, d] += shift
+            assert reached <= deviations(x, labels, shifted, metric).sum() * (1 + 1e-14)
+
+
+@METRICS
+def test_stopping_early_is_a_value_and_a_warning(metric: Metric) -> None:
+    x = torch.arange(40, dtype=torch.float64)[:, None]
+    with pytest.warns(ConvergenceWarning, match="after 2 steps"):
+        result = lloyd(x, x[:3], metric, max_steps=2)
+    assert not result.converged
+    assert len(result.objective) == 2
+    assert result.objective[-1] == deviations(x, result.labels, result.centers, metric).sum()
+    assert torch.equal(result.centers, update(x, result.labels, result.centers, metric))
+
+
+@ALGORITHMS
+def test_the_front_door_warns_of_stopping_early(algorithm: Algorithm, metric: Metric) -> None:
+    x = torch.randn(200, 2, generator=seeded(0), dtype=torch.float64)
+    with pytest.warns(ConvergenceWarning, match="after 1 steps"):
+        assert not algorithm(x, 5, num_starts=3, generator=seeded(0), max_steps=1).converged
+
+
+# Degenerate data
+
+
+@METRICS
+def test_an_empty_cluster_takes_the_farthest_row_and_says_so(metric: Metric) -> None:
+    x = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0]])
+    with pytest.warns(RuntimeWarning, match="cluster 1 is empty at step 1: it takes row 4"):
+        result = lloyd(x, torch.tensor([[1.0], [1000.0]]), metric)
+    assert result.converged
+    assert result.labels.tolist() == [0, 0, 0, 1, 1]
+
+
+@METRICS
+def test_several_empty_clusters_are_filled_one_by_one(metric: Metric) -> None:
+    """The rows farthest from the common centre come in pairs: moving a pair at once would empty its old cluster."""
+    x = torch.tensor([[0.0], [1.0], [100.0], [101.0]])
+    with pytest.warns(RuntimeWarning, match="is empty") as caught:
+        result = lloyd(x, torch.tensor([[50.0], [1e4], [1e4], [1e4]]), metric)
+    assert [str(warning.message).split(" is")[0] for warning in caught] == ["cluster 1", "cluster 2", "cluster 3"]
+    assert result.objective[-1] == 0
+    assert sorted(result.labels.tolist()) == [0, 1, 2, 3]
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("k", [3, 4])
+def test_more_clusters_than_distinct_rows_is_an_error(algorithm: Algorithm, metric: Metric, k: int) -> None:
+    x = [[0.1, 0.3], [0.7, 0.9]] * 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(ValueError, match=rf"every row lies on one of 2 centres.*{k} clusters"):
+            algorithm(x, k, generator=seeded(0))
+
+
+@ALGORITHMS
+def test_as_many_clusters_as_distinct_rows(algorithm: Algorithm, metric: Metric) -> None:
+    x = torch.tensor([[0.1, 0.3], [0.7, 0.9], [0.7, 0.3]] * 10, dtype=torch.float64)
+    result = algorithm(x, 3, generator=seeded(0))
+    assert result.objective[-1] == 0
+    assert torch.equal(result.centers[result.labels], x)
+
+
+@METRICS
+@pytest.mark.parametrize("num_copies", range(1, 40))
+def test_the_centre_of_equal_rows_is_that_row(metric: Metric, num_copies: int) -> None:
+    """The plain mean of three copies of 0.1 is not 0.1, and would leave a distance where there is none."""
+    x = torch.tensor([[0.1, 0.7 + 1e6]], dtype=torch.float64).expand(num_copies, 2)
+    assert torch.equal(metric.center(x), x[0])
+
+
+@ALGORITHMS
+def test_one_cluster_is_the_mean_or_the_median(algorithm: Algorithm, metric: Metric) -> None:
+    x = blobs(0)
+    result = algorithm(x, 1, num_starts=1, generator=seeded(0))
+    center = np.mean if metric is SQUARED_EUCLIDEAN else np.median
+    np.testing.assert_allclose(result.centers[0], center(x.numpy(), axis=0), rtol=1e-14)
+    assert result.converged
+    assert not result.labels.any()
+
+
+@ALGORITHMS
+def test_as_many_clusters_as_rows(algorithm: Algorithm, metric: Metric) -> None:
+    x = torch.randn(30, 2, generator=seeded(3), dtype=torch.float64)
+    result = algorithm(x, 30, num_starts=1, generator=seeded(0))
+    assert result.objective[-1] == 0
+    assert torch.equal(result.centers[result.labels], x)
+
+
+@ALGORITHMS
+def test_an_offset_of_a_million_changes_nothing(algorithm: Algorithm, metric: Metric) -> None:
+    x = blobs(1, num_features=3)
+    near = algorithm(x, 5, generator=seeded(0))
+    far = algorithm(x + 1e6, 5, generator=seeded(0))
+    assert torch.equal(near.labels, far.labels)
+    # A centre is rounded to half a unit in the last place of 1e6.
+    torch.testing.assert_close(far.centers - 1e6, near.centers, rtol=0, atol=np.spacing(1e6))
+    torch.testing.assert_close(far.objective, near.objective, rtol=1e-9, atol=0)
+
+
+@METRICS
+def test_clusters_narrow_beside_the_spread_are_told_apart(metric: Metric) -> None:
+    """Two pairs lie 1e-4 apart and two million from the rest: the expanded square would be all rounding."""
+    x = torch.tensor([[-1e6], [1e6], [1e6 + 1e-6], [1e6 + 1e-4], [1e6 + 1.01e-4]], dtype=torch.float64)
+    result = lloyd(x, x[[0, 1, 3]], metric)
+    assert result.labels.tolist() == [0, 1, 1, 2, 2]
+
+
+@ALGORITHMS
+def test_a_constant_column_changes_nothing(algorithm: Algorithm, metric: Metric) -> None:
+    x = blobs(2)
+    with_constant = torch.cat([x, torch.full((len(x), 1), 0.1, dtype=x.dtype)], 1)
+    plain = algorithm(x, 3, generator=seeded(0))
+    result = algorithm(with_constant, 3, generator=seeded(0))
+    assert torch.equal(result.labels, plain.labels)
+    assert (result.centers[:, 2] == 0.1).all()
+
+
+@ALGORITHMS
+def test_single_precision_stays_single(algorithm: Algorithm, metric: Metric) -> None:
+    x = blobs(4)
+    double = algorithm(x, 3, generator=seeded(0))
+    single = algorithm(x.float(), 3, generator=seeded(0))
+    assert single.centers.dtype == single.objective.dtype == torch.float32
+    assert torch.equal(single.labels, double.labels)
+    torch.testing.assert_close(single.objective[-1].double(), double.objective[-1], rtol=1e-5, atol=0)
+
+
+# Seeding and reproducibility
+
+
+@ALGORITHMS
+def test_the_generator_is_the_only_randomness(algorithm: Algorithm, metric: Metric) -> None:
+    x = torch.randn(100, 2, generator=seeded(0), dtype=torch.float64)
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    first = algorithm(x, 6, num_starts=2, generator=seeded(7))
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    second = algorithm(x, 6, num_starts=2, generator=seeded(7))
+    assert torch.equal(first.labels, second.labels)
+    assert torch.equal(first.objective, second.objective)
+
+
+@pytest.mark.parametrize("seeds", [kmeans_plusplus, kmedians_plusplus])
+def test_seeds_are_distinct_rows_one_in_each_far_blob(seeds: Callable[..., Tensor]) -> None:
+    """The odds of two seeds in one blob are at most about 1e-4 in L1 and 1e-8 squared, before the greedy choice."""
+    x = torch.cat([1e4 * k + torch.rand(50, 2, generator=seeded(k), dtype=torch.float64) for k in range(4)])
+    for seed in range(20):
+        centers = seeds(x, 4, seeded(seed))
+        assert sorted((centers[:, 0] // 1e4).tolist()) == [0, 1, 2, 3]
+        assert all((x == center).all(1).any() for center in centers)
+
+
+@pytest.mark.parametrize("seeds", [kmeans_plusplus, kmedians_plusplus])
+def test_seeds_far_from_zero_are_the_same_rows(seeds: Callable[..., Tensor]) -> None:
+    x = (torch.randn(200, 2, generator=seeded(0), dtype=torch.float64) * 1024).round() / 2**20  # exact after the shift
+    for seed in range(5):
+        assert torch.equal(seeds(x + 2.0**20, 6, seeded(seed)) - 2.0**20, seeds(x, 6, seeded(seed)))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_the_second_seed_is_drawn_by_its_distance(power: int) -> None:
+    """The pair of first and second seed follows the greedy law, worked out by enumeration."""
+    x = torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 2.0], [3.0, -4.5]], dtype=torch.float64)
+    seeds = kmeans_plusplus if power == 2 else kmedians_plusplus
+    distance = (x[:, None] - x).abs().pow(power).sum(-1)
+    law = torch.zeros(4, 4, dtype=torch.float64)
+    for first in range(4):
+        chances = distance[first] / distance[first].sum()
+        for candidates in itertools.product(range(4), repeat=2):  # 2 + int(log 2) of them
+            left = [torch.minimum(distance[first], distance[c]).sum().item() for c in candidates]
+            second = candidates[int(np.argmin(left))]
+            law[first, second] += chances[list(candidates)].prod() / 4
+    generator, num_draws = seeded(0), 2000
+    counts = torch.zeros(4, 4, dtype=torch.float64)
+    for _ in range(num_draws):
+        first, second = (int(row) for row in seeds(x, 2, generator)[:, 0])  # the first column numbers the rows
+        counts[first, second] += 1
+    assert (counts[law == 0] == 0).all()
+    errors = (counts / num_draws - law)[law > 0] / (law * (1 - law) / num_draws).sqrt()[law > 0]
+    assert (
+        errors.abs().max() < 5
+    )  # standard errors: each cell fails by chance once in 1.7 million, and the seed is fixed
+
+
+# Errors
+
+
+@ALGORITHMS
+def test_errors_say_what_is_wrong(algorithm: Algorithm, metric: Metric) -> None:
+    x = blobs(0)
+    holed = x.clone()
+    holed[4, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"x\[4, 1\] is nan"):
+        algorithm(holed, 2, generator=seeded(0))
+    with pytest.raises(ValueError, match=r"shape \(N, D\)"):
+        algorithm(x[:, 0], 2, generator=seeded(0))
+    with pytest.raises(TypeError, match="numbers"):
+        algorithm([["a", "b"]], 1, generator=seeded(0))
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        algorithm(x, 0, generator=seeded(0))
+    with pytest.raises(ValueError, match="91 components need"):
+        algorithm(x, 91, generator=seeded(0))
+    with pytest.raises(TypeError, match="integer"):
+        algorithm(x, 2.0, generator=seeded(0))
+    with pytest.raises(ValueError, match="num_starts must be at least 1"):
+        algorithm(x, 2, num_starts=0, generator=seeded(0))
+    with pytest.raises(ValueError, match="max_steps must be at least 1"):
+        algorithm(x, 2, max_steps=0, generator=seeded(0))
+    with pytest.raises(ValueError, match="overflows"):
+        algorithm(x / x.abs().max() * 1e307, 2, generator=seeded(0))
+
+
+def test_starting_centres_must_fit_the_data() -> None:
+    x = blobs(0)
+    with pytest.raises(ValueError, match=r"shape \(K, 2\), not \(3, 1\)"):
+        lloyd(x, torch.zeros(3, 1), SQUARED_EUCLIDEAN)
+    with pytest.raises(ValueError, match=r"centers\[1, 0\] is inf"):
+        lloyd(x, torch.tensor([[0.0, 0.0], [torch.inf, 0.0]]), SQUARED_EUCLIDEAN)
+    with pytest.raises(ValueError, match="92 components need"):
+        lloyd(x, torch.zeros(92, 2), MANHATTAN)
+
+
+def test_an_objective_that_rises_by_a_trillionth_is_reported_as_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted fault: labels that swap names for ever, and centres that drift from their means by 1e-6 more each time."""
+    drift = itertools.count()
+    drifting = Metric(2, lambda rows: rows.mean(0) + 1e-6 * next(drift), kmeans_plusplus)
+    swaps = itertools.cycle([torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 0, 0])])
+    monkeypatch.setattr("mixproof.inference.lloyd.assign", lambda x, centers, metric: next(swaps))
+    x = torch.tensor([[0.0], [1.0], [5.0], [6.0]], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"rose from 1\.0.* to 1\.0.* at step 2, .* bug"):
+        lloyd(x, x[[0, 2]], drifting)
