@@ -1,13 +1,14 @@
 """BFGS with a line search that also serves objectives with kinks.
 
 The line search asks only for weak Wolfe conditions (Lewis and Overton, Nonsmooth optimization via quasi-Newton methods,
-Mathematical Programming 141, 2013, algorithm 2.6), so that it closes in on the kinks of a Laplace likelihood, where the strong-Wolfe
-searches of the usual libraries stop early.
+Mathematical Programming 141, 2013, algorithm 2.6), so that it closes in on the kinks of a Laplace likelihood, where the
+strong-Wolfe searches of the usual libraries stop early.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,7 +37,11 @@ def with_gradient(function: Callable[[Tensor], Tensor]) -> Objective:
     def objective(u: Tensor) -> tuple[float, Tensor]:
         u = u.detach().requires_grad_()
         try:
-            value = function(u)
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", message="Encountered", category=UserWarning
+                )  # Pyro's, of NaN at a wall
+                value = function(u)
             (gradient,) = torch.autograd.grad(value, u)
         except (ValueError, torch.linalg.LinAlgError):  # a long step leaves the support by rounding
             return math.inf, torch.zeros_like(u)
@@ -67,11 +72,14 @@ def minimise(objective: Objective, u: Tensor, *, max_steps: int, rtol: float) ->
     for step in range(1, max_steps + 1):
         direction = -inverse_hessian @ gradient
         found = _line_search(objective, u, value, gradient, direction)
-        if found is None:
-            if fresh:
-                return Minimum(u, value, True, step)
+        if found is None and not fresh:
             inverse_hessian, fresh = identity / max(gradient.norm().item(), 1.0), True
             continue
+        if found is None:
+            gradient = _steepest(objective, u)
+            found = _line_search(objective, u, value, gradient, -gradient / max(gradient.norm().item(), 1.0))
+        if found is None:
+            return Minimum(u, value, True, step)
         next_u, next_value, next_gradient = found
         s, y = next_u - u, next_gradient - gradient
         curvature = s @ y
@@ -86,10 +94,22 @@ def minimise(objective: Objective, u: Tensor, *, max_steps: int, rtol: float) ->
     return Minimum(u, value, False, max_steps)
 
 
+def _steepest(objective: Objective, u: Tensor) -> Tensor:
+    """Return the shortest subgradient (P,) at u (P,), where kinks, if any, are those of separate coordinates.
+
+    At a kink, autograd's gradient is one of many, and its opposite need not descend: a Laplace likelihood has a kink in
+    each location that equals an entry of the data, as medians do. To the right and to the left of u all coordinates are
+    off their kinks; between two slopes that enclose 0 a coordinate stays where it is.
+    """
+    shift = 2**10 * torch.finfo(u.dtype).eps * (1 + u.abs())
+    (_, left), (_, right) = objective(u - shift), objective(u + shift)
+    return torch.where((left <= 0) & (right >= 0), 0.0, torch.where(left.abs() > right.abs(), left, right))
+
+
 def _line_search(
     objective: Objective, u: Tensor, value: float, gradient: Tensor, direction: Tensor
 ) -> tuple[Tensor, float, Tensor] | None:
-    """Return a point along the direction that meets the weak Wolfe conditions, or None if none can be told from rounding."""
+    """Return a point along the direction that meets the weak Wolfe conditions, or None where rounding hides them."""
     slope = (gradient @ direction).item()
     if not slope < 0:
         return None

@@ -28,7 +28,7 @@ class Program(NamedTuple):
 
 
 class Bind(Messenger):
-    """Runs a program at given parameters: sample sites are conditioned on, param sites replaced by, the values by name."""
+    """Runs a program at given parameters: sample sites are conditioned on them, param sites replaced by them."""
 
     def __init__(self, params: Mapping[str, Tensor]):
         super().__init__()
@@ -56,11 +56,11 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
         params: a value for each continuous latent site and each param site.
 
     Raises:
-        ValueError: there is no enumerated site, a discrete site is not marked for enumeration, a continuous site has no value
-            in ``params``, or ``params`` names a site that the program does not have.
+        ValueError: there is no enumerated site, a discrete site is not marked for enumeration, a continuous site has no
+            value in ``params``, or ``params`` names a site that the program does not have.
     """
     with pyro.get_param_store().scope(), torch.no_grad():
-        trace = poutine.trace(bind(model, params)).get_trace(*args)
+        trace: Any = poutine.trace(bind(model, params)).get_trace(*args)
     supports, latents, nesting = {}, [], 0
     for name, site in trace.nodes.items():
         if site["type"] == "param":
@@ -93,7 +93,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
 
 
 def log_density(model: Model, program: Program, params: Mapping[str, Tensor], *args: Any) -> Tensor:
-    """Return log p(data, params), the discrete latents summed out by Pyro's ``TraceEnum_ELBO``; differentiable in params."""
+    """Return log p(data, params), the discrete latents summed out by ``TraceEnum_ELBO``; differentiable in params."""
     elbo = TraceEnum_ELBO(max_plate_nesting=program.max_plate_nesting)
     differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in params.values())
     with pyro.get_param_store().scope():
@@ -102,18 +102,18 @@ def log_density(model: Model, program: Program, params: Mapping[str, Tensor], *a
 
 
 def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor], *args: Any) -> tuple[Tensor, Tensor]:
-    """Return log p(x_n, z_n = k | params) of each row, shape (N, K), and log p(params), shape (); differentiable in params.
+    """Return log p(x_n, z_n = k | params), shape (N, K), and log p(params), shape (); differentiable in params.
 
     With more than one enumerated site, K counts their joint values, the first site varying slowest. The program must be
     independent over the plates that its enumerated sites share.
     """
     first = -1 - program.max_plate_nesting
     with pyro.get_param_store().scope():
-        trace = poutine.trace(poutine.enum(bind(model, params), first_available_dim=first)).get_trace(*args)
+        trace: Any = poutine.trace(poutine.enum(bind(model, params), first_available_dim=first)).get_trace(*args)
     trace.compute_log_prob()
     plates = {frame.name for frame in trace.nodes[program.latents[0]]["cond_indep_stack"]}
     table = log_prior = torch.zeros(())
-    for name, site in trace.nodes.items():
+    for site in trace.nodes.values():
         if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
             continue
         own = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
@@ -133,7 +133,8 @@ def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor]
 def unconstrain(support: constraints.Constraint) -> Transform:
     """Return a smooth map from unconstrained coordinates onto a support, one to one where torch has such a map.
 
-    For positive definite matrices torch has none: the coordinates are a square matrix of which the upper triangle is ignored.
+    For positive definite matrices torch has none: the coordinates are a square matrix of which the upper triangle is
+    ignored.
     """
     try:
         return biject_to(support)
@@ -142,7 +143,7 @@ def unconstrain(support: constraints.Constraint) -> Transform:
 
 
 class Coordinates:
-    """Unconstrained coordinates of the parameters that have a support: one flat vector u (P,) and back; others stay fixed."""
+    """Unconstrained coordinates, one flat vector u (P,), of the parameters with a support; the others stay fixed."""
 
     def __init__(self, supports: Mapping[str, constraints.Constraint], params: Mapping[str, Tensor]):
         self.transforms = {name: unconstrain(supports[name]) for name in params if name in supports}

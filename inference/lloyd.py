@@ -17,10 +17,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
-from mixproof.inference.validation import check_data, check_num_components
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+
+from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
+from mixproof.inference.validation import check_data, check_num_components
 
 
 class Metric(NamedTuple):

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from mixproof.inference.bfgs import minimise, with_gradient
-from mixproof.inference.enumeration import Coordinates, inspect, log_density
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+
+from mixproof.inference.bfgs import minimise, with_gradient
+from mixproof.inference.enumeration import Coordinates, inspect, log_density
 
 
 class Mode(NamedTuple):
@@ -42,7 +43,8 @@ def posterior_mode(
         The mode as density over the constrained parameters: no Jacobian of a change of variables enters.
 
     Raises:
-        ValueError: the program has no enumerated site or an unmarked one, a parameter has no value, or the start has density 0.
+        ValueError: the program has no enumerated site or an unmarked one, a parameter has no value, or the start has
+            density 0.
     """
     start: Mapping[str, Tensor] = init if isinstance(init, Mapping) else init._asdict()
     start = {name: torch.as_tensor(value).detach() for name, value in start.items()}

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 
 import torch
-from mixproof.inference.validation import check_data, check_num_components
 from sklearn.cluster import kmeans_plusplus as sklearn_kmeans_plusplus
 from torch import Tensor
+
+from mixproof.inference.validation import check_data, check_num_components
 
 
 def kmeans_plusplus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO
-from pyro.optim import ClippedAdam
+from pyro.optim import ClippedAdam, PyroOptim
 from torch import Tensor
 
 
@@ -32,18 +32,22 @@ def svi(
     max_plate_nesting: int = 1,
     learning_rate: float = 0.1,
     final_learning_rate: float = 1e-4,
+    optimiser: PyroOptim | None = None,
 ) -> Variational:
     """Fit a guide to the posterior of a Pyro program with enumerated discrete latents by maximising the ELBO.
 
     Args:
         model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
-        guide: a Pyro guide that leaves the enumerated sites out, e.g. ``AutoDelta(pyro.poutine.block(model, hide=["z"]))``.
+        guide: a Pyro guide that leaves the enumerated sites out, e.g.
+            ``AutoDelta(pyro.poutine.block(model, hide=["z"]))``.
         args: the positional arguments of the program.
         num_steps: the number of gradient steps.
         seed: seeds Pyro's random draws for the run; the state of the global generator is put back afterwards.
         max_plate_nesting: the largest number of plates inside one another in the program.
         learning_rate: the step of Adam at the start, in unconstrained coordinates.
         final_learning_rate: the step at the end; it decays geometrically in between.
+        optimiser: takes the place of Adam and both rates. The ELBO of a delta guide has no noise, and resilient
+            backpropagation, ``pyro.optim.Rprop({"lr": 0.01})``, climbs it to rounding in a few hundred steps.
 
     Raises:
         ValueError: ``num_steps`` is below 1, the loss is not finite, or Pyro refuses the pair of model and guide.
@@ -54,8 +58,8 @@ def svi(
     losses = []
     with pyro.get_param_store().scope(), torch.random.fork_rng(), _default_dtype_of(args):
         pyro.set_rng_seed(seed)
-        optimiser = ClippedAdam({"lr": learning_rate, "lrd": decay, "clip_norm": float("inf")})
-        inference = SVI(model, guide, optimiser, TraceEnum_ELBO(max_plate_nesting=max_plate_nesting))
+        adam = ClippedAdam({"lr": learning_rate, "lrd": decay, "clip_norm": float("inf")})
+        inference = SVI(model, guide, optimiser or adam, TraceEnum_ELBO(max_plate_nesting=max_plate_nesting))
         for step in range(num_steps):
             losses.append(inference.step(*args))
             if not math.isfinite(losses[-1]):

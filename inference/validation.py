@@ -45,13 +45,15 @@ def check_data(x: Any, support: constraints.Constraint | None = None) -> Tensor:
     return x
 
 
-def check_num_components(num_components: Any, num_rows: int) -> int:
-    """Return the number of components as an int, or say why the data cannot carry it.
+def check_num_components(num_components: Any, num_rows: int) -> Any:
+    """Return the number of components as an int, of several latents as a tuple, or say why the data cannot carry it.
 
     Raises:
         TypeError: it is not an integer.
         ValueError: it is below 1 or above the number of rows.
     """
+    if isinstance(num_components, tuple):
+        return tuple(check_num_components(number, num_rows) for number in num_components)
     if isinstance(num_components, bool) or not isinstance(num_components, int | np.integer):
         raise TypeError(f"the number of components must be an integer, not {num_components!r}")
     if num_components < 1:
@@ -103,25 +105,74 @@ def check_params(family: Any, params: Any, num_features: int | None = None) -> A
             at = tuple((~valid).nonzero()[0].tolist()) if valid.ndim else ()
             where = "".join(f"[{i}]" for i in at)
             raise ValueError(f"{name}{where} must be {_words(site.support)}, and is {value[at].tolist()}")
+        if site.support is constraints.simplex:  # up to the last bit, where torch allows 1e-6
+            result = result._replace(**{name: value / value.sum(-1, keepdim=True)})
     return result
 
 
+def check_prior(family: Any, prior: Any, params: Any) -> Any:
+    """Return a prior with every entry a tensor in the type of the parameters, or say what is wrong with it.
+
+    Args:
+        family: a family of the contract.
+        prior: its ``Prior``, whose entries may be numbers, numpy arrays or nested lists; None is flat.
+        params: its ``Params``, which the prior must fit.
+
+    Raises:
+        TypeError: the prior is not the family's, or holds something else than numbers.
+        ValueError: a hyperparameter has a value that its distribution refuses, or a shape that does not fit.
+    """
+    if prior is None:
+        return None
+    prior = _convert(prior, family.Prior, params[0])
+    try:
+        sites = _parameter_sites(family, params, None, prior)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the prior does not define a distribution of the parameters: {error}") from error
+    for name, site in sites.items():
+        if site.shape() != getattr(params, name).shape:
+            raise ValueError(
+                f"the prior is one of {name} of shape {tuple(site.shape())}, "
+                f"and the parameters have {tuple(getattr(params, name).shape)}"
+            )
+    return prior
+
+
+def _convert(prior: Any, expected: Any, like: Tensor) -> Any:
+    if not isinstance(prior, expected):
+        raise TypeError(
+            f"the prior of this family is a {expected.__qualname__}({', '.join(expected._fields)}), "
+            f"not a {type(prior).__name__}"
+        )
+    values: dict[str, Any] = {}
+    for name, value in prior._asdict().items():
+        if isinstance(value, tuple):  # the prior of a part
+            values[name] = type(value)(*_convert(value, type(value), like))
+            continue
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, dtype=np.float64))
+        values[name] = tensor.to(like)
+        if not torch.isfinite(values[name]).all():
+            raise ValueError(f"{name} of the prior must be finite, and is {value}")
+    return expected(**values)
+
+
 def num_components(params: Any) -> int | tuple[int, ...]:
-    """Return K as the family's program takes it: the length of ``weights``, or of each field of weights where it has more."""
+    """Return K as the family's program takes it: the length of ``weights``, or of each of several fields of weights."""
     sizes = tuple(value.shape[-1] for name, value in params._asdict().items() if name.endswith("weights"))
     return sizes[0] if len(sizes) == 1 else sizes
 
 
 def data_support(family: Any) -> constraints.Constraint:
-    """Return the torch constraint on one row of data, by the family's program: the support of its observed site ``x``."""
+    """Return the torch constraint on one row of data: the support of the site ``x`` of the family's program."""
     sizes = [1 if name.endswith("weights") else 0 for name in family.Params._fields]
     num_weights = sum(sizes)
     with torch.no_grad(), InitMessenger(_feasible), poutine.trace() as tape:
         family.model(num_components=1 if num_weights == 1 else (1,) * num_weights, num_data=1, num_features=1)
-    return tape.trace.nodes["x"]["fn"].support
+    program: Any = tape.trace
+    return program.nodes["x"]["fn"].support
 
 
-def _parameter_sites(family: Any, params: Any, num_features: int | None) -> dict[str, Any]:
+def _parameter_sites(family: Any, params: Any, num_features: int | None, prior: Any = None) -> dict[str, Any]:
     """Return the distributions of the parameter sites, by the program's own account of their shapes and supports."""
     for name, value in params._asdict().items():
         least = 1 if name.endswith("weights") else 0
@@ -129,7 +180,7 @@ def _parameter_sites(family: Any, params: Any, num_features: int | None) -> dict
             raise ValueError(f"{name} must have at least {least} axis, and is the number {value.item()}")
     features = num_features if num_features is not None else (params[1].shape[-1] if params[1].ndim else 1)
     with torch.no_grad(), InitMessenger(_feasible), poutine.trace() as tape:
-        family.model(num_components=num_components(params), num_data=1, num_features=features)
+        family.model(num_components=num_components(params), prior=prior, num_data=1, num_features=features)
     return {name: tape.trace.nodes[name]["fn"] for name in params._fields}
 
 

@@ -4,21 +4,22 @@ r"""Mixture of products of Bernoullis, for binary vectors: latent class analysis
     z_n \sim \mathrm{Cat}(\pi), \qquad p(x_n \mid z_n = k) = \prod_d \theta_{kd}^{x_{nd}} (1 - \theta_{kd})^{1 - x_{nd}}
 
 Sizes: N observations, D features, K components; x holds 0.0 and 1.0. The module is the family with free weights;
-``UniformWeights()`` is the sheet's, with p(z = k) = 1 / K known. Bishop, Pattern Recognition and Machine Learning, section 9.3.3.
-The conjugate prior is Dirichlet on the weights and beta on each probability.
+``UniformWeights()`` is the sheet's, with p(z = k) = 1 / K known. Bishop, Pattern Recognition and Machine Learning,
+section 9.3.3. The conjugate prior is Dirichlet on the weights and beta on each probability.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
-from mixproof.models.initial import partition
 from torch import Tensor
 from torch.distributions import constraints
+
+from mixproof.models.initial import partition
 
 
 class Params(NamedTuple):
@@ -50,7 +51,7 @@ def model(
     num_data: int | None = None,
     num_features: int | None = None,
 ) -> Tensor:
-    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+    """Draw the parameters, then each row from its component; observe x (N, D), or generate ``num_data`` rows.
 
     Flat priors here are uniform in value, yet improper to Pyro: without ``prior``, condition the sites to generate.
     """
@@ -139,8 +140,8 @@ def moments(params: Params) -> tuple[Tensor, Tensor]:
 def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
     """Return a start for EM: the shares and frequencies of a partition of x (N, D), drawn to those of all the data.
 
-    One pseudo-observation at the overall frequencies keeps a part from excluding a value that it has not seen, and half a one and
-    half a zero more keep those frequencies inside (0, 1).
+    One pseudo-observation at the overall frequencies keeps a part from excluding a value that it has not seen, and half
+    a one and half a zero more keep those frequencies inside (0, 1).
     """
     resp = partition(x, num_components, generator, method)
     counts = resp.sum(0)
@@ -152,14 +153,21 @@ def init_params(x: Tensor, num_components: int, generator: torch.Generator, meth
 class UniformWeights:
     """The sheet's family: the weights are known, p(z = k) = 1 / K, and EM learns the probabilities alone."""
 
+    class Params(NamedTuple):
+        weights: Tensor  # (K,), 1 / K each
+        probs: Tensor  # (K, D), of a one
+
     class Prior(NamedTuple):
         """probs ~ Beta(ones, zeros)."""
 
         ones: Tensor  # (D,)
         zeros: Tensor  # (D,)
 
-    Params: ClassVar = Params
-    Stats: ClassVar = Stats
+    class Stats(NamedTuple):
+        """Sums over rows, weighted by responsibilities; additive over rows."""
+
+        ones: Tensor  # (K, D), of r x
+        zeros: Tensor  # (K, D), of r (1 - x)
 
     def model(
         self,
@@ -170,40 +178,48 @@ class UniformWeights:
         num_data: int | None = None,
         num_features: int | None = None,
     ) -> Tensor:
-        """Draw the probabilities, then each row from its component; observe x (N, D) if given; weights are a fixed site."""
+        """Draw the probabilities, then each row from its component; observe x (N, D), or generate ``num_data`` rows.
+
+        The weights are a deterministic site. Without ``prior``, condition the site ``probs`` to generate.
+        """
         reference = prior[0] if prior is not None else torch.empty((), dtype=torch.float64) if x is None else x
         weights = reference.new_full((num_components,), 1 / num_components)
         weights = pyro.deterministic("weights", weights, event_dim=1)
         return _draw_rows(weights, x, prior, num_data, num_features)
 
-    def log_joint(self, params: Params, x: Tensor) -> Tensor:
+    def log_joint(self, params: UniformWeights.Params, x: Tensor) -> Tensor:
         """Return log p(x_n, z_n = k), shape (N, K); -inf where a probability of exactly 0 or 1 excludes the row."""
-        return log_joint(params, x)
+        return log_joint(Params(*params), x)
 
-    def statistics(self, params: Params, x: Tensor, resp: Tensor) -> Stats:
+    def statistics(self, params: UniformWeights.Params, x: Tensor, resp: Tensor) -> UniformWeights.Stats:
         """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
-        return statistics(params, x, resp)
+        return UniformWeights.Stats(*statistics(Params(*params), x, resp)[1:])
 
-    def m_step(self, stats: Stats, prior: UniformWeights.Prior | None = None) -> Params:
+    def m_step(self, stats: UniformWeights.Stats, prior: UniformWeights.Prior | None = None) -> UniformWeights.Params:
         """Return the probabilities that maximise Q, or Q + log prior, beside the weights as they are known."""
-        free = None if prior is None else Prior(torch.ones_like(stats.counts), *prior)
-        return Params(torch.full_like(stats.counts, 1 / stats.counts.shape[-1]), m_step(stats, free).probs)
+        ones, zeros = stats
+        if prior is not None:
+            ones, zeros = ones + prior.ones - 1, zeros + prior.zeros - 1
+        num_components = ones.shape[-2]
+        return UniformWeights.Params(torch.full_like(ones[..., 0], 1 / num_components), ones / (ones + zeros))
 
-    def log_prior(self, params: Params, prior: UniformWeights.Prior) -> Tensor:
+    def log_prior(self, params: UniformWeights.Params, prior: UniformWeights.Prior) -> Tensor:
         """Return the log density of the prior at the probabilities, a number ()."""
         return _log_beta(params.probs, prior.ones, prior.zeros)
 
-    def sample(self, params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, params: UniformWeights.Params, num_samples: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Return ``num_samples`` draws x (n, D) of 0.0 and 1.0 and the components z (n,) that they came from."""
-        return sample(params, num_samples, generator)
+        return sample(Params(*params), num_samples, generator)
 
-    def moments(self, params: Params) -> tuple[Tensor, Tensor]:
+    def moments(self, params: UniformWeights.Params) -> tuple[Tensor, Tensor]:
         """Return the mean (D,) and the covariance (D, D) of one observation."""
-        return moments(params)
+        return moments(Params(*params))
 
     def init_params(
         self, x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++"
-    ) -> Params:
+    ) -> UniformWeights.Params:
         """Return a start for EM: uniform weights, and the frequencies of a partition of x (N, D)."""
         start = init_params(x, num_components, generator, method)
-        return start._replace(weights=torch.full_like(start.weights, 1 / num_components))
+        return UniformWeights.Params(torch.full_like(start.weights, 1 / num_components), start.probs)

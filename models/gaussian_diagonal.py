@@ -3,9 +3,9 @@ r"""Mixture of Gaussians with diagonal covariances: the features are independent
 .. math::
     z_n \sim \mathrm{Cat}(\pi), \qquad x_{nd} \mid z_n = k \sim \mathcal{N}(\mu_{kd}, \sigma^2_{kd})
 
-Sizes: N observations, D features, K components. Every scale here is a variance. The conjugate prior is Dirichlet on the weights
-and normal-inverse-gamma on each (component, feature) pair (Fraley and Raftery 2007, section 2; with D = 1 it is their univariate
-model with unequal variances).
+Sizes: N observations, D features, K components. Every scale here is a variance. The conjugate prior is Dirichlet on the
+weights and normal-inverse-gamma on each (component, feature) pair (Fraley and Raftery 2007, section 2; with D = 1 it is
+their univariate model with unequal variances).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from mixproof.models.initial import partition
 from torch import Tensor
 from torch.distributions import constraints
+
+from mixproof.models.initial import partition
 
 
 class Params(NamedTuple):
@@ -28,7 +29,10 @@ class Params(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """Dirichlet(concentration) on weights; variances ~ InverseGamma(shape, rate), locs | ~ N(loc, variance / strength)."""
+    """weights ~ Dirichlet(concentration), variances ~ InverseGamma(shape, rate).
+
+    Given those, locs ~ N(loc, variance / strength).
+    """
 
     concentration: Tensor  # (K,)
     loc: Tensor  # (D,)
@@ -54,7 +58,7 @@ def model(
     num_data: int | None = None,
     num_features: int | None = None,
 ) -> Tensor:
-    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+    """Draw the parameters, then each row from its component; observe x (N, D), or generate ``num_data`` rows.
 
     Flat priors are improper and cannot be drawn from: without ``prior``, condition the parameter sites to generate.
     """

@@ -4,8 +4,9 @@ r"""Mixture of Gaussians, each component with its own full covariance matrix (pr
     z_n \sim \mathrm{Cat}(\pi), \qquad x_n \mid z_n = k \sim \mathcal{N}(\mu_k, \Sigma_k), \qquad
     p(x_n) = \sum_k \pi_k \, \mathcal{N}(x_n \mid \mu_k, \Sigma_k)
 
-Sizes: N observations, D features, K components. EM: Bishop, Pattern Recognition and Machine Learning, section 9.2.2. The
-conjugate prior is Dirichlet on the weights and normal-inverse-Wishart on each component (Fraley and Raftery 2007, section 2).
+Sizes: N observations, D features, K components. EM: Bishop, Pattern Recognition and Machine Learning, section 9.2.2.
+The conjugate prior is Dirichlet on the weights and normal-inverse-Wishart on each component (Fraley and Raftery 2007,
+section 2).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from mixproof.models.initial import partition
-from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 from torch import Tensor
 from torch.distributions import constraints
+
+from mixproof.models.initial import partition
+from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
 
 class Params(NamedTuple):
@@ -29,7 +31,10 @@ class Params(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """Dirichlet(concentration) on weights; covariances ~ InverseWishart(df, scale), locs | ~ N(loc, covariance / strength)."""
+    """weights ~ Dirichlet(concentration), covariances ~ InverseWishart(df, scale).
+
+    Given those, locs ~ N(loc, covariance / strength).
+    """
 
     concentration: Tensor  # (K,)
     loc: Tensor  # (D,)
@@ -55,7 +60,7 @@ def model(
     num_data: int | None = None,
     num_features: int | None = None,
 ) -> Tensor:
-    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+    """Draw the parameters, then each row from its component; observe x (N, D), or generate ``num_data`` rows.
 
     Flat priors are improper and cannot be drawn from: without ``prior``, condition the parameter sites to generate.
     """

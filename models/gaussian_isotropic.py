@@ -1,44 +1,25 @@
-r"""Mixture of isotropic Gaussians with one known variance; as it goes to 0, EM becomes K-means (problem 6 of the sheet).
+r"""Mixture of isotropic Gaussians with one known variance; as it goes to 0, EM becomes K-means (problem 6).
 
 .. math::
-    z_n \sim \mathrm{Cat}(\pi), \qquad x_n \mid z_n = k \sim \mathcal{N}(\mu_k, \sigma^2 I), \qquad \sigma^2 \text{ known}
+    z_n \sim \mathrm{Cat}(\pi), \qquad x_n \mid z_n = k \sim \mathcal{N}(\mu_k, \sigma^2 I), \; \sigma^2 \text{ known}
 
-Sizes: N observations, D features, K components. Bishop, Pattern Recognition and Machine Learning, section 9.3.2. The conjugate
-prior is Dirichlet on the weights and normal on each mean.
+Sizes: N observations, D features, K components. Bishop, Pattern Recognition and Machine Learning, section 9.3.2. The
+conjugate prior is Dirichlet on the weights and normal on each mean.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
-from mixproof.models.initial import partition
 from torch import Tensor
 from torch.distributions import constraints
 
-
-class Params(NamedTuple):
-    weights: Tensor  # (K,)
-    locs: Tensor  # (K, D)
-
-
-class Prior(NamedTuple):
-    """Dirichlet(concentration) on weights; locs ~ N(loc, variance / strength I)."""
-
-    concentration: Tensor  # (K,)
-    loc: Tensor  # (D,)
-    strength: Tensor  # (), in pseudo-observations
-
-
-class Stats(NamedTuple):
-    """Sums over rows, weighted by responsibilities; additive over rows."""
-
-    counts: Tensor  # (K,), of r
-    sums: Tensor  # (K, D), of r x
+from mixproof.models.initial import partition
 
 
 @dataclass(frozen=True)
@@ -47,9 +28,22 @@ class GaussianIsotropic:
 
     variance: float
 
-    Params: ClassVar = Params
-    Prior: ClassVar = Prior
-    Stats: ClassVar = Stats
+    class Params(NamedTuple):
+        weights: Tensor  # (K,)
+        locs: Tensor  # (K, D)
+
+    class Prior(NamedTuple):
+        """Dirichlet(concentration) on weights; locs ~ N(loc, variance / strength I)."""
+
+        concentration: Tensor  # (K,)
+        loc: Tensor  # (D,)
+        strength: Tensor  # (), in pseudo-observations
+
+    class Stats(NamedTuple):
+        """Sums over rows, weighted by responsibilities; additive over rows."""
+
+        counts: Tensor  # (K,), of r
+        sums: Tensor  # (K, D), of r x
 
     def __post_init__(self) -> None:
         if not (self.variance > 0 and math.isfinite(self.variance)):
@@ -60,11 +54,11 @@ class GaussianIsotropic:
         x: Tensor | None = None,
         *,
         num_components: int,
-        prior: Prior | None = None,
+        prior: GaussianIsotropic.Prior | None = None,
         num_data: int | None = None,
         num_features: int | None = None,
     ) -> Tensor:
-        """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+        """Draw the parameters, then each row from its component; observe x (N, D), or generate ``num_data`` rows.
 
         Flat priors are improper and cannot be drawn from: without ``prior``, condition the parameter sites to generate.
         """
@@ -83,40 +77,44 @@ class GaussianIsotropic:
             z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
             return pyro.sample("x", dist.Normal(locs[z], math.sqrt(self.variance)).to_event(1), obs=x)
 
-    def log_joint(self, params: Params, x: Tensor) -> Tensor:
+    def log_joint(self, params: GaussianIsotropic.Params, x: Tensor) -> Tensor:
         """Return log p(x_n, z_n = k), shape (N, K)."""
         squares = (x[..., None, :] - params.locs).square().sum(-1)
         log_normaliser = x.shape[-1] * math.log(2 * math.pi * self.variance) / 2
         return params.weights.log() - log_normaliser - squares / (2 * self.variance)
 
-    def statistics(self, params: Params, x: Tensor, resp: Tensor) -> Stats:
+    def statistics(self, params: GaussianIsotropic.Params, x: Tensor, resp: Tensor) -> GaussianIsotropic.Stats:
         """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
-        return Stats(resp.sum(-2), resp.mT @ x)
+        return GaussianIsotropic.Stats(resp.sum(-2), resp.mT @ x)
 
-    def m_step(self, stats: Stats, prior: Prior | None = None) -> Params:
+    def m_step(
+        self, stats: GaussianIsotropic.Stats, prior: GaussianIsotropic.Prior | None = None
+    ) -> GaussianIsotropic.Params:
         """Return the parameters that maximise Q, or Q + log prior."""
         counts = stats.counts[..., None]
         if prior is None:
-            return Params(stats.counts / stats.counts.sum(-1, keepdim=True), stats.sums / counts)
+            return GaussianIsotropic.Params(stats.counts / stats.counts.sum(-1, keepdim=True), stats.sums / counts)
         weights = stats.counts + prior.concentration - 1
         locs = (prior.strength * prior.loc + stats.sums) / (prior.strength + counts)
-        return Params(weights / weights.sum(-1, keepdim=True), locs)
+        return GaussianIsotropic.Params(weights / weights.sum(-1, keepdim=True), locs)
 
-    def log_prior(self, params: Params, prior: Prior) -> Tensor:
+    def log_prior(self, params: GaussianIsotropic.Params, prior: GaussianIsotropic.Prior) -> Tensor:
         """Return the log density of the prior at the parameters, a number ()."""
         alpha, precision = prior.concentration, prior.strength / self.variance
         log_dirichlet = torch.xlogy(alpha - 1, params.weights).sum(-1) + alpha.sum().lgamma() - alpha.lgamma().sum()
         log_locs = ((precision / (2 * math.pi)).log() - precision * (params.locs - prior.loc).square()) / 2
         return log_dirichlet + log_locs.sum((-2, -1))
 
-    def sample(self, params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, params: GaussianIsotropic.Params, num_samples: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Return ``num_samples`` draws x (n, D) and the components z (n,) that they came from."""
         z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
         locs = params.locs
         noise = torch.randn(num_samples, locs.shape[-1], generator=generator, dtype=locs.dtype, device=locs.device)
         return locs[z] + math.sqrt(self.variance) * noise, z
 
-    def moments(self, params: Params) -> tuple[Tensor, Tensor]:
+    def moments(self, params: GaussianIsotropic.Params) -> tuple[Tensor, Tensor]:
         """Return the mean (D,) and the covariance (D, D) of one observation."""
         mean = params.weights @ params.locs
         deviations = params.locs - mean
@@ -125,8 +123,8 @@ class GaussianIsotropic:
 
     def init_params(
         self, x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++"
-    ) -> Params:
+    ) -> GaussianIsotropic.Params:
         """Return a start for EM: the shares and means of a partition of x (N, D)."""
         resp = partition(x, num_components, generator, method)
         counts = resp.sum(0)
-        return Params((counts + 1) / (counts + 1).sum(), (resp.mT @ x) / counts[:, None].clamp_min(1))
+        return GaussianIsotropic.Params((counts + 1) / (counts + 1).sum(), (resp.mT @ x) / counts[:, None].clamp_min(1))

@@ -3,8 +3,8 @@ r"""Mixture of spherical Gaussians: each component has one variance for all its 
 .. math::
     z_n \sim \mathrm{Cat}(\pi), \qquad x_n \mid z_n = k \sim \mathcal{N}(\mu_k, \sigma^2_k I)
 
-Sizes: N observations, D features, K components. Every scale here is a variance. The conjugate prior is Dirichlet on the weights
-and normal-inverse-gamma on each component (Fraley and Raftery 2007, section 2).
+Sizes: N observations, D features, K components. Every scale here is a variance. The conjugate prior is Dirichlet on the
+weights and normal-inverse-gamma on each component (Fraley and Raftery 2007, section 2).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from mixproof.models.initial import partition
 from torch import Tensor
 from torch.distributions import constraints
+
+from mixproof.models.initial import partition
 
 
 class Params(NamedTuple):
@@ -27,7 +28,10 @@ class Params(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """Dirichlet(concentration) on weights; variances ~ InverseGamma(shape, rate), locs | ~ N(loc, variance / strength I)."""
+    """weights ~ Dirichlet(concentration), variances ~ InverseGamma(shape, rate).
+
+    Given those, locs ~ N(loc, variance / strength I).
+    """
 
     concentration: Tensor  # (K,)
     loc: Tensor  # (D,)
@@ -53,7 +57,7 @@ def model(
     num_data: int | None = None,
     num_features: int | None = None,
 ) -> Tensor:
-    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+    """Draw the parameters, then each row from its component; observe x (N, D), or generate ``num_data`` rows.
 
     Flat priors are improper and cannot be drawn from: without ``prior``, condition the parameter sites to generate.
     """

@@ -1,16 +1,18 @@
 r"""The sum of two independent Gaussian mixtures, itself a mixture of K_x K_y Gaussians (problem 7 of the sheet).
 
 .. math::
-    k_n \sim \mathrm{Cat}(\pi^x), \quad l_n \sim \mathrm{Cat}(\pi^y), \quad
-    s_n = x_n + y_n, \quad x_n \mid k \sim \mathcal{N}(\mu^x_k, \Sigma^x_k), \quad y_n \mid l \sim \mathcal{N}(\mu^y_l, \Sigma^y_l)
+    k_n \sim \mathrm{Cat}(\pi^x), \quad l_n \sim \mathrm{Cat}(\pi^y), \quad s_n = x_n + y_n, \quad
+    x_n \mid k_n = k \sim \mathcal{N}(\mu^x_k, \Sigma^x_k), \quad
+    y_n \mid l_n = l \sim \mathcal{N}(\mu^y_l, \Sigma^y_l)
 
 .. math::
     p(s_n) = \sum_{k,l} \pi^x_k \pi^y_l \, \mathcal{N}(s_n \mid \mu^x_k + \mu^y_l, \Sigma^x_k + \Sigma^y_l)
 
-Only the sum is observed; the sheet calls it z, and the contract's data argument ``x`` is it. The module is the family in which both
-parts are learnt; ``KnownNoise(noise)`` is the one in which y is known measurement noise, and its EM for x alone is extreme
-deconvolution (Bovy, Hogg and Roweis 2011, Annals of Applied Statistics 5(2), section 3). With both parts learnt only the sum is
-identified: a shift of all x_locs against all y_locs, and covariance moved from one part to the other, leave its density as it is.
+Only the sum is observed; the sheet calls it z, and the contract's data argument ``x`` is it. The module is the family
+in which both parts are learnt; ``KnownNoise(noise)`` is the one in which y is known measurement noise, and its EM for x
+alone is extreme deconvolution (Bovy, Hogg and Roweis 2011, Annals of Applied Statistics 5(2), section 3). With both
+parts learnt only the sum is identified: a shift of all x_locs against all y_locs, and covariance moved from one part to
+the other, leave its density as it is.
 
 Sizes: N observations, D features, K_x and K_y components; a pair (k, l) is column k K_y + l of the (N, K_x K_y) tables.
 """
@@ -23,10 +25,11 @@ from typing import ClassVar, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from mixproof.models import gaussian_full
-from mixproof.models.positive_definite import InverseWishart, cholesky
 from torch import Tensor
 from torch.distributions import constraints
+
+from mixproof.models import gaussian_full
+from mixproof.models.positive_definite import InverseWishart, cholesky
 
 
 class Params(NamedTuple):
@@ -60,7 +63,7 @@ def model(
     num_data: int | None = None,
     num_features: int | None = None,
 ) -> Tensor:
-    """Draw both parts' parameters, then each row from the collapsed mixture of K_x K_y Gaussians; ``x`` (N, D) is the sum."""
+    """Draw both parts' parameters, then rows from the collapsed mixture of K_x K_y Gaussians; x (N, D) is the sum."""
     num_data, num_features = (num_data, num_features) if x is None else x.shape
     x_weights, x_locs, x_covariances = _draw_part("x", num_components[0], prior and prior.x, num_features)
     y_weights, y_locs, y_covariances = _draw_part("y", num_components[1], prior and prior.y, num_features)
@@ -74,7 +77,7 @@ def model(
 def generative_model(
     *, num_components: tuple[int, int], prior: Prior | None = None, num_data: int, num_features: int | None = None
 ) -> Tensor:
-    """Draw both parts' parameters, then a row of each mixture (sites ``x_part`` and ``y_part``), and return their sum (N, D)."""
+    """Draw both parts' parameters, then a row of each, sites ``x_part`` and ``y_part``, and return the sums (N, D)."""
     x_weights, x_locs, x_covariances = _draw_part("x", num_components[0], prior and prior.x, num_features)
     y_weights, y_locs, y_covariances = _draw_part("y", num_components[1], prior and prior.y, num_features)
     with pyro.plate("data", num_data):
@@ -202,6 +205,18 @@ class KnownNoise:
     Params: ClassVar = gaussian_full.Params
     Prior: ClassVar = gaussian_full.Prior
     Stats: ClassVar = gaussian_full.Stats
+
+    def __post_init__(self) -> None:
+        weights, locs, covariances = self.noise
+        if locs.shape != (*weights.shape, locs.shape[-1]) or covariances.shape != (*locs.shape, locs.shape[-1]):
+            raise ValueError(
+                "the noise needs weights (K,), locs (K, D) and covariances (K, D, D), and has shapes "
+                f"{', '.join(str(tuple(value.shape)) for value in self.noise)}"
+            )
+        if not constraints.simplex.check(weights):
+            raise ValueError(f"the weights of the noise must be a probability vector, not {weights.tolist()}")
+        if not (torch.isfinite(locs).all() and constraints.positive_definite.check(covariances).all()):
+            raise ValueError("the noise needs finite locs and symmetric positive definite covariances")
 
     def model(
         self,

@@ -3,8 +3,8 @@ r"""Mixture of Gaussians that share one full covariance matrix, the generative s
 .. math::
     z_n \sim \mathrm{Cat}(\pi), \qquad x_n \mid z_n = k \sim \mathcal{N}(\mu_k, \Sigma)
 
-Sizes: N observations, D features, K components. The conjugate prior is Dirichlet on the weights, inverse-Wishart on the shared
-covariance and normal on each mean given it (Fraley and Raftery 2007, section 2).
+Sizes: N observations, D features, K components. The conjugate prior is Dirichlet on the weights, inverse-Wishart on the
+shared covariance and normal on each mean given it (Fraley and Raftery 2007, section 2).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from mixproof.models.initial import partition
-from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 from torch import Tensor
 from torch.distributions import constraints
+
+from mixproof.models.initial import partition
+from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
 
 class Params(NamedTuple):
@@ -28,7 +29,10 @@ class Params(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """Dirichlet(concentration) on weights; covariance ~ InverseWishart(df, scale), locs | ~ N(loc, covariance / strength)."""
+    """weights ~ Dirichlet(concentration), covariance ~ InverseWishart(df, scale).
+
+    Given those, locs ~ N(loc, covariance / strength).
+    """
 
     concentration: Tensor  # (K,)
     loc: Tensor  # (D,)
@@ -54,7 +58,7 @@ def model(
     num_data: int | None = None,
     num_features: int | None = None,
 ) -> Tensor:
-    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+    """Draw the parameters, then each row from its component; observe x (N, D), or generate ``num_data`` rows.
 
     Flat priors are improper and cannot be drawn from: without ``prior``, condition the parameter sites to generate.
     """
@@ -139,7 +143,8 @@ def moments(params: Params) -> tuple[Tensor, Tensor]:
 def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
     """Return a start for EM: shares and means of a partition of x (N, D), and its covariance within the parts.
 
-    One pseudo-observation with the covariance of all the data keeps the start regular where every part has a single row.
+    One pseudo-observation with the covariance of all the data keeps the start regular where every part has a single
+    row.
     """
     resp = partition(x, num_components, generator, method)
     counts = resp.sum(0)

@@ -4,10 +4,10 @@ r"""Mixture of products of Laplace laws; as their scale goes to 0, EM becomes K-
     z_n \sim \mathrm{Cat}(\pi), \qquad
     p(x_n \mid z_n = k) = \prod_d \frac{1}{2 b_{kd}} \exp\left(-\frac{|x_{nd} - \mu_{kd}|}{b_{kd}}\right)
 
-Sizes: N observations, D features, K components; b is the scale, the standard deviation is b sqrt(2). The location of the M-step
-is a weighted median, so it needs the data: the statistics are the rows themselves, and chunks of them are joined, not added. The
-prior is Dirichlet on the weights, inverse-gamma on each scale and, given it, Laplace on each location: it acts as ``strength``
-further rows at ``loc``.
+Sizes: N observations, D features, K components; b is the scale, the standard deviation is b sqrt(2). The location of
+the M-step is a weighted median, so it needs the data: the statistics are the rows themselves, and chunks of them are
+joined, not added. The prior is Dirichlet on the weights, inverse-gamma on each scale and, given it, Laplace on each
+location: it acts as ``strength`` further rows at ``loc``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from mixproof.models.initial import partition
 from torch import Tensor
 from torch.distributions import constraints
+
+from mixproof.models.initial import partition
 
 
 class Params(NamedTuple):
@@ -29,7 +30,10 @@ class Params(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """Dirichlet(concentration) on weights; scales ~ InverseGamma(shape, rate), locs | ~ Laplace(loc, scale / strength)."""
+    """weights ~ Dirichlet(concentration), scales ~ InverseGamma(shape, rate).
+
+    Given those, locs ~ Laplace(loc, scale / strength).
+    """
 
     concentration: Tensor  # (K,)
     loc: Tensor  # (D,)
@@ -53,7 +57,7 @@ def model(
     num_data: int | None = None,
     num_features: int | None = None,
 ) -> Tensor:
-    """Draw the parameters, then each row from its component; observe x (N, D) if given, else generate ``num_data`` rows.
+    """Draw the parameters, then each row from its component; observe x (N, D), or generate ``num_data`` rows.
 
     Flat priors are improper and cannot be drawn from: without ``prior``, condition the parameter sites to generate.
     """

@@ -10,12 +10,14 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+Size = torch.Size | list[int] | tuple[int, ...]
+
 
 def cholesky(covariances: Tensor) -> Tensor:
     """Return lower triangular L with L L^T = covariances, for matrices of shape (..., D, D).
 
-    A matrix that is not positive definite beyond rounding gets a factor of NaNs rather than an exception, so that one bad
-    member of a batch does not hide the others and the function can be vectorised by ``torch.func.vmap``.
+    A matrix that is not positive definite beyond rounding gets a factor of NaNs rather than an exception, so that one
+    bad member of a batch does not hide the others and the function can be vectorised by ``torch.func.vmap``.
     """
     factor, info = torch.linalg.cholesky_ex(covariances)
     variances = covariances.diagonal(dim1=-2, dim2=-1)
@@ -38,8 +40,8 @@ def outer(vectors: Tensor) -> Tensor:
 def log_inverse_wishart(covariances: Tensor, df: Tensor, scale: Tensor) -> Tensor:
     """Return the log density of the inverse-Wishart law at matrices of shape (..., D, D).
 
-    It is the law of the inverse of a Wishart matrix with ``df`` degrees of freedom and scale matrix ``scale`` inverted, so
-    that its mean is scale / (df - D - 1) (Gelman et al., Bayesian Data Analysis, 3rd edition, appendix A).
+    It is the law of the inverse of a Wishart matrix with ``df`` degrees of freedom and scale matrix ``scale`` inverted,
+    so that its mean is scale / (df - D - 1) (Gelman et al., Bayesian Data Analysis, 3rd edition, appendix A).
 
     Args:
         covariances: (..., D, D), positive definite.
@@ -66,14 +68,16 @@ class InverseWishart(TorchDistribution):
     ):
         self.df, self.scale = df, scale
         super().__init__(batch_shape or torch.Size(), scale.shape[-2:], validate_args=validate_args)
+        if self._validate_args and not (df > scale.shape[-1] - 1).all():
+            raise ValueError(f"the degrees of freedom must exceed D - 1 = {scale.shape[-1] - 1}, and are {df.tolist()}")
 
-    def expand(self, batch_shape: torch.Size, _instance: None = None) -> InverseWishart:
+    def expand(self, batch_shape: Size, _instance: None = None) -> InverseWishart:
         return InverseWishart(self.df, self.scale, torch.Size(batch_shape), validate_args=False)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draw by Bartlett's decomposition: the inverse of a Wishart matrix is (C A)^-T (C A)^-1, A lower triangular."""
+    def sample(self, sample_shape: Size = ()) -> Tensor:
+        """Draw by Bartlett's decomposition: the inverse of a Wishart matrix is (C A)^-T (C A)^-1, A triangular."""
         size = self.scale.shape[-1]
-        shape = self._extended_shape(sample_shape)
+        shape = self._extended_shape(torch.Size(sample_shape))
         bartlett = torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device).tril(-1)
         halves = (self.df - torch.arange(size, dtype=self.scale.dtype, device=self.scale.device)) / 2
         chi2 = 2 * torch.distributions.Gamma(halves, torch.ones_like(halves)).sample(shape[:-2])

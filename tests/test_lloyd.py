@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_iris
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
 from mixproof.inference.lloyd import (
     MANHATTAN,
     SQUARED_EUCLIDEAN,
@@ -24,10 +29,6 @@ from mixproof.inference.lloyd import (
     update,
 )
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
-from sklearn.cluster import KMeans
-from sklearn.datasets import load_iris
-from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor
 
 METRICS = pytest.mark.parametrize("metric", [SQUARED_EUCLIDEAN, MANHATTAN], ids=["kmeans", "kmedians"])
 ALGORITHMS = pytest.mark.parametrize(
@@ -440,8 +441,8 @@ def test_starting_centres_must_fit_the_data() -> None:
         lloyd(x, torch.zeros(92, 2), MANHATTAN)
 
 
-def test_an_objective_that_rises_by_a_trillionth_is_reported_as_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted fault: labels that swap names for ever, and centres that drift from their means by 1e-6 more each time."""
+def test_an_objective_that_rises_by_1e_11_is_reported_as_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted fault: labels that swap names for ever, and centres that drift off by 1e-6 more each time."""
     drift = itertools.count()
     drifting = Metric(2, lambda rows: rows.mean(0) + 1e-6 * next(drift), kmeans_plusplus)
     swaps = itertools.cycle([torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 0, 0])])

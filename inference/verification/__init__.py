@@ -12,6 +12,7 @@ from mixproof.inference.verification.domain import (
     support,
     unit_interval,
 )
+from mixproof.inference.verification.em import assert_em, verify_em
 from mixproof.inference.verification.gradient import assert_gradient, verify_gradient
 from mixproof.inference.verification.identity import assert_identity, verify_identity
 from mixproof.inference.verification.limit import assert_limit, verify_limit
@@ -25,6 +26,7 @@ __all__ = [
     "Refuted",
     "Report",
     "assert_density",
+    "assert_em",
     "assert_gradient",
     "assert_identity",
     "assert_limit",
@@ -39,6 +41,7 @@ __all__ = [
     "support",
     "unit_interval",
     "verify_density",
+    "verify_em",
     "verify_gradient",
     "verify_identity",
     "verify_limit",

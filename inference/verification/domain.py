@@ -11,14 +11,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
+
+from mixproof.inference.enumeration import unconstrain
 
 Domain = Callable[[torch.Generator], Tensor]
 
 
 def support(constraint: constraints.Constraint, *shape: int) -> Domain:
     """Return the domain of tensors of a shape that satisfy a torch constraint (its event included in the shape)."""
-    transform = biject_to(constraint)
+    transform = unconstrain(constraint)
 
     def draw(generator: torch.Generator) -> Tensor:
         unconstrained = transform.inverse_shape(torch.Size(shape))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 NUM_POINTS = 3
 MAX_GROUPS = 256
-EDGE = 36.0  # a logit beyond which a probability cannot be told from 0 or 1
+EDGE = 36.0  # stands for an infinite logit: beyond it a probability cannot be told from 0 or 1
 
 
 class Subject:
@@ -344,7 +344,7 @@ def _residual(own: Subject, params: dict[str, Tensor], resp: Tensor, with_prior:
     the parameters are rounded. At a kink the gradient need not vanish, only change its sign.
     """
     raw = own.coordinates.inverse(params)
-    u = raw.clamp(-EDGE, EDGE)
+    u = raw.nan_to_num(posinf=EDGE, neginf=-EDGE)
     terms = _terms_gradient(own, u, resp, with_prior)
     total, sizes = terms.sum(0), terms.abs().sum(0)
     scale = sizes.clamp_min(_eps(u) * sizes.max())
@@ -354,7 +354,7 @@ def _residual(own: Subject, params: dict[str, Tensor], resp: Tensor, with_prior:
     kinks = noise > math.sqrt(_eps(u))
     residual = total.abs() / scale
     tolerance = 2**10 * (_eps(u) + torch.where(kinks, 0.0, noise))
-    residual = torch.where(raw.abs() >= EDGE, torch.where(total * u.sign() >= 0, 0.0, residual), residual)
+    residual = torch.where(raw.isinf(), torch.where(total * u.sign() >= 0, 0.0, residual), residual)
     for i in (kinks & (residual > tolerance)).nonzero().flatten().tolist():
         step = torch.zeros_like(u)
         step[i] = 2**10 * shift[i]
@@ -375,7 +375,7 @@ def _beaten(
     tolerance: float,
 ) -> tuple[float, float, bool]:
     """Return error and tolerance as they are, or the gain in Q of a point that beats the claimed maximiser."""
-    u = own.coordinates.inverse(params).clamp(-EDGE, EDGE)
+    u = own.coordinates.inverse(params).nan_to_num(posinf=EDGE, neginf=-EDGE)
     with torch.no_grad():
         terms = _q(own, u, resp, with_prior)
         size = terms.abs().sum().item() + 1

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mixproof.inference.verification.domain import Domain
 from mixproof.inference.verification.identity import argument_names, describe, equal_at_random_points
 from mixproof.inference.verification.report import Check, Report, asserting, conclude
-from torch import Tensor
 
 
 def verify_gradient(
@@ -24,9 +25,9 @@ def verify_gradient(
     """Try to refute that one function is the derivative of another.
 
     Args:
-        claimed: the derivative by hand, of all arguments; for ``function`` of shape S and an argument of shape A it has shape
-            S + A, which is that of the argument where the function is a number. Entries of a matrix count as separate
-            variables, also where the function reads only the symmetric part.
+        claimed: the derivative by hand, of all arguments; for ``function`` of shape S and an argument of shape A it has
+            shape S + A, which is that of the argument where the function is a number. Entries of a matrix count as
+            separate variables, also where the function reads only the symmetric part.
         function: what is differentiated, a number or a tensor.
         domains: one for each argument: a function of a ``torch.Generator`` that draws it, or a constant.
         wrt: the place of the argument that varies.

@@ -1,20 +1,22 @@
 """Equal functions: a closed form against the formula that it should equal, at random points of its arguments.
 
-An analytic identity that is wrong on an open set is wrong at a random point with probability one, so that what remains to be
-told apart is algebra from rounding. The rounding is measured: both sides are evaluated again with every continuous argument
+An analytic identity that is wrong somewhere is wrong at a random point with probability one, so that what remains is
+to tell algebra from rounding. The rounding is measured: both sides are evaluated again with every continuous argument
 changed by a few units in the last place, and a discrepancy counts only when it is far larger than those changes.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from mixproof.inference.verification.domain import Domain
 from mixproof.inference.verification.report import Check, Report, asserting, conclude
-from torch import Tensor
 
 ROUNDING = 2.0**10
 """How many units in the last place a well conditioned formula may lose."""
@@ -50,8 +52,8 @@ def verify_identity(
     Args:
         claimed: the derived formula, of as many tensors as there are domains; returns a tensor or a tuple of tensors.
         actual: what it should equal, of the same arguments; its shapes are the right ones.
-        domains: one for each argument: a function of a ``torch.Generator`` that draws it, or a constant, which is passed on
-            as it is.
+        domains: one for each argument: a function of a ``torch.Generator`` that draws it, or a constant, which is
+            passed on as it is.
         seed: of the random points.
         num_points: how many.
         subject: the claim in words, for the report.
@@ -78,15 +80,20 @@ def equal_at_random_points(
         callable(domain) and any(is_continuous(point[i]) for point in points) for i, domain in enumerate(domains)
     ]
 
-    def compare_at(point: Sequence[Any]) -> Comparison:
-        return compare(claimed, actual, point, continuous=continuous, points=points, generator=generator)
+    def compare_at(point: Sequence[Any], others: Sequence[Any]) -> Comparison:
+        return compare(claimed, actual, point, continuous=continuous, others=others, seed=seed)
+
+    def refutes(point: Sequence[Any]) -> bool:
+        return compare_at(point, []).outcome == "refuted"
 
     worst, unknown = None, None
     for point in points:
-        comparison = compare_at(point)
+        comparison = compare_at(point, points[:8])
         if comparison.outcome == "refuted":
-            simple = simplify(point, points, continuous, lambda candidate: compare_at(candidate).outcome == "refuted")
-            found = compare_at(simple)
+            simple = simplify(point, points, continuous, refutes)
+            found = compare_at(simple, points[:8])
+            if found.outcome != "refuted":
+                simple, found = point, comparison
             values = dict(zip(argument_names(actual, len(domains)), simple, strict=True))
             counterexample = {**values, "claimed": found.claimed, "actual": found.actual}
             return Check(name, False, found.error, found.tolerance, counterexample=counterexample, detail=found.reason)
@@ -105,8 +112,8 @@ def compare(
     point: Sequence[Any],
     *,
     continuous: Sequence[bool],
-    points: Sequence[Sequence[Any]],
-    generator: torch.Generator,
+    others: Sequence[Sequence[Any]],
+    seed: int,
 ) -> Comparison:
     """Compare two functions at one point.
 
@@ -114,10 +121,12 @@ def compare(
         claimed, actual: the functions.
         point: their arguments.
         continuous: which of the arguments may be changed to measure the conditioning.
-        points: other points, from which the rounding is learnt where it cannot be seen at this one.
-        generator: of the changes.
+        others: other points, from which the rounding is learnt where it cannot be seen at this one; empty for a quick
+            answer, which may take rounding for a refutation.
+        seed: of the changes, so that the same point gets the same answer.
     """
     nan = float("nan")
+    generator = torch.Generator().manual_seed(seed)
     try:
         right = evaluate(actual, point)
     except Exception as error:
@@ -146,14 +155,21 @@ def compare(
     )
     size = torch.minimum(left_flat.abs(), right_flat.abs()).nan_to_num(0.0, torch.inf)
     allowed = ROUNDING * eps * size + torch.finfo(torch.float64).tiny
-    if (discrepancy > allowed).any():
-        moved = movement(claimed, point, continuous, generator) + movement(actual, point, continuous, generator)
-        still = moved == 0
-        if (still & (discrepancy > allowed)).any():  # constant here, as 1 - p - q: its rounding shows at other points
-            sides = (claimed, actual)
-            elsewhere = max(float(movement(f, p, continuous, generator).max()) for p in points for f in sides)
-            moved = torch.where(still, elsewhere + PERTURBATION * eps * size.nan_to_num(posinf=0.0).max(), moved)
-        allowed = allowed + ROUNDING / PERTURBATION * moved
+    if discrepancy.isfinite().all():  # no rounding explains any other
+        sides = (claimed, actual)
+        moved = [torch.zeros_like(size) for _ in sides]
+        for measure in (movement, noise) if others else (movement,):
+            if (discrepancy > allowed).any():
+                found = [measure(side, point, continuous, generator) for side in sides]
+                moved = [torch.maximum(*pair) for pair in zip(moved, found, strict=True)]
+                allowed = allowed + ROUNDING / PERTURBATION * torch.stack(found).sum(0)
+        over = discrepancy > allowed
+        if others and over.any() and not (over & (moved[0] > 0) & (moved[1] > 0)).any():
+            # a side that is constant here, as 1 - p - q, may show its rounding at other points
+            for side, known in zip(sides, moved, strict=True):
+                elsewhere = [float(m(side, p, continuous, generator).max()) for p in others for m in (movement, noise)]
+                rounding = ROUNDING / PERTURBATION * max(elsewhere) + ROUNDING * eps * size.max()
+                allowed = torch.where(known == 0, allowed + rounding, allowed)
     worst = int((discrepancy / allowed).nan_to_num(0.0, torch.inf).argmax())
     scale = float(torch.maximum(left_flat.abs(), right_flat.abs())[worst].nan_to_num(torch.inf))
     scale = max(scale, float(allowed[worst])) if scale < torch.inf else 1.0
@@ -171,29 +187,67 @@ def compare(
 def movement(
     function: Callable[..., Any], point: Sequence[Any], continuous: Sequence[bool], generator: torch.Generator
 ) -> Tensor:
-    """Return how far each entry of a function moves, () or (M,), when its arguments change in the last places."""
+    """Return how far each entry of a function moves, (M,), when its arguments change in their last places."""
+    value = flatten(evaluate(function, point))
+    rows = [
+        shifted(function, point, continuous, seed=int(seed), size=PERTURBATION, power=1.0)
+        for seed in torch.randint(2**62, (NUM_PERTURBATIONS,), generator=generator)
+    ]
+    changes = [(row - value).abs() for row in rows if row.shape == value.shape]
+    return torch.stack(changes).nan_to_num(0.0, 0.0).amax(0) if changes else torch.zeros_like(value)
+
+
+def noise(
+    function: Callable[..., Any], point: Sequence[Any], continuous: Sequence[bool], generator: torch.Generator
+) -> Tensor:
+    """Return the noise in each entry of a function near a point, (M,), as a multiple that compares with ``movement``.
+
+    Noise is what remains of values at equally spaced points in differences of high order, where everything smooth is
+    gone: it also sees the rounding at constants that dwarf the arguments. A sixth difference much below the fifth is
+    still smooth, and does not count (Moré and Wild, Estimating Computational Noise, SIAM J. Sci. Comput. 33, 2011).
+    """
     value = flatten(evaluate(function, point))
     largest = torch.zeros_like(value)
-    for _ in range(NUM_PERTURBATIONS):
-        moved_point = [perturb(a, generator) if free else a for a, free in zip(point, continuous, strict=True)]
-        try:
-            moved = flatten(evaluate(function, moved_point))
-        except Exception:
-            continue  # outside the domain by a rounding
-        if moved.shape == value.shape:
-            largest = torch.maximum(largest, (moved - value).abs().nan_to_num(0.0, 0.0))
-    return largest
+    for power in (0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25):
+        seed = int(torch.randint(2**62, (), generator=generator))
+        size = 1 + 3 * float(torch.rand((), generator=generator))
+        rows = [shifted(function, point, continuous, seed=seed, size=size * k, power=power) for k in range(1, 7)]
+        if any(row.shape != value.shape for row in rows):
+            continue
+        fifth = torch.stack([value, *rows]).diff(n=5, dim=0)
+        sixth = fifth.diff(dim=0)[0].abs() / math.sqrt(math.comb(12, 6))
+        smooth = sixth < fifth.abs().amin(0) / math.sqrt(math.comb(10, 5)) / 16
+        largest = torch.maximum(largest, torch.where(smooth, 0.0, sixth).nan_to_num(0.0, 0.0))
+    return PERTURBATION * largest
 
 
-def perturb(argument: Any, generator: torch.Generator) -> Any:
-    """Return an argument with every floating entry changed at random by a few units in the last place."""
+def shifted(
+    function: Callable[..., Any],
+    point: Sequence[Any],
+    continuous: Sequence[bool],
+    *,
+    seed: int,
+    size: float,
+    power: float,
+) -> Tensor:
+    """Return the value (M,) of a function at a perturbed point, empty outside the domain; a seed is a direction."""
+    direction = torch.Generator().manual_seed(seed)
+    moved = [perturb(a, direction, size, power) if free else a for a, free in zip(point, continuous, strict=True)]
+    try:
+        return flatten(evaluate(function, moved))
+    except Exception:
+        return torch.empty(0, dtype=torch.float64)
+
+
+def perturb(argument: Any, generator: torch.Generator, size: float = PERTURBATION, power: float = 1.0) -> Any:
+    """Return an argument with every floating entry changed by the relative amount size * eps^power, up or down."""
     if isinstance(argument, tuple):
-        parts = [perturb(part, generator) for part in argument]
+        parts = [perturb(part, generator, size, power) for part in argument]
         return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
     if not (isinstance(argument, Tensor) and argument.is_floating_point()):
         return argument
     signs = torch.randint(2, argument.shape, generator=generator) * 2 - 1
-    return argument * (1 + PERTURBATION * torch.finfo(argument.dtype).eps * signs.to(argument))
+    return argument * (1 + size * torch.finfo(argument.dtype).eps ** power * signs.to(argument))
 
 
 def simplify(
@@ -204,8 +258,8 @@ def simplify(
 ) -> Sequence[Any]:
     """Round the arguments of a counterexample, one by one, to integers or else to one digit, while it remains one.
 
-    A rounded argument keeps every structure (sign, below one, rows that sum to one, positive definite) that the argument has at
-    all of the random points, so that it stays in its domain.
+    A rounded argument keeps every structure (sign, below one, rows that sum to one, positive definite) that the
+    argument has at all of the random points, so that it stays in its domain.
     """
     for i, free in enumerate(continuous):
         if not (free and isinstance(point[i], Tensor)):

@@ -1,20 +1,23 @@
 """Limits: a sequence is followed as its parameter falls to zero, and where it leads is compared with the claim.
 
-With eps = 2^-1, 2^-2, ... an error C eps^p falls by the same factor 2^-p at every step, so that the last three values give the
-rate p and, by Aitken's extrapolation (Richardson's with a measured rate), the limit. The extrapolation's own error is estimated from
-its last two values and from the rounding of the sequence, which is measured by changing eps in its last places.
+With eps = 2^-1, 2^-2, ... an error C eps^p falls by the same factor 2^-p at every step, so that the last three values
+give the rate p and, by Aitken's extrapolation (Richardson's with a measured rate), the limit. The error of the
+extrapolation is estimated from its last two values and from the rounding of the sequence, which is measured by
+changing eps in its last places.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from mixproof.inference.verification.identity import NUM_PERTURBATIONS, PERTURBATION, ROUNDING
 from mixproof.inference.verification.report import Check, Report, asserting, conclude
-from torch import Tensor
 
 HALVINGS = tuple(2.0**-k for k in range(1, 49))
 RESOLUTION = 2.0**-10
@@ -32,7 +35,7 @@ class Estimate(NamedTuple):
 
 
 def verify_limit(
-    sequence: Callable[[float], Tensor],
+    sequence: Callable[[float], Tensor | float],
     limit: Tensor | float,
     *,
     seed: int,
@@ -44,8 +47,8 @@ def verify_limit(
 
     Args:
         sequence: ``sequence(eps)`` returns a number or a tensor, for eps > 0.
-        limit: the claimed limit, of the same shape; entries may be plus or minus infinity (divergence). A number stands for all
-            entries.
+        limit: the claimed limit, of the same shape; entries may be plus or minus infinity (divergence). A number
+            stands for all entries.
         seed: of the changes of eps by which the rounding is measured.
         at: the values of eps, falling by a constant factor, at least eight.
         tolerance: the largest accepted scale-free error of the limit; None for what the sequence can resolve.
@@ -62,7 +65,7 @@ def verify_limit(
 
 
 def converges_to(
-    sequence: Callable[[float], Tensor],
+    sequence: Callable[[float], Tensor | float],
     limit: Tensor | float,
     *,
     seed: int,
@@ -70,7 +73,7 @@ def converges_to(
     tolerance: float | None = None,
 ) -> Check:
     """Compare a limit with the extrapolation of its sequence; the arguments are those of ``verify_limit``."""
-    factors = [b / a for a, b in zip(at, at[1:], strict=False)]
+    factors = [b / a for a, b in itertools.pairwise(at)]
     if len(at) < 8 or not all(0 < f < 1 and math.isclose(f, factors[0], rel_tol=1e-9) for f in factors):
         raise ValueError("at needs eight or more positive values that fall by a constant factor")
     name, nan = "converges to the limit", float("nan")
@@ -94,9 +97,8 @@ def converges_to(
             break
         values.append(value)
         moved = (nearby - value).abs().amax(0).nan_to_num(0.0, 0.0)
-        roundings.append(
-            ROUNDING / PERTURBATION * moved + ROUNDING * precision * torch.maximum(value.abs(), values[0].abs())
-        )
+        size = torch.maximum(value.abs(), values[0].abs())
+        roundings.append(ROUNDING / PERTURBATION * moved + ROUNDING * precision * size)
     if len(values) < 8:
         return Check(name, False, nan, nan, detail=stopped)
     target = _tensor(limit)
@@ -138,9 +140,7 @@ def entry_agrees(
     name, nan = "converges to the limit", float("nan")
     found = {"eps": at[len(values) - 1], "actual": values[-1], "claimed": claim}
     if math.isinf(claim):
-        rises = [
-            math.copysign(1.0, claim) * (b - a) if a != b else 0.0 for a, b in zip(values, values[1:], strict=False)
-        ]
+        rises = [math.copysign(1.0, claim) * (b - a) if a != b else 0.0 for a, b in itertools.pairwise(values)]
         half = rises[len(rises) // 2]
         reached = values[-1] == claim
         diverges = reached or (min(rises[len(rises) // 2 :]) > 0 and rises[-1] >= 0.9 * half)
@@ -172,7 +172,7 @@ def estimate_limit(values: Sequence[float], rounding: Sequence[float], factor: f
         rounding: a bound on the rounding error of each.
         factor: by which eps falls.
     """
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(values)]
     candidates = []
     previous = math.nan
     for k in range(2, len(values)):

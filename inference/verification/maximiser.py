@@ -1,9 +1,10 @@
 """Maximisers: a claimed argmax is stationary, lies on a hilltop, and is not beaten by any point that was tried.
 
-Stationarity is tested in unconstrained coordinates u, with v = T(u) the claimed value and T the ``transform_to`` of its constraint.
-Along each axis of the Hessian the slope g is compared with sqrt(|f| h), the slope at which a Newton step would change the
-objective f by its own size (h is the curvature), so that no unit of f or of v matters. Where slopes do not vanish the claim may
-still sit at a kink (a median): then the one-sided slopes must change sign within a bracket of rounding size.
+Stationarity is tested in unconstrained coordinates u, with v = T(u) the claimed value and T the ``transform_to`` of its
+constraint. Along each axis of the Hessian the slope g is compared with sqrt(|f| h), the slope at which a Newton step
+would change the objective f by its own size (h is the curvature), so that no unit of f or of v matters. Where slopes
+do not vanish the claim may still sit at a kink (a median): then the one-sided slopes must change sign within a bracket
+of rounding size.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
 from mixproof.inference.verification.identity import (
     NUM_PERTURBATIONS,
     PERTURBATION,
@@ -20,15 +24,13 @@ from mixproof.inference.verification.identity import (
     perturb,
 )
 from mixproof.inference.verification.report import Check, Report, asserting, conclude
-from torch import Tensor
-from torch.distributions import constraints, transform_to
 
 Objective = Callable[..., Tensor]
 Constraints = constraints.Constraint | Sequence[constraints.Constraint]
 FLAT = 2.0**-20
 """Curvatures below this share of the largest count as none: rounding of the slope along them is that much larger."""
 SMOOTH = 2.0**-10
-"""A slope that a rounding of the claimed value changes by more than this share of its size is not that of a smooth objective."""
+"""A slope that changes by more than this share of its size, when the claimed value is rounded, jumps there."""
 
 
 def verify_maximiser(
@@ -47,7 +49,7 @@ def verify_maximiser(
         objective: ``objective(*claimed)`` returns the number that is maximised; differentiable almost everywhere.
         constraint: a torch constraint for all of the claimed tensors, or one for each.
         seed: of the perturbations.
-        num_scales: how many scales of perturbation, each half the one before.
+        num_scales: how many scales of perturbation, from 2^5 times the size of the value down by halves.
         subject: the claim in words, for the report.
 
     Returns:
@@ -77,12 +79,12 @@ def verify_maximiser(
     beaten = not_beaten(values, objective, sets, seed=seed, num_scales=num_scales)
     if on_boundary(values, sets):
         beaten = beaten._replace(
-            detail="at the boundary of the constraint, where no stationarity is to be expected: only this check was made"
+            detail="at the boundary of the constraint, where slopes need not vanish: only this check was made"
         )
     elif abs(value) < torch.inf:
         stationary = slopes_vanish(values, objective, sets, seed=seed)
         kink = stationary if stationary.passed else slopes_change_sign(values, objective, sets)
-        checks.append(kink if kink.passed else stationary)
+        checks.append(kink if kink.passed or stationary.detail else stationary)
         if stationary.passed:
             checks.append(curves_down(values, objective, sets))
     return conclude(subject, [*checks, beaten], seed)
@@ -156,19 +158,24 @@ def slopes_vanish(
     allowed = ROUNDING * eps * size + ROUNDING / PERTURBATION * moved
     known = allowed <= SMOOTH * size  # else the slope jumps between neighbouring numbers: a kink
     passed = bool((known & (along.abs() <= allowed)).all())
-    worst = int(torch.where(known, along.abs() / allowed, torch.inf).nan_to_num(0.0, torch.inf).argmax())
+    worst = int(torch.where(known, along.abs() / allowed, 1.0).nan_to_num(0.0).argmax())
     scale = size[worst] if size[worst] > 0 else 1.0
     found = {"claimed": bare(values), "gradient in unconstrained coordinates": gradient}
     return Check(
-        name, passed, float(along[worst].abs() / scale), float(allowed[worst] / scale), None, None if passed else found
+        name,
+        passed,
+        float(along[worst].abs() / scale),
+        float(allowed[worst] / scale),
+        counterexample=None if passed else found,
+        detail="" if known.all() else "the slope jumps here",
     )
 
 
 def slopes_change_sign(values: Sequence[Tensor], objective: Objective, sets: Sequence[constraints.Constraint]) -> Check:
     """Check that along each coordinate the objective rises just before the claimed value and falls just after it.
 
-    Just before and after is at 2^12 units in the last place. A slope counts as zero when it is rounding beside the slopes a
-    quarter of the coordinate's size away, so that any point of a flat top passes.
+    Just before and after is at 2^12 units in the last place. A slope counts as zero when it is rounding beside the
+    slopes a quarter of the coordinate's size away, so that any point of a flat top passes.
     """
     u, rebuild = unconstrained(values, sets)
     eps = torch.finfo(u.dtype).eps
@@ -227,8 +234,8 @@ def not_beaten(
 ) -> Check:
     """Check that no random point near or far, inside the constraint, has a larger objective.
 
-    At each scale there are steps in all unconstrained coordinates, in one of them, and on the segment to a random point of the
-    set, which leads away from a boundary too.
+    At each scale there are steps in all unconstrained coordinates, in one of them, and on the segment to a random
+    point of the set, which leads away from a boundary too.
     """
     name = "not beaten"
     generator = torch.Generator().manual_seed(seed)
@@ -242,7 +249,7 @@ def not_beaten(
     )
     best, better = -torch.inf, None
     for k in range(num_scales):
-        shrink = 2.0 ** (2 - k)
+        shrink = 2.0 ** (5 - k)
         dense = torch.randn(len(u), generator=generator, dtype=torch.float64).to(u)
         single = torch.zeros_like(u)
         single[torch.randint(len(u), (), generator=generator)] = dense[0]
@@ -280,7 +287,7 @@ def unconstrained(
 
 
 def scales(values: Sequence[Tensor], sets: Sequence[constraints.Constraint]) -> Tensor:
-    """Return a natural size for each unconstrained coordinate, (M,): the largest of its tensor, at least 1 under a constraint."""
+    """Return a size for each unconstrained coordinate, (M,): the largest of its tensor, at least 1 if constrained."""
     sizes = []
     for value, constraint in zip(values, sets, strict=True):
         free = transform_to(constraint).inv(value)
@@ -292,7 +299,7 @@ def scales(values: Sequence[Tensor], sets: Sequence[constraints.Constraint]) -> 
 
 
 def principal_axes(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return units (M,) in which a Hessian (M, M) has a diagonal of ones, and its curvatures and axes in those units."""
+    """Return units (M,) in which a Hessian (M, M) has a diagonal of ones, its curvatures and its axes."""
     diagonal = hessian.diagonal().abs()
     largest = diagonal.max() if diagonal.max() > 0 else diagonal.new_tensor(1.0)
     units = torch.where(diagonal > FLAT**2 * largest, diagonal, largest).rsqrt()

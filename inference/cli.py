@@ -1,0 +1,193 @@
+"""The command line: ``mixproof verify``, ``mixproof fit`` and ``mixproof sample``.
+
+Results go to stdout, progress to stderr. Exit code 0: it holds, or it is done; 1: refuted; 2: bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mixproof.inference import tables
+from mixproof.inference.em import em
+from mixproof.inference.sampling import sample as draw
+from mixproof.inference.validation import check_data, check_num_components, check_params
+from mixproof.inference.verification import exercise_sheet, sheet_report
+from mixproof.inference.verification.report import plain
+from mixproof.models import families
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+ROWS_AT_ONCE = 1_000_000
+
+Seed = Annotated[int, typer.Option(help="Seeds every random point and draw; the same seed gives the same result.")]
+Device = Annotated[str, typer.Option(help="The torch device to compute on, cpu or cuda.")]
+
+
+@app.callback()
+def main() -> None:
+    """Verify, fit and sample mixture models."""
+
+
+@app.command()
+def verify(
+    problem: Annotated[list[str] | None, typer.Option(help="A problem (P3) or a claim (P3.12a); may be repeated.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there as JSON.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write the report there as a web page.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core by default.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Check every formula of Exercise Sheet 12 and print a verdict for each. Exit code 1 if one is not as expected."""
+    with _errors():
+        total = len(exercise_sheet.claims(problem or ()))
+        for file in (json_file, html_file):
+            if file is not None and not file.parent.is_dir():
+                raise ValueError(f"there is no folder {file.parent} to write {file.name} to: make it first")
+        with _progress() as progress:
+            task = progress.add_task("verifying", total=total)
+            outcomes = exercise_sheet.verify_sheet(
+                seed, problem or (), lambda outcome: progress.update(task, advance=1, description=outcome.claim.id), workers
+            )
+        if json_file is not None:
+            json_file.write_text(sheet_report.to_json(outcomes, seed), encoding="utf-8")
+        if html_file is not None:
+            html_file.write_text(sheet_report.to_html(outcomes, exercise_sheet.problems(), seed), encoding="utf-8")
+    _stdout().print(sheet_report.to_table(outcomes))
+    raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
+
+
+@app.command()
+def sample(
+    family: Annotated[str, typer.Argument(help="A family, such as gaussian_full.")],
+    params: Annotated[Path, typer.Option(help="JSON or safetensors: the family's parameters and settings by name.")],
+    num_samples: Annotated[int, typer.Option("-n", "--num-samples", help="How many rows.")],
+    out: Annotated[Path, typer.Option(help="Where to write them: .csv, .parquet, .npz or .safetensors.")],
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Generate rows from a mixture: columns x1 to xD, and z, the component that each row came from."""
+    with _errors(), _progress() as progress:
+        given = tables.read_params(params)
+        chosen, values = _family(family, given)
+        checked = check_params(chosen, values)
+        checked = type(checked)(*(value.to(device) for value in checked))
+        generator = torch.Generator(device).manual_seed(seed)
+        task = progress.add_task("sampling", total=num_samples)
+        with tables.writer(out) as write:
+            for start in range(0, max(num_samples, 1), ROWS_AT_ONCE):
+                rows = min(ROWS_AT_ONCE, num_samples - start)
+                write(*draw(chosen, checked, rows, generator=generator))
+                progress.update(task, advance=rows)
+
+
+@app.command()
+def fit(
+    data: Annotated[Path, typer.Argument(help="The rows: .csv, .parquet, .npy, .npz or .safetensors.")],
+    family: Annotated[str, typer.Option(help="A family, such as gaussian_full.")],
+    components: Annotated[str, typer.Option("-k", "--components", help="K; of two latents both, as 3,2.")],
+    settings: Annotated[Path | None, typer.Option(help="JSON with the family's settings, where it has any.")] = None,
+    starts: Annotated[int, typer.Option(min=1, help="Starts by k-means++; the best fit is kept.")] = 10,
+    max_steps: Annotated[int, typer.Option(min=1, help="The largest number of EM steps from each.")] = 500,
+    out: Annotated[Path | None, typer.Option(help="Write the parameters there: .json or .safetensors.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Fit a mixture by EM and print its parameters."""
+    with _errors():
+        chosen, rest = _family(family, tables.read_params(settings) if settings else {})
+        if rest:
+            raise ValueError(f"{settings} names {', '.join(rest)}, which are no settings of {family}")
+        x = check_data(tables.read_rows(data)).to(device)
+        sizes = [check_num_components(int(size), len(x)) for size in components.split(",")]
+        num_components = sizes[0] if len(sizes) == 1 else tuple(sizes)
+        generator = torch.Generator().manual_seed(seed)
+        best, failures = None, []
+        with _progress() as progress, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in progress.track(range(starts), description="fitting"):
+                try:
+                    found = em(chosen, x, chosen.init_params(x, num_components, generator), max_steps=max_steps)
+                except ValueError as error:
+                    failures.append(str(error))
+                    continue
+                if best is None or found.log_lik[-1] > best.log_lik[-1]:
+                    best = found
+        if best is None:
+            raise ValueError(f"none of {starts} starts survived; the last: {failures[-1]}")
+        result = {
+            "family": family,
+            "params": plain(best.params._asdict()),
+            "log_lik": best.log_lik[-1].item(),
+            "converged": best.converged,
+            "num_steps": best.num_steps,
+            "failed_starts": len(failures),
+        }
+        if out is not None:
+            tables.write_params(out, {name: value.cpu() for name, value in best.params._asdict().items()})
+    if not best.converged and caught:
+        Console(stderr=True).print(f"warning: {caught[-1].message}", style="yellow", highlight=False)
+    if failures:
+        Console(stderr=True).print(f"warning: {len(failures)} of {starts} starts failed: {failures[-1]}", style="yellow")
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    table = Table("", "", box=None, show_header=False)
+    for name, value in best.params._asdict().items():
+        table.add_row(name, str(value.cpu().numpy()))
+    table.add_row("log likelihood", f"{best.log_lik[-1].item():.6f}")
+    table.add_row("steps", f"{best.num_steps}{'' if best.converged else ' (not converged)'}")
+    _stdout().print(table)
+
+
+def _family(name: str, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the family with its settings taken from what a file gives, and the rest of it."""
+    known = families()
+    if name not in known:
+        raise ValueError(f"there is no family {name!r}; the families are {', '.join(known)}")
+    found = known[name]
+    if not isinstance(found, type):
+        return found, given
+    hints = get_type_hints(found)
+    settings, rest = {}, dict(given)
+    for field in found.__dataclass_fields__:  # type: ignore[attr-defined]
+        if field not in rest:
+            raise ValueError(f"{name} needs its setting {field} beside the parameters in the file")
+        value = rest.pop(field)
+        settings[field] = hints[field](**{key: torch.as_tensor(v) for key, v in value.items()}) if isinstance(value, dict) else value
+    return found(**settings), rest
+
+
+def _stdout() -> Console:
+    """Return a console that does not fold a table to 80 columns when nobody's screen is there to measure."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn bad input into one sentence on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,225 @@
+"""The verdicts on the exercise sheet as a table for a terminal, as JSON, and as a page that needs no network."""
+
+from __future__ import annotations
+
+import html
+import json
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from latex2mathml.converter import convert
+from pylatexenc.latex2text import LatexNodes2Text, MacroTextSpec, get_default_latex_context_db
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mixproof.inference.verification.claim import Outcome, Problem
+from mixproof.inference.verification.report import Check, plain
+
+COLOURS = {"holds": "green", "holds if": "cyan", "refuted as printed": "yellow", "illegible": "magenta"}
+
+CAVEAT = (
+    "A formula holds when it agrees with an independent computation at random points to rounding, which refutes any wrong "
+    "analytic identity with probability one up to the tolerance, or within a computed Monte Carlo error. That is not a proof."
+)
+
+
+def worst(outcome: Outcome) -> Check | None:
+    """Return the check of the formula itself that came nearest to its tolerance, or passed it farthest."""
+    if not outcome.reports:
+        return None
+    checks = outcome.reports[0].checks
+    failed = [check for check in checks if not check.passed]
+    return max(failed or checks, key=lambda check: check.error / check.tolerance if check.tolerance else 0.0)
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """Return how many claims got which verdict, and whether that was expected."""
+    counts = {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in COLOURS}
+    unexpected = [outcome.claim.id for outcome in outcomes if not outcome.ok]
+    parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    end = f"; NOT AS EXPECTED: {', '.join(unexpected)}" if unexpected else "; every verdict is the expected one"
+    return f"{len(outcomes)} claims: {parts}{end}"
+
+
+def to_table(outcomes: Sequence[Outcome]) -> Group:
+    """Return the table of all verdicts, what stands instead of the formulas that do not hold as printed, and the summary."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), expand=True)
+    table.add_column("claim", no_wrap=True, min_width=max(len(outcome.claim.id) for outcome in outcomes))
+    table.add_column("formula", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("verdict", no_wrap=True, min_width=max(map(len, COLOURS)))
+    table.add_column("error / tolerance", justify="right", no_wrap=True, min_width=17)
+    table.add_column("time", justify="right", no_wrap=True, min_width=7)
+    notes: list[Text] = []
+    for outcome in outcomes:
+        claim, check = outcome.claim, worst(outcome)
+        verdict = Text(outcome.verdict, COLOURS.get(outcome.verdict, "bold red"))
+        if not outcome.ok:
+            verdict.append(f" (expected: {claim.expected})", "bold red")
+        errors = "" if check is None else f"{check.error:.1e} / {check.tolerance:.1e}"
+        table.add_row(claim.id, Text(to_unicode(claim.formula)), verdict, errors, f"{outcome.seconds:.2f} s")
+        instead = {
+            "holds if": f"if {to_unicode(claim.condition)}",
+            "refuted as printed": f"instead {to_unicode(claim.correction)}",
+            "illegible": to_unicode(claim.note),
+        }.get(outcome.verdict, "" if outcome.ok else "\n".join(str(report) for report in outcome.reports))
+        if instead:
+            notes.append(Text.assemble((f"{claim.id} ", "bold"), instead))
+    return Group(table, Text(), *notes, Text(), Text(summary(outcomes), "bold"))
+
+
+def to_json(outcomes: Sequence[Outcome], seed: int) -> str:
+    """Return every claim with its verdict and its reports as strict JSON."""
+    document = {
+        "seed": seed,
+        "versions": versions(),
+        "ok": all(outcome.ok for outcome in outcomes),
+        "claims": [_as_dict(outcome) for outcome in outcomes],
+    }
+    return json.dumps(document, indent=1, allow_nan=False)
+
+
+def to_html(outcomes: Sequence[Outcome], problems: Sequence[Problem], seed: int) -> str:
+    """Return a self-contained page, the formulas as MathML."""
+    used = [problem for problem in problems if any(outcome.claim.problem == problem.id for outcome in outcomes)]
+    links = "".join(f"<a href='#{problem.id}'>{problem.id} {html.escape(problem.title)}</a>" for problem in used)
+    sections = "".join(_section(problem, outcomes) for problem in used)
+    made = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>Exercise Sheet 12: verdicts</title><style>{STYLE}</style></head><body>"
+        f"<h1>Exercise Sheet 12: a verdict for each formula</h1><p class='summary'>{html.escape(summary(outcomes))}.</p>"
+        f"<p>{CAVEAT} Seed {seed}; {html.escape(made)}.</p><nav>{links}</nav>{sections}</body></html>"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a report depends on."""
+    packages = ("mixproof", "torch", "pyro-ppl", "numpy", "scipy", "scikit-learn")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def to_unicode(latex: str) -> str:
+    """Return LaTeX, or text with LaTeX between dollar signs, as one line of plain characters for a terminal."""
+    joined = re.sub(r"\\\\", "; ", latex.replace("&", " ").replace(r"\stackrel{!}{=}", "="))
+    grouped = re.sub(r"([_^])\{([^{}()\\]{2,})\}", r"\1{(\2)}", joined)
+    return re.sub(r"\s+", " ", TEXT.latex_to_text(grouped)).strip()
+
+
+def _fraction(node: Any, l2tobj: LatexNodes2Text) -> str:
+    """Return a fraction on one line, with parentheses about what is not a single factor."""
+    parts = [l2tobj.nodelist_to_text([argument]).strip() for argument in node.nodeargd.argnlist]
+    return " / ".join(f"({part})" if re.search(r"[-+ ∑/]", part) else part for part in parts)
+
+
+def _plain_text() -> LatexNodes2Text:
+    context = get_default_latex_context_db()
+    specs = [
+        MacroTextSpec("frac", simplify_repl=_fraction),
+        MacroTextSpec("|", simplify_repl="‖"),
+        MacroTextSpec("arg", simplify_repl="arg "),
+        MacroTextSpec("det", simplify_repl="det "),
+        MacroTextSpec("Leftrightarrow", simplify_repl=" ⇔ "),
+        MacroTextSpec("to", simplify_repl=" → "),
+        MacroTextSpec("mid", simplify_repl=" | "),
+        MacroTextSpec("sim", simplify_repl=" ~ "),
+        MacroTextSpec("quad", simplify_repl="  "),
+        MacroTextSpec("log", simplify_repl="log "),
+        MacroTextSpec("underbrace", simplify_repl="⟦%s⟧"),
+    ]
+    context.add_context_category("sheet", prepend=True, macros=specs)
+    return LatexNodes2Text(math_mode="text", latex_context=context)
+
+
+TEXT = _plain_text()
+
+
+def to_mathml(latex: str, display: str = "block") -> str:
+    """Return LaTeX as MathML."""
+    known = re.sub(r"\\arg\\(min|max)", r"\\mathrm{arg\\,\1}", latex)
+    return convert(known, display=display)
+
+
+def prose(text: str) -> str:
+    """Return text with LaTeX between dollar signs as HTML."""
+    pieces = text.split("$")
+    return "".join(
+        to_mathml(piece, "inline") if i % 2 else html.escape(piece).replace("``", "“").replace("&#x27;&#x27;", "”")
+        for i, piece in enumerate(pieces)
+    )
+
+
+def _as_dict(outcome: Outcome) -> dict[str, Any]:
+    claim = outcome.claim
+    return {
+        "id": claim.id,
+        "problem": claim.problem,
+        "transcription": claim.source,
+        "says": claim.says,
+        "formula": claim.formula,
+        "verdict": outcome.verdict,
+        "expected": claim.expected,
+        "ok": outcome.ok,
+        "condition": claim.condition,
+        "correction": claim.correction,
+        "note": claim.note,
+        "seconds": outcome.seconds,
+        "reports": [plain(report.to_dict()) for report in outcome.reports],
+    }
+
+
+def _section(problem: Problem, outcomes: Sequence[Outcome]) -> str:
+    rows = "".join(_row(outcome) for outcome in outcomes if outcome.claim.problem == problem.id)
+    head = "".join(f"<th>{name}</th>" for name in ("claim", "formula", "verdict", "error / tolerance", "time"))
+    return (
+        f"<section id='{problem.id}'><h2>{problem.id}. {html.escape(problem.title)}</h2><p>{prose(problem.statement)}</p>"
+        f"<table class='claims'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></section>"
+    )
+
+
+def _row(outcome: Outcome) -> str:
+    claim, check = outcome.claim, worst(outcome)
+    formula = to_mathml(claim.formula) if claim.formula else "<em>lost</em>"
+    remarks = [f"<p class='says'>{prose(claim.says)}</p>", formula]
+    if outcome.verdict == "refuted as printed":
+        remarks.append(f"<p>Instead:</p>{to_mathml(claim.correction)}")
+    if outcome.verdict == "holds if":
+        remarks.append(f"<p>Holds if {prose(claim.condition)}.</p>")
+    if claim.note:
+        remarks.append(f"<p class='note'>{prose(claim.note)}</p>")
+    names = ["the formula", "the correction" if outcome.verdict == "refuted as printed" else "without the condition"]
+    reports = "".join(
+        f"<p>{name}</p>{report.to_html()}" for name, report in zip(names, outcome.reports, strict=False)
+    )
+    details = f"<details><summary>checks</summary>{reports}</details>" if reports else ""
+    errors = "" if check is None else f"{check.error:.1e} / {check.tolerance:.1e}"
+    kind = outcome.verdict.replace(" ", "-") if outcome.ok else "unexpected"
+    verdict = outcome.verdict if outcome.ok else f"{outcome.verdict}, expected: {claim.expected}"
+    return (
+        f"<tr id='{claim.id}' class='{kind}'><td>{claim.id}</td><td>{''.join(remarks)}{details}</td>"
+        f"<td class='verdict'>{verdict}</td><td class='number'>{errors}</td><td class='number'>{outcome.seconds:.2f} s</td></tr>"
+    )
+
+
+STYLE = """
+body { font-family: system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; line-height: 1.45; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
+.summary { font-weight: 600; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; border-bottom: 2px solid #888; padding: .3rem .5rem; }
+td { vertical-align: top; border-bottom: 1px solid #ddd; padding: .4rem .5rem; }
+td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.claims > tbody > tr > td:nth-child(2) { width: 60%; max-width: 42rem; overflow-x: auto; }
+.number { white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; }
+.verdict { font-weight: 600; white-space: nowrap; }
+.holds .verdict { color: #16692f; } .holds-if .verdict { color: #0b5c86; } .refuted-as-printed .verdict { color: #8a5a00; }
+.illegible .verdict { color: #7a2a86; } .unexpected .verdict, .failed td:nth-child(2) { color: #b00020; }
+.says { margin: 0; color: #444; } .note { color: #555; font-size: .92em; }
+math[display=block] { margin: .35rem 0; text-align: left; }
+details { margin-top: .3rem; font-size: .88em; } pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 42rem; }
+@media (max-width: 50rem) { .claims > tbody > tr > td:nth-child(2) { max-width: 60vw; } }
+"""

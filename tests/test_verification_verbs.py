@@ -1,0 +1,566 @@
+"""Every verb passes on truths and refutes planted faults, and its Monte Carlo p-values are those of the claim."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.distributions import Bernoulli, Laplace, MultivariateNormal, constraints
+
+from mixproof.inference.verification import (
+    Domain,
+    Refuted,
+    Report,
+    assert_density,
+    assert_gradient,
+    assert_identity,
+    assert_limit,
+    assert_maximiser,
+    assert_moments,
+    binary,
+    positive,
+    reals,
+    simplex,
+    unit_interval,
+    verify_density,
+    verify_gradient,
+    verify_identity,
+    verify_limit,
+    verify_maximiser,
+    verify_moments,
+)
+
+SEED = 3
+
+
+def tensor(*values: Any) -> Tensor:
+    return torch.tensor(values if len(values) > 1 else values[0], dtype=torch.float64)
+
+
+def spd(size: int) -> Domain:
+    """Symmetric positive definite matrices (D, D) with eigenvalues above one half."""
+
+    def draw(generator: torch.Generator) -> Tensor:
+        root = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        return root @ root.T + 0.5 * torch.eye(size, dtype=torch.float64)
+
+    return draw
+
+
+def normals(*shape: int, seed: int = SEED) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def failed(report: Report) -> list[str]:
+    return [check.name for check in report.checks if not check.passed]
+
+
+# identities
+
+
+def woodbury(matrix: Tensor, u: Tensor) -> Tensor:
+    inverse = torch.linalg.inv(matrix)
+    return inverse - (inverse @ u)[:, None] * (u @ inverse) / (1 + u @ inverse @ u)
+
+
+TRUE_IDENTITIES: dict[str, tuple] = {
+    "woodbury": (woodbury, lambda a, u: torch.linalg.inv(a + u[:, None] * u), spd(4), reals(4)),
+    "log det": (torch.logdet, lambda a: torch.linalg.eigvalsh(a).log().sum(), spd(4)),
+    "inverse": (lambda a: torch.eye(3, dtype=a.dtype), lambda a: a @ torch.linalg.inv(a), spd(3)),
+    "exact zero": (lambda p: torch.zeros((), dtype=p.dtype), lambda p: p + (1 - p) - 1, unit_interval()),
+    "cancellation": (
+        lambda x: (x + 1e6).square().mean() - (x + 1e6).mean() ** 2,
+        lambda x: (x - x.mean()).square().mean(),
+        reals(9),
+    ),
+    "constants and counts": (lambda x, n: x.sum() / n, lambda x, n: x.mean(), binary(4), 4),
+    "softmax shift": (lambda x: (x - 700).softmax(0), lambda x: x.softmax(0), reals(4)),
+    "infinite on both sides": (lambda x: torch.special.xlogy(x, 0 * x), lambda x: -x / (0 * x), positive(2)),
+    "several parts": (lambda x: (x + x, x * x), lambda x: (2 * x, x.square()), reals(2)),
+    "entropy on the simplex": (lambda p: -(p * p.log()).sum(), lambda p: torch.special.entr(p).sum(), simplex(3)),
+}
+FALSE_IDENTITIES: dict[str, tuple] = {
+    "relative 1e-9": (lambda x: x.exp() * (1 + 1e-9), torch.exp, reals(3)),
+    "transposed": (lambda a, b: b[:, None] * a, lambda a, b: a[:, None] * b, reals(3), reals(3)),
+    "n - 1 for n": (lambda x: x.var(), lambda x: (x - x.mean()).square().mean(), reals(5)),
+    "wrong sign": (lambda a, u: 2 * torch.linalg.inv(a) - woodbury(a, u), woodbury, spd(3), reals(3)),
+    "factor of a half": (torch.logdet, lambda a: torch.logdet(a) / 2, spd(3)),
+    "true of positive numbers only": (lambda x: x, lambda x: x.abs(), reals()),
+    "one entry": (lambda x: x * (1 + 1e-6 * (torch.arange(4) == 2)), lambda x: 1 * x, reals(4)),
+    "NaN": (lambda x: (x - 10).log(), lambda x: x.exp(), reals()),
+    "infinite": (lambda x: x / 0, lambda x: x.exp(), positive()),
+    "shape": (lambda x: x[None], lambda x: x.exp(), reals(2)),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_IDENTITIES)
+def test_true_identities_hold_at_many_seeds(name: str) -> None:
+    for seed in range(8):
+        assert_identity(*TRUE_IDENTITIES[name], seed=seed)
+
+
+@pytest.mark.parametrize("name", FALSE_IDENTITIES)
+def test_false_identities_are_refuted(name: str) -> None:
+    report = verify_identity(*FALSE_IDENTITIES[name], seed=SEED)
+    assert report.verdict == "refuted"
+    with pytest.raises(Refuted, match="counterexample"):
+        assert_identity(*FALSE_IDENTITIES[name], seed=SEED)
+
+
+def test_exception_of_the_claim_refutes_with_its_text() -> None:
+    report = verify_identity(lambda a, x: a @ x[None], lambda a, x: a @ x, spd(3), reals(3), seed=SEED)
+    assert report.verdict == "refuted"
+    assert "cannot be multiplied" in report.checks[0].detail
+
+
+@pytest.mark.parametrize("actual", [lambda x: (x - x).log() - (x - x).log(), lambda x: x @ x])
+def test_actual_side_without_a_value_leaves_the_claim_undecided(actual: Callable[[Tensor], Tensor]) -> None:
+    report = verify_identity(lambda x: x, actual, reals(), seed=SEED)
+    assert report.verdict == "undecided"
+    assert "actual side" in report.checks[0].detail
+
+
+def test_counterexample_is_simple_and_stays_in_its_domain() -> None:
+    wrong = verify_identity(lambda p, x: p.sum() + x, lambda p, x: p.sum() + x.abs(), simplex(3), reals(), seed=SEED)
+    example = wrong.checks[0].counterexample
+    assert example is not None
+    assert example["x"] == example["x"].round()
+    assert example["p"].sum() == pytest.approx(1, abs=1e-13)
+
+
+def test_constants_reach_both_sides_unchanged() -> None:
+    seen: list[object] = []
+    flag, table = object(), tensor([1.5, 2.5])
+
+    def claimed(x: Tensor, *rest: Any) -> Tensor:
+        seen.append((rest[0] is flag, rest[1], torch.equal(table, rest[2])))
+        return x * 2 + 1e-12
+
+    verify_identity(claimed, lambda x, *rest: x + x, reals(), flag, 7, table, seed=SEED)
+    assert set(seen) == {(True, 7, True)}
+
+
+# gradients
+
+
+def log_normal(mean: Tensor, covariance: Tensor, x: Tensor) -> Tensor:
+    return MultivariateNormal(mean, covariance).log_prob(x)
+
+
+def covariance_gradient(mean: Tensor, covariance: Tensor, x: Tensor) -> Tensor:
+    precision = torch.linalg.inv(covariance)
+    pull = precision @ (x - mean)
+    return (pull[:, None] * pull - precision) / 2
+
+
+NORMAL = (reals(3), spd(3), reals(3))
+
+
+def test_true_gradients_hold() -> None:
+    for seed in range(4):
+        assert_gradient(lambda m, s, x: torch.linalg.solve(s, x - m), log_normal, *NORMAL, seed=seed)
+        assert_gradient(covariance_gradient, log_normal, *NORMAL, wrt=1, seed=seed)
+        assert_gradient(
+            lambda x: x.softmax(0).diag() - x.softmax(0)[:, None] * x.softmax(0),
+            lambda x: x.softmax(0),
+            reals(4),
+            seed=seed,
+        )
+        assert_gradient(lambda a, k: k * a, lambda a, k: k * a.square().sum() / 2, reals(2, 3), 5, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "wrt"),
+    [
+        (lambda m, s, x: torch.linalg.solve(s, m - x), 0),
+        (lambda m, s, x: s @ (x - m), 0),
+        (lambda m, s, x: torch.linalg.solve(s, x - m) / 2, 0),
+        (lambda m, s, x: torch.linalg.solve(s, x - m)[None], 0),
+        (lambda m, s, x: 2 * covariance_gradient(m, s, x), 1),
+        (lambda m, s, x: covariance_gradient(m, s, x).tril(), 1),
+        (lambda m, s, x: covariance_gradient(m, s, x) * (1 + 1e-8), 1),
+    ],
+)
+def test_false_gradients_are_refuted(wrong: Callable[..., Tensor], wrt: int) -> None:
+    assert verify_gradient(wrong, log_normal, *NORMAL, wrt=wrt, seed=SEED).verdict == "refuted"
+
+
+def test_transposed_jacobian_is_refuted() -> None:
+    matrix = normals(3, 3)
+    assert_gradient(lambda x: matrix, lambda x: matrix @ x, reals(3), seed=SEED)
+    assert verify_gradient(lambda x: matrix.T, lambda x: matrix @ x, reals(3), seed=SEED).verdict == "refuted"
+
+
+# maximisers
+
+DATA = normals(21, 2) @ tensor([[1.0, 0.5], [0.0, 0.3]]) + tensor([3.0, -2.0])
+NORMAL_SET = (constraints.real, constraints.positive_definite)
+
+
+def scatter(x: Tensor) -> Tensor:
+    return (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
+
+
+def normal_likelihood(mean: Tensor, covariance: Tensor) -> Tensor:
+    return MultivariateNormal(mean, covariance).log_prob(DATA).sum()
+
+
+def laplace_likelihood(median: Tensor, scale: Tensor) -> Tensor:
+    return Laplace(median, scale).log_prob(DATA).sum()
+
+
+def absolute_error(x: Tensor, weights: Tensor | float = 1.0) -> Callable[[Tensor], Tensor]:
+    return lambda m: -(weights * (x - m).abs()).sum()
+
+
+COUNTS = tensor([3.0, 0.0, 5.0])
+LINE = DATA[:, 0].sort().values
+MEDIAN = DATA.median(0).values
+SIMPLEX = {"constraint": constraints.simplex}
+TRUE_MAXIMISERS: dict[str, tuple] = {
+    "normal": ((DATA.mean(0), scatter(DATA)), normal_likelihood, {"constraint": NORMAL_SET}),
+    "weights": (tensor([0.2, 0.5, 0.3]), lambda p: (tensor([2.0, 5, 3]) * p.log()).sum(), SIMPLEX),
+    "weight of zero": (COUNTS / 8, lambda p: torch.special.xlogy(COUNTS, p).sum(), SIMPLEX),
+    "vertex": (tensor([1.0, 0, 0]), lambda p: 2 * p[0] + p[1], SIMPLEX),
+    "median": (LINE[10], absolute_error(LINE), {}),
+    "left end of a flat top": (LINE[9], absolute_error(LINE[:20]), {}),
+    "inside a flat top": ((LINE[9] + LINE[10]) / 2, absolute_error(LINE[:20]), {}),
+    "rounded flat top": (tensor(2.5), absolute_error(tensor([1.0, 2, 3]), tensor([0.1, 0.2, 0.3])), {}),
+    "weighted median": (tensor(2.0), absolute_error(tensor([1.0, 2, 3]), tensor([0.2, 0.2, 0.3])), {}),
+    "Laplace": (
+        (MEDIAN, (DATA - MEDIAN).abs().mean(0)),
+        laplace_likelihood,
+        {"constraint": (constraints.real, constraints.positive)},
+    ),
+    "mean of zero": (tensor(0.0), lambda m: -(torch.cat([LINE, -LINE]) - m).square().sum(), {}),
+    "mean far from zero": (
+        (1e6 + LINE / 1e3).mean(),
+        lambda m: -(1e6 + LINE / 1e3 - m).square().sum(),
+        {},
+    ),
+    "height of zero": (tensor(0.1) * 3, lambda m: -(m - 0.3).square(), {}),
+    "ridge": (tensor([1.0, 2.0]), lambda m: -(m.sum() - 3).square(), {}),
+}
+FALSE_MAXIMISERS: dict[str, tuple] = {
+    "n - 1 for n": ((DATA.mean(0), scatter(DATA) * 21 / 20), normal_likelihood, {"constraint": NORMAL_SET}),
+    "relative 1e-8": ((DATA.mean(0) * (1 + 1e-8), scatter(DATA)), normal_likelihood, {"constraint": NORMAL_SET}),
+    "minimum": ((DATA.mean(0), scatter(DATA)), lambda *a: -normal_likelihood(*a), {"constraint": NORMAL_SET}),
+    "saddle": (torch.zeros(2).double(), lambda m: m[0] ** 2 - m[1] ** 2, {}),
+    "lower of two hills": (
+        tensor(0.0),
+        lambda m: (-m.square() / 2).exp() + 2 * (-(m - 6).square() / 2).exp(),
+        {},
+    ),
+    "permuted weights": (tensor([0.5, 0.2, 0.3]), lambda p: (tensor([2.0, 5, 3]) * p.log()).sum(), SIMPLEX),
+    "unnormalised weights": (tensor([2.0, 5, 3]), lambda p: (tensor([2.0, 5, 3]) * p.log()).sum(), SIMPLEX),
+    "nearly normalised": (tensor([0.2, 0.5, 0.3 + 1e-8]), lambda p: (tensor([2.0, 5, 3]) * p.log()).sum(), SIMPLEX),
+    "wrong face": (tensor([0.5, 0.0, 0.5]), lambda p: torch.special.xlogy(COUNTS, p).sum(), SIMPLEX),
+    "worst face": (tensor([0.0, 0.5, 0.5]), lambda p: torch.special.xlogy(COUNTS, p).sum(), SIMPLEX),
+    "mean for median": (LINE.mean(), absolute_error(LINE), {}),
+    "neighbour of the median": (LINE[11], absolute_error(LINE), {}),
+    "median moved by 1e-9": (LINE[10] + 1e-9, absolute_error(LINE), {}),
+    "scale about the median, n - 1": (
+        (MEDIAN, (DATA - MEDIAN).abs().sum(0) / 20),
+        laplace_likelihood,
+        {"constraint": (constraints.real, constraints.positive)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_MAXIMISERS)
+def test_true_maximisers_hold(name: str) -> None:
+    claimed, objective, options = TRUE_MAXIMISERS[name]
+    for seed in range(3):
+        assert_maximiser(claimed, objective, **options, seed=seed)
+
+
+@pytest.mark.parametrize("name", FALSE_MAXIMISERS)
+def test_false_maximisers_are_refuted(name: str) -> None:
+    claimed, objective, options = FALSE_MAXIMISERS[name]
+    assert verify_maximiser(claimed, objective, **options, seed=SEED).verdict == "refuted"
+
+
+def test_boundary_and_outside_are_said() -> None:
+    claimed, objective, options = TRUE_MAXIMISERS["weight of zero"]
+    assert "boundary" in str(assert_maximiser(claimed, objective, **options, seed=SEED))
+    claimed, objective, options = FALSE_MAXIMISERS["unnormalised weights"]
+    assert "outside its constraint" in str(verify_maximiser(claimed, objective, **options, seed=SEED))
+
+
+def test_objective_without_a_value_leaves_the_claim_undecided() -> None:
+    assert verify_maximiser(tensor(1.0), lambda m: m * torch.nan, seed=SEED).verdict == "undecided"
+
+
+def test_verdict_has_no_units() -> None:
+    for unit in (1e-6, 1e6):
+        x = LINE * unit
+        for factor in (1e-6, 1e6):
+            assert_maximiser(x.mean(), lambda m, x=x, c=factor: -c * (x - m).square().sum(), seed=SEED)
+            assert_maximiser(x.median(), lambda m, x=x, c=factor: -c * (x - m).abs().sum(), seed=SEED)
+            moved = x.mean() + 1e-7 * unit
+            wrong = verify_maximiser(moved, lambda m, x=x, c=factor: -c * (x - m).square().sum(), seed=SEED)
+            assert "stationary" in failed(wrong)
+
+
+# moments
+
+COVARIANCE = tensor([[2.0, 0.6], [0.6, 0.5]])
+ROOT = torch.linalg.cholesky(COVARIANCE)
+MEAN = tensor([1.0, -4.0])
+
+
+def normal_sample(num_samples: int, generator: torch.Generator) -> Tensor:
+    return MEAN + torch.randn(num_samples, 2, generator=generator, dtype=torch.float64) @ ROOT.T
+
+
+PROBS = tensor([0.2, 0.3, 0.5])
+
+
+def one_hot_sample(num_samples: int, generator: torch.Generator) -> Tensor:
+    labels = torch.multinomial(PROBS, num_samples, replacement=True, generator=generator)
+    return torch.nn.functional.one_hot(labels, 3)
+
+
+def test_true_moments_hold() -> None:
+    assert_moments(normal_sample, MEAN, COVARIANCE, seed=SEED)
+    assert_moments(normal_sample, MEAN, seed=SEED)
+    assert_moments(one_hot_sample, PROBS, PROBS.diag() - PROBS[:, None] * PROBS, seed=SEED)
+    assert_moments(lambda n, g: torch.rand(n, generator=g), 0.5, 1 / 12, seed=SEED)
+    assert_moments(lambda n, g: torch.full((n, 1), 0.3), torch.tensor([0.3]), torch.zeros(1, 1), seed=SEED)
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "name"),
+    [
+        (MEAN + 0.01 * COVARIANCE.diagonal().sqrt(), None, "mean"),
+        (-MEAN, COVARIANCE, "mean"),
+        (MEAN, 1.02 * COVARIANCE, "covariance"),
+        (MEAN, ROOT @ ROOT.T * tensor([[1.0, -1.0], [-1.0, 1.0]]), "covariance"),
+        (MEAN, COVARIANCE + tensor([[0.02, 0.0], [0.0, 0.0]]), "covariance"),
+        (MEAN, torch.linalg.inv(COVARIANCE), "covariance"),
+        (MEAN, COVARIANCE + MEAN[:, None] * MEAN, "covariance"),
+        (MEAN, ROOT, "a covariance matrix"),
+        (MEAN, -COVARIANCE, "a covariance matrix"),
+        (MEAN[:1], COVARIANCE, "shape of the mean"),
+        (MEAN, COVARIANCE.diagonal(), "shape of the covariance"),
+    ],
+)
+def test_false_moments_are_refuted(mean: Tensor, covariance: Tensor | None, name: str) -> None:
+    report = verify_moments(normal_sample, mean, covariance, seed=SEED)
+    assert report.verdict == "refuted"
+    assert name in failed(report)
+
+
+def test_variance_as_standard_deviation_is_refuted() -> None:
+    def sample(n: int, generator: torch.Generator) -> Tensor:
+        return 0.5 * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+
+    assert_moments(sample, tensor([0.0]), tensor(0.25), seed=SEED)
+    assert verify_moments(sample, tensor([0.0]), tensor(0.5), seed=SEED).verdict == "refuted"
+
+
+def test_number_of_draws_follows_the_smallest_error() -> None:
+    for smallest in (0.05, 0.02):
+        moved = MEAN + smallest * COVARIANCE.diagonal().sqrt()
+        for seed in range(20):
+            assert verify_moments(normal_sample, moved, seed=seed, smallest=smallest).verdict == "refuted"
+
+
+def test_sampler_that_is_not_finite_is_undecided_and_wrong_shapes_raise() -> None:
+    assert verify_moments(lambda n, g: torch.full((n, 1), torch.nan), tensor([0.0]), seed=SEED).verdict == "undecided"
+    with pytest.raises(ValueError, match="expected"):
+        verify_moments(lambda n, g: torch.zeros(3, 1), tensor([0.0]), seed=SEED)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        verify_moments(normal_sample, MEAN, seed=SEED, smallest=0.0)
+
+
+# densities
+
+
+def laplace_sample(num_samples: int, generator: torch.Generator) -> Tensor:
+    """Variance one, as the standard normal law."""
+    u = torch.rand(num_samples, 1, generator=generator, dtype=torch.float64) - 0.5
+    return -u.sign() * torch.log1p(-2 * u.abs()) * math.sqrt(0.5)
+
+
+def laplace_density(x: Tensor) -> Tensor:
+    return Laplace(tensor(0.0), tensor(math.sqrt(0.5))).log_prob(x).sum(-1)
+
+
+LOCS = 3 * normals(3, 10)
+
+
+def mixture_sample(num_samples: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
+    labels = torch.multinomial(PROBS, num_samples, replacement=True, generator=generator)
+    return LOCS[labels] + 0.6**power * torch.randn(num_samples, 10, generator=generator, dtype=torch.float64)
+
+
+def mixture_density(x: Tensor) -> Tensor:
+    normal = torch.distributions.Normal(LOCS, tensor(0.6))
+    return (PROBS.log() + normal.log_prob(x[:, None]).sum(-1)).logsumexp(1)
+
+
+def cauchy_sample(num_samples: int, generator: torch.Generator) -> Tensor:
+    return torch.tan(math.pi * (torch.rand(num_samples, generator=generator, dtype=torch.float64) - 0.5))
+
+
+def cauchy_density(x: Tensor) -> Tensor:
+    return torch.as_tensor(stats.cauchy.logpdf(x[:, 0].numpy()))
+
+
+def normal_density(x: Tensor) -> Tensor:
+    return MultivariateNormal(MEAN, COVARIANCE).log_prob(x)
+
+
+def standard_sample(num_samples: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(num_samples, 1, generator=generator, dtype=torch.float64)
+
+
+TRUE_DENSITIES: dict[str, tuple] = {
+    "normal": (normal_density, normal_sample),
+    "Laplace": (laplace_density, laplace_sample),
+    "Cauchy": (cauchy_density, cauchy_sample),
+    "mixture": (mixture_density, mixture_sample),
+}
+FALSE_DENSITIES: dict[str, tuple] = {
+    "0.1 % too large": (lambda x: normal_density(x) + 1e-3, normal_sample, "integrates to one on a grid"),
+    "1e-6 too large": (lambda x: normal_density(x) + 1e-6, normal_sample, "integrates to one on a grid"),
+    "kinked, 0.1 % too small": (lambda x: laplace_density(x) - 1e-3, laplace_sample, "integrates to one on a grid"),
+    "5 % too large": (lambda x: mixture_density(x) + 0.05, mixture_sample, "integrates to one, by sampling"),
+    "another law of the same moments": (laplace_density, standard_sample, "agrees with its sampler"),
+    "no correlation": (
+        MultivariateNormal(MEAN, COVARIANCE.diagonal().diag()).log_prob,
+        normal_sample,
+        "agrees with its sampler",
+    ),
+    "mean moved": (MultivariateNormal(MEAN + 0.1, COVARIANCE).log_prob, normal_sample, "agrees with its sampler"),
+    "variance for standard deviation": (
+        mixture_density,
+        lambda n, g: mixture_sample(n, g, 2.0),
+        "the sampler's density",
+    ),
+    "no sum over features": (lambda x: normal_density(x)[:, None], normal_sample, "log_prob"),
+    "raises": (lambda x: x @ ROOT @ x, normal_sample, "log_prob"),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_DENSITIES)
+def test_true_densities_hold(name: str) -> None:
+    for seed in range(2):
+        assert_density(*TRUE_DENSITIES[name], seed=seed)
+
+
+@pytest.mark.parametrize("name", FALSE_DENSITIES)
+def test_false_densities_are_refuted(name: str) -> None:
+    log_prob, sample, check = FALSE_DENSITIES[name]
+    report = verify_density(log_prob, sample, seed=SEED)
+    assert report.verdict == "refuted"
+    assert check in failed(report)
+
+
+CUBE = torch.cartesian_prod(*[tensor([0.0, 1.0])] * 4)
+COINS = tensor([0.1, 0.5, 0.7, 0.95])
+
+
+def coin_density(x: Tensor) -> Tensor:
+    return Bernoulli(COINS, validate_args=False).log_prob(x).sum(-1)
+
+
+def coin_sample(num_samples: int, generator: torch.Generator) -> Tensor:
+    return (torch.rand(num_samples, 4, generator=generator, dtype=torch.float64) < COINS).double()
+
+
+def test_finite_support() -> None:
+    assert_density(coin_density, coin_sample, support=CUBE, seed=SEED)
+    faults = {
+        "sums to one": (lambda x: coin_density(x) + 1e-9, coin_sample),
+        "agrees with its sampler": (lambda x: coin_density(1 - x), coin_sample),
+    }
+    for name, fault in faults.items():
+        assert failed(verify_density(*fault, support=CUBE, seed=SEED)) == [name]
+    outside = verify_density(coin_density, lambda n, g: 2 * coin_sample(n, g), support=CUBE, seed=SEED)
+    assert "impossible" in str(outside)
+    missing = verify_density(coin_density, coin_sample, support=CUBE[1:], seed=SEED)
+    assert failed(missing) == ["sums to one", "agrees with its sampler"]
+    with pytest.raises(ValueError, match="repeated"):
+        verify_density(coin_density, coin_sample, support=torch.cat([CUBE, CUBE]), seed=SEED)
+
+
+def test_p_values_are_uniform_if_the_claim_holds() -> None:
+    found: dict[str, list[float]] = {}
+    for seed in range(200):
+        reports = [
+            verify_moments(standard_sample, tensor([0.0]), tensor(1.0), seed=seed, smallest=0.2),
+            verify_density(mixture_density, mixture_sample, seed=seed, num_samples=2**11),
+            verify_density(coin_density, coin_sample, support=CUBE, seed=seed, num_samples=2**11),
+        ]
+        for i, report in enumerate(reports):
+            for check in report.checks:
+                if check.p_value is not None:
+                    found.setdefault(f"{i} {check.name}", []).append(check.p_value)
+    for name, p_values in found.items():
+        if name == "1 agrees with its sampler":  # the smallest of 64, with Bonferroni's correction: at least uniform
+            assert stats.kstest(p_values, "uniform", alternative="greater").pvalue > 1e-3
+        else:
+            assert stats.kstest(p_values, "uniform").pvalue > 1e-3, name
+    assert len(found) >= 4
+
+
+# limits
+
+
+def softmax(scores: list[float]) -> Callable[[float], Tensor]:
+    return lambda eps: (tensor(scores) / eps).softmax(0)
+
+
+TRUE_LIMITS: dict[str, tuple] = {
+    "linear": (lambda e: 1 + e, 1.0, "eps^1.00"),
+    "quadratic": (math.cos, 1.0, "eps^2.00"),
+    "square root": (lambda e: 2 + e**0.5 + e, 2.0, "eps^0.50"),
+    "slow": (lambda e: 1 + e**0.1, 1.0, "eps^0.10"),
+    "logarithm": (lambda e: e * math.log(e), 0.0, "eps^0.9"),
+    "cancelling": (lambda e: (math.exp(e) - 1) / e, 1.0, "eps^1.00"),
+    "no ties": (softmax([3.0, 2.0, 1.0]), tensor([1.0, 0, 0]), "faster than any power"),
+    "ties": (softmax([3.0, 3.0, 1.0]), tensor([0.5, 0.5, 0]), "faster than any power"),
+    "damped oscillation": (lambda e: e * math.sin(1 / e), 0.0, "eps"),
+    "divergence": (lambda e: -math.log(e), math.inf, "diverges"),
+    "overflow": (lambda e: -((1 / e) ** 30), -math.inf, "diverges"),
+    "mixed": (lambda e: tensor([1 / e, e]), tensor([math.inf, 0.0]), ""),
+}
+FALSE_LIMITS: dict[str, tuple] = {
+    "another limit": (lambda e: 1 + e, 1.001),
+    "relative 1e-9": (lambda e: (math.exp(e) - 1) / e, 1 + 1e-9),
+    "square root, 1e-8": (lambda e: 2 + e**0.5 + e, 2 + 1e-8),
+    "ties forgotten": (softmax([3.0, 3.0, 1.0]), tensor([1.0, 0, 0])),
+    "oscillation": (lambda e: math.sin(1 / e), 0.0),
+    "divergence": (lambda e: 1 / e, 0.0),
+    "wrong infinity": (lambda e: 1 / e, -math.inf),
+    "bounded": (lambda e: 2 - e, math.inf),
+    "shape": (lambda e: torch.ones(2) * e, torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_LIMITS)
+def test_true_limits_hold_at_the_right_rate(name: str) -> None:
+    sequence, limit, rate = TRUE_LIMITS[name]
+    assert rate in assert_limit(sequence, limit, seed=SEED).checks[0].detail
+
+
+@pytest.mark.parametrize("name", FALSE_LIMITS)
+def test_false_limits_are_refuted(name: str) -> None:
+    report = verify_limit(*FALSE_LIMITS[name], seed=SEED)
+    assert report.verdict == "refuted"
+    assert {"eps", "claimed", "actual"} <= set(report.checks[0].counterexample or {})
+
+
+def test_limit_that_no_power_describes_is_undecided() -> None:
+    assert verify_limit(lambda e: 1 / (1 - math.log(e)), 0.0, seed=SEED).verdict == "undecided"
+    assert verify_limit(lambda e: math.nan, 0.0, seed=SEED).verdict == "undecided"
+
+
+def test_limit_needs_a_geometric_sequence() -> None:
+    with pytest.raises(ValueError, match="constant factor"):
+        verify_limit(lambda e: e, 0.0, seed=SEED, at=[0.1, 0.2])
