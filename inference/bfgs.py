@@ -72,11 +72,8 @@ def minimise(objective: Objective, u: Tensor, *, max_steps: int, rtol: float) ->
     for step in range(1, max_steps + 1):
         direction = -inverse_hessian @ gradient
         found = _line_search(objective, u, value, gradient, direction)
-        if found is None and not fresh:
-            inverse_hessian, fresh = identity / max(gradient.norm().item(), 1.0), True
-            continue
         if found is None:
-            gradient = _steepest(objective, u)
+            gradient, fresh = _steepest(objective, u), True
             found = _line_search(objective, u, value, gradient, -gradient / max(gradient.norm().item(), 1.0))
         if found is None:
             return Minimum(u, value, True, step)

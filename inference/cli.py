@@ -5,6 +5,7 @@ Results go to stdout, progress to stderr. Exit code 0: it holds, or it is done; 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -42,7 +43,9 @@ def main() -> None:
 
 @app.command()
 def verify(
-    problem: Annotated[list[str] | None, typer.Option(help="A problem (P3) or a claim (P3.12a); may be repeated.")] = None,
+    problem: Annotated[
+        list[str] | None, typer.Option(help="A problem (P3) or a claim (P3.12a); may be repeated.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there as JSON.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write the report there as a web page.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core by default.")] = None,
@@ -57,7 +60,10 @@ def verify(
         with _progress() as progress:
             task = progress.add_task("verifying", total=total)
             outcomes = exercise_sheet.verify_sheet(
-                seed, problem or (), lambda outcome: progress.update(task, advance=1, description=outcome.claim.id), workers
+                seed,
+                problem or (),
+                lambda outcome: progress.update(task, advance=1, description=outcome.claim.id),
+                workers,
             )
         if json_file is not None:
             json_file.write_text(sheet_report.to_json(outcomes, seed), encoding="utf-8")
@@ -77,18 +83,18 @@ def sample(
     device: Device = "cpu",
 ) -> None:
     """Generate rows from a mixture: columns x1 to xD, and z, the component that each row came from."""
-    with _errors(), _progress() as progress:
-        given = tables.read_params(params)
-        chosen, values = _family(family, given)
+    with _errors():
+        chosen, values = _family(family, tables.read_params(params))
         checked = check_params(chosen, values)
         checked = type(checked)(*(value.to(device) for value in checked))
         generator = torch.Generator(device).manual_seed(seed)
-        task = progress.add_task("sampling", total=num_samples)
-        with tables.writer(out) as write:
-            for start in range(0, max(num_samples, 1), ROWS_AT_ONCE):
-                rows = min(ROWS_AT_ONCE, num_samples - start)
-                write(*draw(chosen, checked, rows, generator=generator))
-                progress.update(task, advance=rows)
+        first = draw(chosen, checked, min(num_samples, ROWS_AT_ONCE), generator=generator)
+        with tables.writer(out) as write, _progress() as progress:
+            task = progress.add_task("sampling", total=num_samples)
+            write(*first)
+            for start in range(ROWS_AT_ONCE, num_samples, ROWS_AT_ONCE):
+                progress.update(task, completed=start)
+                write(*draw(chosen, checked, min(ROWS_AT_ONCE, num_samples - start), generator=generator))
 
 
 @app.command()
@@ -139,7 +145,9 @@ def fit(
     if not best.converged and caught:
         Console(stderr=True).print(f"warning: {caught[-1].message}", style="yellow", highlight=False)
     if failures:
-        Console(stderr=True).print(f"warning: {len(failures)} of {starts} starts failed: {failures[-1]}", style="yellow")
+        Console(stderr=True).print(
+            f"warning: {len(failures)} of {starts} starts failed: {failures[-1]}", style="yellow"
+        )
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
@@ -161,11 +169,13 @@ def _family(name: str, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return found, given
     hints = get_type_hints(found)
     settings, rest = {}, dict(given)
-    for field in found.__dataclass_fields__:  # type: ignore[attr-defined]
+    for field in (field.name for field in dataclasses.fields(found)):
         if field not in rest:
             raise ValueError(f"{name} needs its setting {field} beside the parameters in the file")
         value = rest.pop(field)
-        settings[field] = hints[field](**{key: torch.as_tensor(v) for key, v in value.items()}) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = hints[field](**{key: torch.tensor(part, dtype=torch.float64) for key, part in value.items()})
+        settings[field] = value
     return found(**settings), rest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+from torch.distributions import constraints
 
 from mixproof.inference.bfgs import minimise, with_gradient
 from mixproof.inference.enumeration import Coordinates, inspect, log_density
@@ -52,9 +54,12 @@ def posterior_mode(
     coordinates = Coordinates(program.supports, start)
 
     objective = with_gradient(lambda u: -log_density(model, program, coordinates(u), *args))
+    for name, support in program.supports.items():
+        if _at_edge(start[name], support):
+            raise ValueError(
+                f"the start is at the edge of the support of {name}, where no step leads away: start inside"
+            )
     u = coordinates.inverse(start)
-    if not torch.isfinite(u).all():
-        raise ValueError("the start is at the edge of a parameter's support; start inside it")
     found = minimise(objective, u, max_steps=max_steps, rtol=rtol)
     if not found.converged:
         warnings.warn(f"no mode within {max_steps} steps: raise max_steps", ConvergenceWarning, stacklevel=2)
@@ -62,3 +67,12 @@ def posterior_mode(
         params = coordinates(found.u)
     mode = params if isinstance(init, Mapping) else type(init)(**params)
     return Mode(mode, -found.value, found.converged, found.num_steps)
+
+
+def _at_edge(value: Tensor, support: Any) -> bool:
+    """Whether an entry lies on the boundary of its support, which unconstrained coordinates cannot reach or leave."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    low = 0 if support is constraints.simplex else getattr(support, "lower_bound", -math.inf)
+    high = getattr(support, "upper_bound", math.inf)
+    return bool(((value <= low) | (value >= high)).any())

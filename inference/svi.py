@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,15 +11,21 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO
+from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam, PyroOptim
 from torch import Tensor
+
+from mixproof.inference.enumeration import bind
+
+_NAMES = itertools.count()
 
 
 class Variational(NamedTuple):
     """What SVI found."""
 
     guide: Any
-    """The fitted guide, q(params); an autoguide's ``median()`` and ``quantiles()`` read it."""
+    """The fitted guide, q(params); an autoguide's ``median()`` and ``quantiles()`` read it. A guide that is a function is
+    bound to the values it has found."""
     losses: Tensor
     """(num_steps,), the estimate of -ELBO before each step: an upper bound of -log p(data) in expectation."""
 
@@ -47,7 +54,8 @@ def svi(
         learning_rate: the step of Adam at the start, in unconstrained coordinates.
         final_learning_rate: the step at the end; it decays geometrically in between.
         optimiser: takes the place of Adam and both rates. The ELBO of a delta guide has no noise, and resilient
-            backpropagation, ``pyro.optim.Rprop({"lr": 0.01})``, climbs it to rounding in a few hundred steps.
+            backpropagation, ``PyroOptim(torch.optim.Rprop, {"lr": 0.01})``, climbs it to rounding in a few hundred
+            steps.
 
     Raises:
         ValueError: ``num_steps`` is below 1, the loss is not finite, or Pyro refuses the pair of model and guide.
@@ -60,11 +68,17 @@ def svi(
         pyro.set_rng_seed(seed)
         adam = ClippedAdam({"lr": learning_rate, "lrd": decay, "clip_norm": float("inf")})
         inference = SVI(model, guide, optimiser or adam, TraceEnum_ELBO(max_plate_nesting=max_plate_nesting))
+        if isinstance(guide, PyroModule):
+            # Outside this store a guide reads the global one by name, and would find what another guide of its class left.
+            guide._pyro_set_supermodule(f"svi_{next(_NAMES)}_{type(guide).__name__}", guide._pyro_context)
         for step in range(num_steps):
             losses.append(inference.step(*args))
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"the loss is {losses[-1]} at step {step}: lower the learning rate, or start nearer")
-    return Variational(guide, torch.tensor(losses, dtype=torch.float64))
+        found = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    return Variational(
+        guide if isinstance(guide, PyroModule) else bind(guide, found), torch.tensor(losses, dtype=torch.float64)
+    )
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def write_params(path: Path, params: dict[str, Tensor]) -> None:
 
 
 def read_rows(path: Path) -> np.ndarray:
-    """Return the rows of a file as a matrix (N, D); a column ``z`` beside x1 to xD, as ``mixproof sample`` writes, is left out.
+    """Return the rows of a file as a matrix (N, D), without the ``z`` that ``mixproof sample`` writes beside x1 to xD.
 
     Raises:
         TypeError: a column does not hold numbers.

@@ -11,8 +11,8 @@ from typing import Any
 def families() -> dict[str, Any]:
     """Return every family by name, found by walking this package.
 
-    A module that is a family goes by its own name. A family with a setting is a class, to be called with the setting: it goes by
-    ``module.Class``, and by the module's name where the module is no family itself.
+    A module that is a family goes by its own name. A family with a setting is a class, to be called with the setting:
+    it goes by ``module.Class``, and by the module's name where the module is no family itself.
     """
     found: dict[str, Any] = {}
     for info in pkgutil.iter_modules(__path__):

@@ -43,7 +43,6 @@ from mixproof.inference.svi import svi
 from mixproof.models import gaussian_diagonal, gaussian_full, gaussian_tied, laplace
 
 generator = torch.Generator().manual_seed(7)
-torch.set_num_threads(1)  # the tables are so small that a second thread would only wait
 set_matplotlib_formats("jpeg", pil_kwargs={"quality": 85})
 
 features = ["duration", "wait"]
@@ -90,6 +89,10 @@ for name, (family, num_free) in families.items():
 columns = ["family", "components", "free parameters", "log likelihood", "BIC", "starts collapsed"]
 models = pd.DataFrame(rows, columns=columns).sort_values("BIC", ignore_index=True)
 models.round(3)
+
+# %% [markdown]
+# EM finds local maxima, and more starts might raise a row with many parameters; the order at the top is what
+# matters. The best model:
 
 # %%
 name, k = models.loc[0, "family"], models.loc[0, "components"]

@@ -42,8 +42,14 @@ def execute(source: Path, timeout: int = 600) -> NotebookNode:
         record_timing=False,
         coalesce_streams=True,
     )
-    # Pyro's progress bar asks for widgets, which no notebook here uses; its warning would carry this machine's paths.
-    client.execute(cleanup_kc=True, env={**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"})
+    environment = {
+        **os.environ,
+        # Pyro's progress bar asks for widgets, which no notebook here uses, by a warning that shows this machine's paths.
+        "PYTHONWARNINGS": "ignore:IProgress not found",
+        # On a machine that does other work too, threads wait for one another: one is steady, several can be far slower.
+        "OMP_NUM_THREADS": "1",
+    }
+    client.execute(cleanup_kc=True, env=environment)
     for position, cell in enumerate(notebook.cells):
         cell.id = f"cell-{position}"  # jupytext draws ids at random: these make two runs comparable
     return notebook

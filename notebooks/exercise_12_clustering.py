@@ -122,8 +122,8 @@ def show(*panels: tuple[str, np.ndarray]) -> None:
 
 
 def table(head: list[str], rows: list[list[str]]) -> Markdown:
-    """Return a table, its columns set flush right."""
-    lines = [head, ["--:"] * len(head), *rows]
+    """Return a table of a column of names and further columns of numbers."""
+    lines = [head, [":--"] + ["--:"] * (len(head) - 1), *rows]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
@@ -154,17 +154,19 @@ show(("original", X), (f"Gaussian mixture, k = {k}", by_mixture))
 
 # %%
 narrowest = np.sqrt(np.linalg.eigvalsh(sigma)[:, 0])
-table(
-    ["component", "weight", "red", "green", "blue", "smallest standard deviation"],
-    [[f"{j + 1}", f"{pi[j]:.3f}", *(f"{channel:.3f}" for channel in mu[j]), f"{narrowest[j]:.4f}"] for j in range(k)],
-)
+components = [
+    [f"{j + 1}", f"{pi[j]:.3f}", *(f"{channel:.3f}" for channel in mu[j]), f"{narrowest[j]:.4f}"] for j in range(k)
+]
+rounding = ["rounding", "", "", "", "", f"{1 / (255 * np.sqrt(12)):.4f}"]
+head = ["component", "weight", "red", "green", "blue", "smallest standard deviation"]
+table(head, [*components, rounding])
 
 # %% [markdown]
 # `tol = 0.001` is coarse: EM stops while a step may still gain a thousandth of the log likelihood. A second fit,
 # from another start of the same kind and with a far smaller `tol`, shows what that leaves.
 
 # %%
-tight = em(X, k, tol=1e-6)
+tight = em(X, k, tol=1e-5)
 
 
 def log_likelihood(pi: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> float:
@@ -174,7 +176,7 @@ def log_likelihood(pi: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> float:
 
 Markdown(
     f"Log likelihood at `tol = 0.001`: {log_likelihood(pi, mu, sigma):,.0f}; "
-    f"at `tol = 1e-6`: {log_likelihood(*tight):,.0f}."
+    f"at `tol = 1e-5`: {log_likelihood(*tight):,.0f}."
 )
 
 # %% [markdown]
@@ -221,7 +223,7 @@ table(
     [
         measures("K-means", by_kmeans),
         measures("Gaussian mixture, `tol = 0.001`", by_mixture),
-        measures("Gaussian mixture, `tol = 1e-6`", by_tight_mixture),
+        measures("Gaussian mixture, `tol = 1e-5`", by_tight_mixture),
     ],
 )
 

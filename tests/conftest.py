@@ -238,7 +238,7 @@ def _table(name: str) -> Tensor:
 
 @pytest.fixture(scope="session")
 def real_data() -> dict[str, Tensor]:
-    """Data sets of the field: three of measurements and two of zeros and ones; tests/data/README.md has their sources."""
+    """Three data sets of measurements and two of zeros and ones; tests/data/README.md has the sources."""
     digits = torch.as_tensor(load_digits().data) > 7.5
     pixels = torch.as_tensor(load_sample_image("flower.jpg").reshape(-1, 3)[::700] / 255.0)
     return {

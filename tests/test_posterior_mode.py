@@ -63,7 +63,7 @@ def settings_for(case: Case, x: Tensor) -> Any:
         locs = torch.stack([torch.full((size,), 0.05), torch.full((size,), -0.02)]).double()
         covariances = 0.01 * torch.eye(size, dtype=torch.float64).expand(2, -1, -1)
         return gaussian_sum.KnownNoise(
-            gaussian_full.Params(torch.tensor([0.6, 0.4]).double().round(decimals=1), locs, covariances)
+            gaussian_full.Params(torch.tensor([0.6, 0.4], dtype=torch.float64), locs, covariances)
         )
     return case.family
 
@@ -87,8 +87,8 @@ def problem(case: Case, kind: str, name: str, data: dict[str, Tensor], num_steps
 def data_sets(case: Case, kind: str) -> list[str]:
     """Return the data sets for a family.
 
-    The likelihood of a sum has no interior maximum where a component is narrower than the noise, or where the covariances
-    of more than two components can be shared out in many ways: without a prior, two clear components remain.
+    The likelihood of a sum has no interior maximum where a component is narrower than the noise, or where the
+    covariances of more than two components can be shared out in many ways: without a prior, two clear ones remain.
     """
     if not case.has_real_data:
         return ["carcinoma", "digits"]
@@ -131,17 +131,19 @@ def test_mode_is_stationary_and_beats_its_neighbours(case: Case, real_data: dict
             assert log_density(u + step) <= best + 1e-12 * best.abs()
     if case.family is not laplace:  # whose mode lies on kinks
         (gradient,) = torch.autograd.grad(best, u)
-        # A climb that stops at a relative gain of 1e-13 is the root of that away, in units of the curvature, of order N.
-        assert gradient.abs().max() <= np.sqrt(1e-13 * abs(best.item()) * 2 * len(own.x))
+        # Where only a gain of d is left, the gradient is at most the root of 2 d times the largest curvature.
+        curvature = torch.linalg.eigvalsh(torch.autograd.functional.hessian(log_density, u.detach())).abs().max()
+        left = 10 * 1e-13 * abs(best.item())
+        assert gradient.norm() <= torch.sqrt(2 * left * curvature)
 
 
-@pytest.mark.parametrize("name", ["iris", "flower"])
+@pytest.mark.parametrize("name", ["faithful", "flower"])
 def test_climb_leaves_a_start_on_kinks(name: str, real_data: dict[str, Tensor]) -> None:
     """Medians lie on entries of the data, where autograd's gradient of a Laplace likelihood need not point uphill."""
     x = real_data[name]
-    start = laplace.init_params(x, 3, torch.Generator().manual_seed(0))
+    start = laplace.init_params(x, 2, torch.Generator().manual_seed(0))
     assert (x[:, None] == start.locs).any()
-    mode = posterior_mode(partial(laplace.model, num_components=3), start, x)
+    mode = posterior_mode(partial(laplace.model, num_components=2), start, x)
     at_start = laplace.log_joint(start, x).logsumexp(-1).sum().item()
     assert mode.num_steps > 1
     assert mode.log_density > at_start + 10
@@ -206,7 +208,9 @@ def test_any_program_with_params_and_samples() -> None:
         log_share = np.log(share) + 2 * np.log1p(-share) + gammaln(5) - gammaln(2) - gammaln(3)
         return -(logsumexp(table, axis=1).sum() + log_share + np.log(low) - low)
 
-    found = minimize(negative, [0.0, 0.0, np.log(5.0)], method="BFGS", options={"gtol": 1e-8})
+    options = {"xatol": 1e-10, "fatol": 1e-14, "maxiter": 5000}
+    found = minimize(negative, [0.0, 0.0, np.log(5.0)], method="Nelder-Mead", options=options)
+    assert found.success
     assert abs(mode.log_density + found.fun) <= 1e-10
     expected = [1 / (1 + np.exp(-found.x[0])), *np.exp(found.x[1:])]
     assert np.allclose([mode.params[name].item() for name in ("share", "low", "high")], expected, rtol=1e-5)
@@ -225,7 +229,7 @@ def test_start_at_the_edge_is_refused(real_data: dict[str, Tensor]) -> None:
     x = real_data["faithful"]
     start = gaussian_full.init_params(x, 2, torch.Generator().manual_seed(0))
     edge = start._replace(weights=torch.tensor([1.0, 0.0], dtype=torch.float64))
-    with pytest.raises(ValueError, match="edge of a parameter's support; start inside it"):
+    with pytest.raises(ValueError, match="edge of the support of weights, where no step leads away: start inside"):
         posterior_mode(partial(gaussian_full.model, num_components=2), edge, x)
 
 
@@ -272,6 +276,36 @@ def test_svi_is_exact_by_its_seed_and_leaves_no_trace(real_data: dict[str, Tenso
     assert len(list(pyro.get_param_store().keys())) == 0
     assert torch.get_default_dtype() == torch.float32
     assert abs(runs[0][0] + own.log_density(own.start)) <= 1e-9 * abs(runs[0][0])
+
+
+def test_fitted_guides_keep_apart_outside_svi(real_data: dict[str, Tensor], all_families: list[Case]) -> None:
+    """Two autoguides of one class share their names in Pyro's global store: reading one must not change the other."""
+    medians = []
+    for name, num_steps in (("faithful", 5), ("iris", 5), ("faithful", 5)):
+        case = next(case for case in all_families if case.name == "gaussian_diagonal")
+        own = problem(case, "prior", name, real_data)
+        guide = svi(own.model, auto_delta(own), own.x, num_steps=num_steps, seed=0).guide
+        medians.append(guide.median())
+    assert medians[1]["locs"].shape == (3, 4)
+    assert all(torch.equal(medians[0][site], medians[2][site]) for site in medians[0])
+
+
+def test_guide_that_is_a_function_keeps_what_it_found() -> None:
+    def model(x: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Poisson(rate * (1 + z)), obs=x)
+
+    def guide(x: Tensor) -> None:
+        rate = pyro.param("where", torch.tensor(0.1), constraint=constraints.positive)
+        pyro.sample("rate", dist.Delta(rate))
+
+    fitted = svi(model, guide, COUNTS, num_steps=300, seed=0)
+    trace: Any = poutine.trace(fitted.guide).get_trace(COUNTS)
+    mode = posterior_mode(model, {"rate": torch.tensor(0.1)}, COUNTS)
+    assert abs(trace.nodes["rate"]["value"] - mode.params["rate"]) <= 1e-2
+    assert len(list(pyro.get_param_store().keys())) == 0
 
 
 def test_svi_refuses_what_it_cannot_do(real_data: dict[str, Tensor], all_families: list[Case]) -> None:

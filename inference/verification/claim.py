@@ -27,8 +27,9 @@ class Problem:
 class Claim:
     """A formula that somebody printed.
 
-    With a ``condition``, ``check`` must hold under it and ``without`` must be refuted: then the verdict is ``holds if``. Where
-    ``check`` is refuted, ``corrected`` must hold: then it is ``refuted as printed``. Without ``check`` it is ``illegible``.
+    With a ``condition``, ``check`` must hold under it and ``without`` must be refuted: then the verdict is ``holds
+    if``. Where ``check`` is refuted, ``corrected`` must hold: then it is ``refuted as printed``. Without ``check`` it
+    is ``illegible``.
     """
 
     id: str

@@ -1,8 +1,8 @@
 """Where a claim is meant to hold: random points of a set, the arguments of the identities that are tested.
 
-A domain is any function of a ``torch.Generator`` that returns one random point. The ones here cover the sets of the field;
-all draw in float64 and put probability on every open subset, so that an analytic identity which is wrong somewhere is wrong at
-the drawn point with probability one.
+A domain is any function of a ``torch.Generator`` that returns one random point. The ones here cover the sets of the
+field; all draw in float64 and put probability on every open subset, so that an analytic identity which is wrong
+somewhere is wrong at the drawn point with probability one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Is this E-step, this M-step, this log likelihood right for that Pyro program?
 
-Nobody writes Q down: log p(x_n, z_n = k | params) comes from the program by enumeration, and its gradients by autograd. The E-step is
-held against the normalised table at random parameters; the M-step must leave no gradient of Q, nor of Q plus log prior, at **random**
-responsibilities, where no lucky symmetry hides a fault; a step that does not maximise must at least rise and stop where the log
-likelihood is stationary (generalised EM: Dempster, Laird and Rubin 1977, section 2).
+Nobody writes Q down: log p(x_n, z_n = k | params) comes from the program by enumeration, and its gradients by
+autograd. The E-step is held against the normalised table at random parameters; the M-step must leave no gradient of Q,
+nor of Q plus log prior, at **random** responsibilities, where no lucky symmetry hides a fault; a step that does not
+maximise must at least rise and stop where the log likelihood is stationary (generalised EM: Dempster, Laird and Rubin
+1977, section 2).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mixproof.inference.bfgs import minimise, with_gradient
 from mixproof.inference.enumeration import Coordinates, log_joint_table
 from mixproof.inference.enumeration import inspect as inspect_program
 from mixproof.inference.verification.report import Check, Report
-from torch import Tensor
 
 NUM_POINTS = 3
 MAX_GROUPS = 256
@@ -79,9 +81,8 @@ class Subject:
         for name, value in found.items():
             found[name] = torch.as_tensor(value)
             if found[name].shape != self.params[name].shape:
-                raise ValueError(
-                    f"m_step returns {name} of shape {tuple(found[name].shape)}, and the program's has {tuple(self.params[name].shape)}"
-                )
+                shapes = tuple(found[name].shape), tuple(self.params[name].shape)
+                raise ValueError(f"m_step returns {name} of shape {shapes[0]}, and the program's has {shapes[1]}")
             if not torch.isfinite(found[name]).all():
                 raise ValueError(f"m_step returns {name} with an entry that is not finite")
             if name in self.program.supports and not self.program.supports[name].check(found[name]).all():
@@ -112,20 +113,24 @@ def verify_em(
 
     Args:
         model: the program; ``model(*data)`` observes the data. Bind other arguments with ``functools.partial``.
-        params: a dict or NamedTuple with a value inside the support for each parameter site, ``pyro.sample`` or ``pyro.param``.
+        params: a dict or NamedTuple with a value inside the support for each parameter site, ``pyro.sample`` or
+        ``pyro.param``.
             Choose K >= 3 components and D >= 2 features: several faults cannot be seen with fewer.
         e_step: ``e_step(params, *data)`` -> responsibilities (N, K), or (N, K, L) for two enumerated sites.
-        m_step: ``m_step(resp, *data)`` -> parameters, in the type of ``params``. A step that builds on the current parameters takes
+        m_step: ``m_step(resp, *data)`` -> parameters, in the type of ``params``. A step that builds on the current
+        parameters takes
             them as a further keyword argument, ``params``.
         data: the positional arguments of the program, a tuple.
-        log_likelihood: ``log_likelihood(params, *data)`` -> the log likelihood the person reports; None if there is none.
+        log_likelihood: ``log_likelihood(params, *data)`` -> the log likelihood the person reports; None if there is
+        none.
         seed: seeds the random parameters and responsibilities.
         subject: what the report calls the derivation.
 
     Returns:
-        A report whose verdict is ``exact EM`` (the M-step maximises Q), ``MAP-EM`` (Q plus the program's log prior), ``generalised
-        EM`` (it raises Q and stops at stationary points only), ``wrong E-step``, ``wrong M-step``, or ``wrong report``. Agreement at random points to rounding refutes any wrong analytic step with probability one up to the
-        tolerance; it is not a proof.
+        A report whose verdict is ``exact EM`` (the M-step maximises Q), ``MAP-EM`` (Q plus the program's log prior),
+        ``generalised EM`` (it raises Q and stops at stationary points only), ``wrong E-step``, ``wrong M-step``, or
+        ``wrong report``. Agreement at random points to rounding refutes any wrong analytic step with probability one
+        up to the tolerance; it is not a proof.
 
     Raises:
         ValueError: the program has no enumerated site or an unmarked one, or ``params`` do not fit its sites.
@@ -180,8 +185,8 @@ def check_e_step(own: Subject, generator: torch.Generator) -> Check:
             table, _ = own.table(params)
         try:
             raw = torch.as_tensor(own.e_step(own.wrap(params), *own.data))
-        except Exception as error:  # the derivation is a stranger's code: whatever it raises is its verdict
-            return Check(name, False, math.nan, 0.0, None, params, f"e_step raises {type(error).__name__}: {error}")
+        except Exception as raised:  # a stranger's code: whatever it raises is its verdict
+            return Check(name, False, math.nan, 0.0, None, params, f"e_step raises {type(raised).__name__}: {raised}")
         if raw.shape[:1] != table.shape[:1] or raw.numel() != table.numel():
             detail = (
                 f"e_step returns shape {tuple(raw.shape)}, and the program has {tuple(table.shape)} (rows, components)"
@@ -211,8 +216,8 @@ def check_m_step(own: Subject, generator: torch.Generator, *, with_prior: bool) 
         resp = own.random_resp(params, generator)
         try:
             new = own.maximise(resp, params)
-        except Exception as error:  # the derivation is a stranger's code: whatever it raises is its verdict
-            return Check(name, False, math.nan, 0.0, None, {"resp": resp}, f"{type(error).__name__}: {error}")
+        except Exception as raised:  # a stranger's code: whatever it raises is its verdict
+            return Check(name, False, math.nan, 0.0, None, {"resp": resp}, f"{type(raised).__name__}: {raised}")
         error, tolerance, coordinate = _residual(own, new, resp.flatten(1), with_prior)
         if error <= tolerance:
             error, tolerance, beaten = _beaten(own, new, resp.flatten(1), with_prior, generator, error, tolerance)
@@ -240,8 +245,8 @@ def check_rise(own: Subject, generator: torch.Generator) -> Check:
         resp = torch.as_tensor(own.e_step(own.wrap(params), *own.data))
         try:
             new = own.maximise(resp, params)
-        except Exception as error:  # the derivation is a stranger's code: whatever it raises is its verdict
-            return Check(name, False, math.nan, 0.0, None, {"resp": resp}, f"{type(error).__name__}: {error}")
+        except Exception as raised:  # a stranger's code: whatever it raises is its verdict
+            return Check(name, False, math.nan, 0.0, None, {"resp": resp}, f"{type(raised).__name__}: {raised}")
         falls = []
         for with_prior in (False, True):
             before, after = (_log_density(own, point, with_prior) for point in (params, new))
@@ -256,7 +261,8 @@ def check_rise(own: Subject, generator: torch.Generator) -> Check:
 
 
 def check_fixed_point(own: Subject) -> Check:
-    """Climb numerically to a mode of the likelihood, or of the posterior, and check that a pass of both steps stays there."""
+    """Climb numerically to a mode of the likelihood, or of the posterior, and check that a pass of both steps stays
+    there."""
     name = "a mode is a fixed point"
     rtol = 1e-14
     tolerance = 32 * math.sqrt(rtol)  # a climb that stops at a relative gain of rtol is this far from its summit
@@ -267,8 +273,8 @@ def check_fixed_point(own: Subject) -> Check:
         resp = torch.as_tensor(own.e_step(own.wrap(mode), *own.data))
         try:
             after = own.maximise(resp, mode)
-        except Exception as error:  # the derivation is a stranger's code: whatever it raises is its verdict
-            return Check(name, False, math.nan, 0.0, None, None, f"{type(error).__name__}: {error}")
+        except Exception as raised:  # a stranger's code: whatever it raises is its verdict
+            return Check(name, False, math.nan, 0.0, None, None, f"{type(raised).__name__}: {raised}")
         moves = {site: ((after[site] - mode[site]).abs() / (1 + mode[site].abs())).max().item() for site in mode}
         site = max(moves, key=lambda site: moves[site])
         if moves[site] < best.error:
@@ -286,9 +292,9 @@ def check_log_likelihood(own: Subject, log_likelihood: Callable[..., Any], gener
         params = own.params if point == 0 else own.random_params(generator)
         try:
             claimed = float(log_likelihood(own.wrap(params), *own.data))
-        except Exception as error:  # the derivation is a stranger's code: whatever it raises is its verdict
+        except Exception as raised:  # a stranger's code: whatever it raises is its verdict
             return Check(
-                name, False, math.nan, 0.0, None, params, f"log_likelihood raises {type(error).__name__}: {error}"
+                name, False, math.nan, 0.0, None, params, f"log_likelihood raises {type(raised).__name__}: {raised}"
             )
         with torch.no_grad():
             rows = own.table(params)[0].logsumexp(-1)
@@ -340,8 +346,8 @@ def _gradient(own: Subject, u: Tensor, resp: Tensor, with_prior: bool) -> Tensor
 def _residual(own: Subject, params: dict[str, Tensor], resp: Tensor, with_prior: bool) -> tuple[float, float, int]:
     """Return the largest scale-free gradient of Q at params, its tolerance, and the coordinate it belongs to.
 
-    Scale-free: the sum of the terms' gradients over the sum of their sizes, per coordinate. The tolerance is how far it moves when
-    the parameters are rounded. At a kink the gradient need not vanish, only change its sign.
+    Scale-free: the sum of the terms' gradients over the sum of their sizes, per coordinate. The tolerance is how far
+    it moves when the parameters are rounded. At a kink the gradient need not vanish, only change its sign.
     """
     raw = own.coordinates.inverse(params)
     u = raw.nan_to_num(posinf=EDGE, neginf=-EDGE)

@@ -42,7 +42,9 @@ def claims(select: Iterable[str] = ()) -> list[Claim]:
     everything = [claim for problem in problems() for claim in found[problem.id]]
     chosen = set(select)
     if unknown := chosen - {claim.id for claim in everything} - found.keys():
-        raise ValueError(f"no claim or problem is called {', '.join(sorted(unknown))}; the problems are {', '.join(found)}")
+        raise ValueError(
+            f"no claim or problem is called {', '.join(sorted(unknown))}; the problems are {', '.join(found)}"
+        )
     return [claim for claim in everything if not chosen or {claim.id, claim.problem} & chosen]
 
 
@@ -103,8 +105,8 @@ def verify_sheet(
     outcomes: dict[str, Outcome] = {}
 
     def collect(results: Iterable[tuple[str, Verdict, tuple[Report, ...], float]]) -> None:
-        for claim_id, *rest in results:
-            outcomes[claim_id] = Outcome(by_id[claim_id], *rest)
+        for claim_id, verdict, reports, seconds in results:
+            outcomes[claim_id] = Outcome(by_id[claim_id], verdict, reports, seconds)
             if progress is not None:
                 progress(outcomes[claim_id])
 
@@ -121,12 +123,14 @@ def verify_sheet(
 
 
 def _group(claim: Claim) -> str:
-    """Return what claims share: a formula's check with the other transcription, a family's fit with its other results."""
+    """Return what claims share: a formula's check with the other transcription, a family's fit with its other
+    results."""
     return claim.id.split(".")[2] if claim.problem == "E" else claim.id[:-1]
 
 
 def _judge_group(ids: list[str], seed: int) -> bytes:
-    """Judge claims in one thread, so that sums are added in the same order everywhere, and leave the global state as it was."""
+    """Judge claims in one thread, so that sums are added in the same order everywhere, and leave the global state as
+    it was."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     memory: dict[Verification, Report] = {}

@@ -171,7 +171,7 @@ def compare(
                 rounding = ROUNDING / PERTURBATION * max(elsewhere) + ROUNDING * eps * size.max()
                 allowed = torch.where(known == 0, allowed + rounding, allowed)
     worst = int((discrepancy / allowed).nan_to_num(0.0, torch.inf).argmax())
-    scale = float(torch.maximum(left_flat.abs(), right_flat.abs())[worst].nan_to_num(torch.inf))
+    scale = float(torch.maximum(left_flat.abs(), right_flat.abs()).nan_to_num(torch.inf).max())
     scale = max(scale, float(allowed[worst])) if scale < torch.inf else 1.0
     reason = "the claimed side is NaN" if left_flat.isnan().any() else ""
     return Comparison(

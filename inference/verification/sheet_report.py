@@ -22,8 +22,9 @@ from mixproof.inference.verification.report import Check, plain
 COLOURS = {"holds": "green", "holds if": "cyan", "refuted as printed": "yellow", "illegible": "magenta"}
 
 CAVEAT = (
-    "A formula holds when it agrees with an independent computation at random points to rounding, which refutes any wrong "
-    "analytic identity with probability one up to the tolerance, or within a computed Monte Carlo error. That is not a proof."
+    "A formula holds when it agrees with an independent computation at random points to rounding, which refutes any "
+    "wrong analytic identity with probability one up to the tolerance, or within a computed Monte Carlo error. That is "
+    "not a proof."
 )
 
 
@@ -46,7 +47,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def to_table(outcomes: Sequence[Outcome]) -> Group:
-    """Return the table of all verdicts, what stands instead of the formulas that do not hold as printed, and the summary."""
+    """Return the table of all verdicts, what stands instead of formulas that do not hold as printed, and the summary."""
     table = Table(box=None, pad_edge=False, padding=(0, 1), expand=True)
     table.add_column("claim", no_wrap=True, min_width=max(len(outcome.claim.id) for outcome in outcomes))
     table.add_column("formula", no_wrap=True, overflow="ellipsis", ratio=1)
@@ -104,7 +105,7 @@ def versions() -> dict[str, str]:
 
 
 def to_unicode(latex: str) -> str:
-    """Return LaTeX, or text with LaTeX between dollar signs, as one line of plain characters for a terminal."""
+    """Return LaTeX, or text with LaTeX between dollar signs, as one line of characters for a terminal."""
     joined = re.sub(r"\\\\", "; ", latex.replace("&", " ").replace(r"\stackrel{!}{=}", "="))
     grouped = re.sub(r"([_^])\{([^{}()\\]{2,})\}", r"\1{(\2)}", joined)
     return re.sub(r"\s+", " ", TEXT.latex_to_text(grouped)).strip()
@@ -176,7 +177,8 @@ def _section(problem: Problem, outcomes: Sequence[Outcome]) -> str:
     rows = "".join(_row(outcome) for outcome in outcomes if outcome.claim.problem == problem.id)
     head = "".join(f"<th>{name}</th>" for name in ("claim", "formula", "verdict", "error / tolerance", "time"))
     return (
-        f"<section id='{problem.id}'><h2>{problem.id}. {html.escape(problem.title)}</h2><p>{prose(problem.statement)}</p>"
+        f"<section id='{problem.id}'><h2>{problem.id}. {html.escape(problem.title)}</h2>"
+        f"<p>{prose(problem.statement)}</p>"
         f"<table class='claims'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></section>"
     )
 
@@ -192,34 +194,39 @@ def _row(outcome: Outcome) -> str:
     if claim.note:
         remarks.append(f"<p class='note'>{prose(claim.note)}</p>")
     names = ["the formula", "the correction" if outcome.verdict == "refuted as printed" else "without the condition"]
-    reports = "".join(
-        f"<p>{name}</p>{report.to_html()}" for name, report in zip(names, outcome.reports, strict=False)
-    )
+    reports = "".join(f"<p>{name}</p>{report.to_html()}" for name, report in zip(names, outcome.reports, strict=False))
     details = f"<details><summary>checks</summary>{reports}</details>" if reports else ""
     errors = "" if check is None else f"{check.error:.1e} / {check.tolerance:.1e}"
     kind = outcome.verdict.replace(" ", "-") if outcome.ok else "unexpected"
     verdict = outcome.verdict if outcome.ok else f"{outcome.verdict}, expected: {claim.expected}"
     return (
         f"<tr id='{claim.id}' class='{kind}'><td>{claim.id}</td><td>{''.join(remarks)}{details}</td>"
-        f"<td class='verdict'>{verdict}</td><td class='number'>{errors}</td><td class='number'>{outcome.seconds:.2f} s</td></tr>"
+        f"<td class='verdict'>{verdict}</td><td class='number'>{errors}</td>"
+        f"<td class='number'>{outcome.seconds:.2f} s</td></tr>"
     )
 
 
 STYLE = """
-body { font-family: system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; line-height: 1.45; }
+body { font-family: system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.45; }
+body { color: #1b1b1b; background: #fff; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 .summary { font-weight: 600; }
 table { border-collapse: collapse; width: 100%; }
 th { text-align: left; border-bottom: 2px solid #888; padding: .3rem .5rem; }
 td { vertical-align: top; border-bottom: 1px solid #ddd; padding: .4rem .5rem; }
 td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.claims > tbody > tr > td:nth-child(2) { width: 60%; max-width: 42rem; overflow-x: auto; }
+.claims > tbody > tr > td:nth-child(2) { width: 60%; max-width: 40rem; overflow-x: auto; }
 .number { white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; }
 .verdict { font-weight: 600; white-space: nowrap; }
-.holds .verdict { color: #16692f; } .holds-if .verdict { color: #0b5c86; } .refuted-as-printed .verdict { color: #8a5a00; }
-.illegible .verdict { color: #7a2a86; } .unexpected .verdict, .failed td:nth-child(2) { color: #b00020; }
-.says { margin: 0; color: #444; } .note { color: #555; font-size: .92em; }
+.holds .verdict { color: #16692f; }
+.holds-if .verdict { color: #0b5c86; }
+.refuted-as-printed .verdict { color: #8a5a00; }
+.illegible .verdict { color: #7a2a86; }
+.unexpected .verdict, .failed td:nth-child(2) { color: #b00020; }
+.says { margin: 0; color: #444; }
+.note { color: #555; font-size: .92em; }
 math[display=block] { margin: .35rem 0; text-align: left; }
-details { margin-top: .3rem; font-size: .88em; } pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 42rem; }
+details { margin-top: .3rem; font-size: .88em; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 38rem; }
 @media (max-width: 50rem) { .claims > tbody > tr > td:nth-child(2) { max-width: 60vw; } }
 """

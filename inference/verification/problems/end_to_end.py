@@ -13,6 +13,7 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoDelta, init_to_value
+from pyro.optim import PyroOptim
 from sklearn.datasets import load_digits, load_iris, load_sample_image
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
@@ -89,7 +90,9 @@ def known_noise() -> gaussian_full.Params:
     """Return two kinds of measurement error for the eruptions, in minutes: small ones, and now and then large ones."""
     variances = torch.tensor([[0.01, 1.0], [0.09, 9.0]], dtype=torch.float64)
     return gaussian_full.Params(
-        torch.tensor([0.8, 0.2], dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64), torch.diag_embed(variances)
+        torch.tensor([0.8, 0.2], dtype=torch.float64),
+        torch.zeros(2, 2, dtype=torch.float64),
+        torch.diag_embed(variances),
     )
 
 
@@ -167,7 +170,9 @@ def verify_same_mode(case: Case, *, seed: int) -> Report:
     error = abs(mode.log_density - fit.log_lik[-1].item()) / abs(mode.log_density)
     detail = f"{mode.log_density:.6f} after {fit.num_steps} EM steps and {mode.num_steps} quasi-Newton steps"
     values = None if error <= 1e-9 else {"EM": fit.params, "Pyro": mode.params}
-    return conclude(case.id, [Check("log density of both modes", error <= 1e-9, error, 1e-9, None, values, detail)], seed)
+    return conclude(
+        case.id, [Check("log density of both modes", error <= 1e-9, error, 1e-9, None, values, detail)], seed
+    )
 
 
 def verify_svi_optimum(case: Case, *, seed: int) -> Report:
@@ -180,7 +185,7 @@ def verify_svi_optimum(case: Case, *, seed: int) -> Report:
     model = program(case, prior)
     hidden = pyro.poutine.block(model, hide=["z", "k", "l"])
     guide = AutoDelta(hidden, init_loc_fn=init_to_value(values=start._asdict()))
-    found = svi(model, guide, x, num_steps=SVI_STEPS, seed=seed, optimiser=pyro.optim.Rprop({"lr": 0.01}))
+    found = svi(model, guide, x, num_steps=SVI_STEPS, seed=seed, optimiser=PyroOptim(torch.optim.Rprop, {"lr": 0.01}))
     best = fit.log_lik[-1].item()
     mode = fit.params._asdict()
     site = inspect(model, mode, x)
@@ -194,7 +199,9 @@ def verify_svi_optimum(case: Case, *, seed: int) -> Report:
     error, tolerance = abs(best + found.losses[-1].item()) / abs(best), max(falls) / abs(best)
     detail = f"{-found.losses[-1].item():.6f} after {SVI_STEPS} steps of SVI, {best:.6f} by EM"
     values = None if error <= tolerance else {"EM": best, "SVI": -found.losses[-1].item()}
-    return conclude(case.id, [Check("log density at SVI's end", error <= tolerance, error, tolerance, None, values, detail)], seed)
+    return conclude(
+        case.id, [Check("log density at SVI's end", error <= tolerance, error, tolerance, None, values, detail)], seed
+    )
 
 
 def verify_steps(case: Case, *, seed: int) -> Report:
@@ -239,7 +246,9 @@ def verify_sum_density(case: Case, *, seed: int) -> Report:
     """Compare the density of the sum at the fit with draws of the generative process: draw x, draw y, add."""
     params = data_and_fit(case, seed)[3].params
     sampler = partial(draw, gaussian_sum.generative_model, case, params)
-    return verify_density(lambda x: gaussian_sum.log_joint(params, x).logsumexp(-1), sampler, seed=seed, subject=case.id)
+    return verify_density(
+        lambda x: gaussian_sum.log_joint(params, x).logsumexp(-1), sampler, seed=seed, subject=case.id
+    )
 
 
 def claim(kind: str, case: Case, says: str, formula: str, check: Callable[..., Report]) -> Claim:

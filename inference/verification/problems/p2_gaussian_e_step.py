@@ -62,7 +62,9 @@ def bayes(weights: Tensor, locs: Tensor, covariances: Tensor, x: Tensor) -> Tens
 
 
 def total_probability(weights: Tensor, locs: Tensor, covariances: Tensor, x: Tensor) -> Tensor:
-    likelihood = torch.stack([MultivariateNormal(m, s).log_prob(x).exp() for m, s in zip(locs, covariances, strict=True)])
+    likelihood = torch.stack(
+        [MultivariateNormal(m, s).log_prob(x).exp() for m, s in zip(locs, covariances, strict=True)]
+    )
     evidence = sum(likelihood[j] * weights[j] for j in range(len(weights)))
     return (likelihood * weights[:, None] / evidence).mT
 

@@ -41,9 +41,7 @@ def double_sum(gamma: Tensor, weights: Tensor, locs: Tensor, covariances: Tensor
 
 def l_x(gamma: Tensor, locs: Tensor, covariances: Tensor, x: Tensor) -> Tensor:
     """Return the part of the objective that depends on means and covariances, its terms written out."""
-    terms = [
-        gamma[:, k] * gaussian_terms(x, locs[k], covariances[k]) for k in range(len(locs))
-    ]
+    terms = [gamma[:, k] * gaussian_terms(x, locs[k], covariances[k]) for k in range(len(locs))]
     return -torch.stack(terms).sum() / 2
 
 
@@ -100,7 +98,8 @@ def symmetric_slope_in_loc(loc: Tensor, matrix: Tensor, membership: Tensor, x: T
 def slope_in_covariance(matrix: Tensor, loc: Tensor, membership: Tensor, x: Tensor) -> Tensor:
     transposed = torch.linalg.inv(matrix).mT
     terms = [
-        r * (-transposed @ torch.outer(d, d) @ transposed + transposed) for r, d in zip(membership, x - loc, strict=True)
+        r * (-transposed @ torch.outer(d, d) @ transposed + transposed)
+        for r, d in zip(membership, x - loc, strict=True)
     ]
     return -torch.stack(terms).sum(0) / 2
 
@@ -215,9 +214,7 @@ CLAIMS = [
         "The objective of the M-step is the expected log joint density.",
         rf"\mathcal{{L}} = \mathbb{{E}}_{{z \sim \gamma_t(z)}} [\log p(z_i \mid {GIVEN})]",
         "refuted as printed",
-        partial(
-            verify_identity, lambda g, w, m, s, x: l_z(g, w), expected_log_joint, GAMMA, *MIXTURE, num_points=4
-        ),
+        partial(verify_identity, lambda g, w, m, s, x: l_z(g, w), expected_log_joint, GAMMA, *MIXTURE, num_points=4),
         correction=rf"\mathcal{{L}} = \mathbb{{E}}_{{\mathbf{{Z}} \sim \gamma_t(\mathbf{{Z}})}} [\log p(\mathbf{{X}}, \mathbf{{Z}} \mid {GIVEN})]",
         corrected=DOUBLE_SUM,
         note="The data and the other points are lost.",
@@ -234,9 +231,7 @@ CLAIMS = [
         "The expectation is a sum over points and components.",
         rf"\mathcal{{L}} = \sum_{{i=1}}^N \sum_{{k=1}}^K \gamma_t(z_i = k \mid {GIVEN}) \log p(z_i = k \mid \boldsymbol{{\pi}})",
         "refuted as printed",
-        partial(
-            verify_identity, lambda g, w, m, s, x: l_z(g, w), expected_log_joint, GAMMA, *MIXTURE, num_points=4
-        ),
+        partial(verify_identity, lambda g, w, m, s, x: l_z(g, w), expected_log_joint, GAMMA, *MIXTURE, num_points=4),
         correction=rf"\mathcal{{L}} = {SPLIT} \log p(\mathbf{{x}}_i, \mathbf{{z}}_i = k \mid {GIVEN})",
         corrected=DOUBLE_SUM,
         note="The point is lost from the logarithm: what is left is only the part that depends on the weights.",
@@ -285,9 +280,7 @@ CLAIMS = [
         rf"\mathcal{{L}} = \underbrace{{\sum_{{i=1}}^N \sum_{{k=1}}^K \gamma_t(z_i = k \mid {GIVEN})}}_{{\mathcal{{L}}_x}} + "
         r"\underbrace{\sum_{i=1}^N \sum_{k=1}^K \gamma_t(z_i = k) \log p(z_i = k \mid \boldsymbol{\pi})}_{\mathcal{L}_z}",
         "refuted as printed",
-        partial(
-            verify_identity, lambda g, w, m, s, x: g.sum() + l_z(g, w), double_sum, GAMMA, *MIXTURE, num_points=8
-        ),
+        partial(verify_identity, lambda g, w, m, s, x: g.sum() + l_z(g, w), double_sum, GAMMA, *MIXTURE, num_points=8),
         correction=rf"\mathcal{{L}} = \underbrace{{{SPLIT} {LIKELIHOOD}}}_{{\mathcal{{L}}_{{\mathbf{{x}}}}}} + \underbrace{{{SPLIT} \log "
         r"p(\mathbf{z}_i = k \mid \boldsymbol{\pi})}_{\mathcal{L}_{\mathbf{z}}}",
         corrected=partial(
@@ -438,9 +431,7 @@ CLAIMS = [
             "A covariance is symmetric, so both inverses are the same.",
             rf"{D_LOC} = {SUM_GAMMA} (\boldsymbol{{\Sigma}}_k^{{-1}} (\mathbf{{x}}_i - \boldsymbol{{\mu}}_k))",
             "holds",
-            partial(
-                verify_gradient, symmetric_slope_in_loc, l_k, CENTRE, positive_definite(2, 2), MEMBERSHIP, ROWS
-            ),
+            partial(verify_gradient, symmetric_slope_in_loc, l_k, CENTRE, positive_definite(2, 2), MEMBERSHIP, ROWS),
         )
     ),
     *both(
@@ -535,9 +526,7 @@ CLAIMS = [
             "holds",
             partial(
                 verify_identity,
-                lambda m, r, x: (
-                    torch.linalg.inv(scatter_about(m, r, x) / r.sum()).mT @ scatter_about(m, r, x)
-                ),
+                lambda m, r, x: torch.linalg.inv(scatter_about(m, r, x) / r.sum()).mT @ scatter_about(m, r, x),
                 lambda m, r, x: r.sum() * torch.eye(2, dtype=x.dtype),
                 CENTRE,
                 MEMBERSHIP,

@@ -122,11 +122,11 @@ def verify_update_under_prior(*, seed: int) -> Report:
 
 
 PRODUCT = r"\prod_{d=1}^D \theta_{kd}^{x_d} (1 - \theta_{kd})^{1 - x_d}"
-EXPECTATION = r"\mathbb{E}_{\mathbf{z} \sim \gamma_t(\mathbf{z})} [\log p(\mathbf{X}, \mathbf{z} \mid \boldsymbol{\theta})]"
-SUM_I = r"\sum_{i=1}^N"
-INNER = (
-    r"\sum_{k=1}^K \gamma_t(\mathbf{z}_i = k) \sum_{d=1}^D (x_{id} \log\theta_{kd} + (1 - x_{id}) \log(1 - \theta_{kd}))"
+EXPECTATION = (
+    r"\mathbb{E}_{\mathbf{z} \sim \gamma_t(\mathbf{z})} [\log p(\mathbf{X}, \mathbf{z} \mid \boldsymbol{\theta})]"
 )
+SUM_I = r"\sum_{i=1}^N"
+INNER = r"\sum_{k=1}^K \gamma_t(\mathbf{z}_i = k) \sum_{d=1}^D (x_{id} \log\theta_{kd} + (1 - x_{id}) \log(1 - \theta_{kd}))"
 PRODUCT_CHECK = partial(verify_identity, likelihood, lambda t, x: enumerated(t, x).exp() * K, THETA, BITS, num_points=8)
 UPDATE = r"\frac{\sum_{i=1}^N \gamma_t(\mathbf{z}_i = k) \, x_{id}}{\sum_{i=1}^N \gamma_t(\mathbf{z}_i = k)}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -77,7 +78,7 @@ def printed_covariance(weights: Tensor, locs: Tensor, covariances: Tensor) -> Te
     return with_parameters(weights, locs, covariances) - double_sum
 
 
-def program_draws(params: gaussian_full.Params) -> object:
+def program_draws(params: gaussian_full.Params) -> Callable[[int, torch.Generator], Tensor]:
     """Return a sampler that runs the Pyro program with its parameters set."""
 
     def draw(num_samples: int, generator: torch.Generator) -> Tensor:
@@ -125,9 +126,7 @@ CLAIMS = [
             "holds",
             partial(
                 verify_identity,
-                lambda w, m, s: (
-                    second_moment(w, m, s) - torch.outer(expectation(w, m, s), expectation(w, m, s))
-                ),
+                lambda w, m, s: second_moment(w, m, s) - torch.outer(expectation(w, m, s), expectation(w, m, s)),
                 covariance,
                 *MIXTURE,
             ),

@@ -140,7 +140,11 @@ def verify_em_becomes_lloyd(x: Tensor, *, seed: int) -> Report:
 
 
 def one_hot_first(weights: Tensor, x: Tensor) -> Callable[[float], Tensor]:
-    return at_variance(lambda w, m, v, x: GaussianIsotropic(v.item()).log_joint(GaussianIsotropic.Params(w, m), x).softmax(-1), weights, x)
+    return at_variance(
+        lambda w, m, v, x: GaussianIsotropic(v.item()).log_joint(GaussianIsotropic.Params(w, m), x).softmax(-1),
+        weights,
+        x,
+    )
 
 
 DISTANCE = r"\|\mathbf{x}_i - \boldsymbol{\mu}_{%s}\|^2"
@@ -156,7 +160,9 @@ THIRD = (
     r"\exp\left(\frac{-\|\mathbf{x}_i - \boldsymbol{\mu}_l\|^2}{2\sigma^2}\right)}"
 )
 FOURTH = rf"\frac{{1}}{{\sum_l \frac{{\pi_l}}{{\pi_k}} \exp\left(\frac{{{DIFFERENCE}}}{{2\sigma^2}}\right)}}"
-LOST_LEFT = "The left-hand side and its equality sign are lost; the numbering says that the fraction continues equation 1."
+LOST_LEFT = (
+    "The left-hand side and its equality sign are lost; the numbering says that the fraction continues equation 1."
+)
 UNIQUE = "the nearest centre is unique"
 
 CHECK_2 = partial(verify_identity, equation_2, posterior, *ARGUMENTS, num_points=8)

@@ -53,7 +53,11 @@ def log_mixture(params: gaussian_full.Params, x: Tensor) -> Tensor:
 def log_sum_density(x: Tensor) -> Tensor:
     """Return the claimed log density of the sum, shape (N,): a double sum over the pairs of components."""
     pairs = [
-        (X_PART.weights[k] * Y_PART.weights[l], X_PART.locs[k] + Y_PART.locs[l], X_PART.covariances[k] + Y_PART.covariances[l])
+        (
+            X_PART.weights[k] * Y_PART.weights[l],
+            X_PART.locs[k] + Y_PART.locs[l],
+            X_PART.covariances[k] + Y_PART.covariances[l],
+        )
         for k in range(3)
         for l in range(2)
     ]
@@ -98,13 +102,18 @@ def draw_pair(dependent: bool, num_samples: int, generator: torch.Generator) -> 
 
 def verify_pair(*, dependent: bool, seed: int) -> Report:
     return verify_moments(
-        partial(draw_pair, dependent), X_PART.locs[1] + Y_PART.locs[0], X_PART.covariances[1] + Y_PART.covariances[0], seed=seed
+        partial(draw_pair, dependent),
+        X_PART.locs[1] + Y_PART.locs[0],
+        X_PART.covariances[1] + Y_PART.covariances[0],
+        seed=seed,
     )
 
 
 def verify_normal_pair(*, dependent: bool, seed: int) -> Report:
     """Check the law of one pair by its density; a dependent pair is normal too, and only its covariance is another."""
-    one = gaussian_full.Params(tensor(1.0), (X_PART.locs[1] + Y_PART.locs[0])[None], (X_PART.covariances[1] + Y_PART.covariances[0])[None])
+    one = gaussian_full.Params(
+        tensor(1.0), (X_PART.locs[1] + Y_PART.locs[0])[None], (X_PART.covariances[1] + Y_PART.covariances[0])[None]
+    )
     return verify_density(partial(log_mixture, one), partial(draw_pair, dependent), seed=seed)
 
 

@@ -1,0 +1,157 @@
+"""The command line: what it writes, and that bad input gets one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mixproof.inference.cli import app
+from mixproof.inference.sampling import sample
+from mixproof.models import families, gaussian_full
+
+DATA = Path(__file__).parent / "data"
+PARAMS: dict[str, dict[str, Any]] = {
+    "gaussian_full": {
+        "weights": [0.25, 0.75],
+        "locs": [[0, 0], [3, 1]],
+        "covariances": [[[1, 0.5], [0.5, 1]], [[2, 0], [0, 1]]],
+    },
+    "gaussian_diagonal": {"weights": [0.25, 0.75], "locs": [[0, 0], [3, 1]], "variances": [[1, 2], [3, 4]]},
+    "gaussian_spherical": {"weights": [0.25, 0.75], "locs": [[0, 0], [3, 1]], "variances": [1, 2]},
+    "gaussian_tied": {"weights": [0.25, 0.75], "locs": [[0, 0], [3, 1]], "covariance": [[1, 0.5], [0.5, 1]]},
+    "gaussian_isotropic": {"variance": 0.5, "weights": [0.25, 0.75], "locs": [[0, 0], [3, 1]]},
+    "bernoulli": {"weights": [0.25, 0.75], "probs": [[0, 1], [0.5, 0.5]]},
+    "laplace": {"weights": [0.25, 0.75], "locs": [[0, 0], [3, 1]], "scales": [[1, 2], [3, 4]]},
+}
+PARAMS["bernoulli.UniformWeights"] = {"weights": [0.5, 0.5], "probs": [[0, 1], [0.5, 0.5]]}
+PARAMS["gaussian_isotropic.GaussianIsotropic"] = PARAMS["gaussian_isotropic"]
+PARAMS["gaussian_sum"] = {f"{part}_{name}": value for part in "xy" for name, value in PARAMS["gaussian_full"].items()}
+PARAMS["gaussian_sum.KnownNoise"] = {**PARAMS["gaussian_full"], "noise": PARAMS["gaussian_full"]}
+
+
+def run(*command: object) -> Any:
+    return CliRunner().invoke(app, [str(part) for part in command])
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_examples_here_are_all_the_families() -> None:
+    assert PARAMS.keys() == families().keys()
+
+
+@pytest.mark.parametrize("family", sorted(PARAMS))
+def test_every_family_is_sampled(family: str, tmp_path: Path) -> None:
+    params = write(tmp_path / "params.json", PARAMS[family])
+    result = run("sample", family, "--params", params, "-n", 50, "--out", tmp_path / "rows.csv", "--seed", 3)
+    assert result.exit_code == 0, result.output
+    table = pyarrow.csv.read_csv(tmp_path / "rows.csv")
+    assert table.column_names == ["x1", "x2", "z"]
+    assert table.num_rows == 50
+
+
+def test_the_command_and_its_python_twin_give_the_same_rows_in_every_format(tmp_path: Path) -> None:
+    params = write(tmp_path / "params.json", PARAMS["gaussian_full"])
+    x, z = sample(gaussian_full, PARAMS["gaussian_full"], 40, generator=torch.Generator().manual_seed(5))
+    for ending in ("csv", "parquet", "npz", "safetensors"):
+        out = tmp_path / f"rows.{ending}"
+        result = run("sample", "gaussian_full", "--params", params, "-n", 40, "--out", out, "--seed", 5)
+        assert result.exit_code == 0, result.output
+        if ending == "npz":
+            stored = np.load(out)
+            np.testing.assert_array_equal(stored["x"], x.numpy())
+            np.testing.assert_array_equal(stored["z"], z.numpy())
+        elif ending != "safetensors":
+            read = pyarrow.csv.read_csv if ending == "csv" else pyarrow.parquet.read_table
+            table = read(out)
+            np.testing.assert_array_equal(table["x2"].to_numpy(), x[:, 1].numpy())
+            np.testing.assert_array_equal(table["z"].to_numpy(), z.numpy())
+
+
+def test_a_fit_finds_what_was_sampled_and_goes_back_into_sample(tmp_path: Path) -> None:
+    params = write(tmp_path / "params.json", PARAMS["gaussian_full"])
+    rows, found = tmp_path / "rows.parquet", tmp_path / "found.json"
+    assert run("sample", "gaussian_full", "--params", params, "-n", 4000, "--out", rows).exit_code == 0
+    result = run("fit", rows, "--family", "gaussian_full", "-k", 2, "--starts", 3, "--out", found, "--json")
+    assert result.exit_code == 0, result.output
+    fit = json.loads(result.stdout)
+    assert fit["converged"]
+    data = np.column_stack([pyarrow.parquet.read_table(rows)[name].to_numpy() for name in ("x1", "x2")])
+    fitted = gaussian_full.Params(*(torch.tensor(value, dtype=torch.float64) for value in fit["params"].values()))
+    log_lik = gaussian_full.log_joint(fitted, torch.tensor(data))
+    assert fit["log_lik"] == pytest.approx(log_lik.logsumexp(-1).sum().item(), rel=1e-12)
+    assert json.loads(found.read_text()) == fit["params"]
+    again = run("sample", "gaussian_full", "--params", found, "-n", 5, "--out", tmp_path / "again.csv")
+    assert again.exit_code == 0, again.output
+
+
+def test_old_faithful_is_fitted_from_its_table() -> None:
+    result = run("fit", DATA / "faithful.csv", "--family", "gaussian_full", "-k", 2, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["log_lik"] == pytest.approx(-1130.264, abs=1e-3)  # as R's mclust prints it
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "words"),
+    [
+        ("gaussian_full", {"weights": [0.5, 0.6]}, "weights must be a probability vector"),
+        ("gaussian_full", {"weights": [1.5, -0.5]}, "weights must be a probability vector"),
+        ("gaussian_full", {"covariances": [[[1, 2], [2, 1]], [[1, 0], [0, 1]]]}, "covariances[0] must be"),
+        ("gaussian_full", {"locs": [[0, 0, 0], [1, 1, 1]]}, "shape"),
+        ("gaussian_full", {"variances": [1, 1]}, "variances"),
+        ("gaussian_diagonal", {"variances": [[1, -2], [3, 4]]}, "variances"),
+        ("laplace", {"scales": [[1, float("nan")], [3, 4]]}, "finite"),
+        ("bernoulli", {"probs": [[0, 1.5], [0.5, 0.5]]}, "probs"),
+        ("gaussian_isotropic", {"variance": -1.0}, "known variance must be positive"),
+    ],
+)
+def test_bad_parameters_get_a_sentence_and_exit_code_2(
+    family: str, change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    params = write(tmp_path / "params.json", {**PARAMS[family], **change})
+    result = run("sample", family, "--params", params, "-n", 5, "--out", tmp_path / "rows.csv")
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+    assert result.stderr.startswith("error: ")
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    params = write(tmp_path / "params.json", PARAMS["gaussian_full"])
+    no_setting = write(tmp_path / "isotropic.json", {"weights": [1.0], "locs": [[0.0]]})
+    text = tmp_path / "text.csv"
+    text.write_text("a,b\n1,x\n2,y\n")
+    missing = tmp_path / "missing.csv"
+    missing.write_text("a,b\n1,2\n,4\n")
+    bits = tmp_path / "bits.csv"
+    bits.write_text("a,b\n1,0\n0.5,1\n")
+    out = tmp_path / "rows.csv"
+    for command, words in [
+        (("sample", "gaussian", "--params", params, "-n", 5, "--out", out), "there is no family 'gaussian'"),
+        (("sample", "gaussian_isotropic", "--params", no_setting, "-n", 5, "--out", out), "needs its setting variance"),
+        (("sample", "gaussian_full", "--params", params, "-n", 0, "--out", out), "at least 1"),
+        (("sample", "gaussian_full", "--params", params, "-n", 5, "--out", tmp_path / "rows.xls"), ".parquet"),
+        (("sample", "gaussian_full", "--params", tmp_path / "no.json", "-n", 5, "--out", out), "No such file"),
+        (("fit", text, "--family", "gaussian_full", "-k", 1), "column 'b' of text.csv holds string"),
+        (("fit", missing, "--family", "gaussian_full", "-k", 1), "x[1, 0] is nan"),
+        (("fit", bits, "--family", "bernoulli", "-k", 1), "x[1, 0] is 0.5"),
+        (("fit", bits, "--family", "gaussian_full", "-k", 3), "3 components need at least as many rows"),
+        (("fit", bits, "--family", "gaussian_full", "-k", 0), "at least 1"),
+        (("fit", bits, "--family", "gaussian_full", "-k", "two"), "two"),
+        (("verify", "--problem", "P9"), "no claim or problem is called P9"),
+        (("verify", "--problem", "P1", "--json", tmp_path / "no" / "report.json"), "there is no folder"),
+    ]:
+        result = run(*command)
+        assert result.exit_code == 2, (command, result.output)
+        assert words in " ".join(result.stderr.split()), result.stderr
+    assert not out.exists()
