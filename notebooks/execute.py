@@ -44,9 +44,9 @@ def execute(source: Path, timeout: int = 600) -> NotebookNode:
     )
     environment = {
         **os.environ,
-        # Pyro's progress bar asks for widgets, which no notebook here uses, by a warning that shows this machine's paths.
+        # Pyro's progress bar asks for widgets, by a warning that shows this machine's paths; no notebook uses them.
         "PYTHONWARNINGS": "ignore:IProgress not found",
-        # On a machine that does other work too, threads wait for one another: one is steady, several can be far slower.
+        # Beside other work on the machine, threads wait for one another: one is steady, several can be far slower.
         "OMP_NUM_THREADS": "1",
     }
     client.execute(cleanup_kc=True, env=environment)

@@ -90,7 +90,7 @@ def em(X: np.ndarray, k: int, tol: float = 0.001) -> tuple[np.ndarray, np.ndarra
 
 
 def gmm_sample(N: int, pi: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """Return N independent draws X (N, D) from a mixture: of each draw first the component, then the point."""
+    """Return N independent draws X (N, D): of each first its component, then the point."""
     params = check_params(gaussian_full, (pi, mu, sigma), mu.shape[1])
     x, _ = gaussian_full.sample(params, N, generator)
     return x.numpy()
@@ -111,7 +111,7 @@ Markdown(
 
 # %%
 def show(*panels: tuple[str, np.ndarray]) -> None:
-    """Show pixels (N, 3) as images of the photograph's shape, side by side; colours are clipped to [0, 1]."""
+    """Show pixels (N, 3) as images of the photograph's shape, colours clipped to [0, 1]."""
     size = (4.4 * len(panels), 3.2)
     _, axes = plt.subplots(1, len(panels), figsize=size, dpi=110, layout="constrained")
     for ax, (title, pixels) in zip(axes, panels, strict=True):
@@ -154,9 +154,10 @@ show(("original", X), (f"Gaussian mixture, k = {k}", by_mixture))
 
 # %%
 narrowest = np.sqrt(np.linalg.eigvalsh(sigma)[:, 0])
-components = [
-    [f"{j + 1}", f"{pi[j]:.3f}", *(f"{channel:.3f}" for channel in mu[j]), f"{narrowest[j]:.4f}"] for j in range(k)
-]
+components = []
+for j in range(k):
+    numbers = [f"{value:.3f}" for value in (pi[j], *mu[j])]
+    components.append([f"{j + 1}", *numbers, f"{narrowest[j]:.4f}"])
 rounding = ["rounding", "", "", "", "", f"{1 / (255 * np.sqrt(12)):.4f}"]
 head = ["component", "weight", "red", "green", "blue", "smallest standard deviation"]
 table(head, [*components, rounding])

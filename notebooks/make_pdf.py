@@ -31,12 +31,11 @@ LAYOUT = f"""
 #set par(justify: true)
 #show raw: set text(font: "DejaVu Sans Mono", size: 8pt)
 #show raw.where(block: true): set text(size: 7pt)
-#show raw.where(block: true): set block(fill: luma(246), inset: 6pt, radius: 2pt, width: 100%)
+#show raw.where(block: true): set block(fill: luma(246), inset: 6pt, radius: 2pt, width: 100%, breakable: false)
 #show heading: set block(above: 1.6em, below: 0.9em, sticky: true)
 #show heading.where(level: 1): set block(above: 2.4em)
 #set table(stroke: none, inset: (x: 6pt, y: 4pt))
 #show table: set par(justify: false)
-#show figure.where(kind: table): set block(breakable: true)
 // A formula wider than the page is set smaller rather than cut.
 #show math.equation.where(block: true): it => layout(size => {{
   let ratio = size.width / measure(it).width
@@ -45,11 +44,17 @@ LAYOUT = f"""
 #let horizontalrule = line(length: 100%, stroke: 0.5pt)
 #let colours = ("holds": rgb("#1a7f37"), "holds if": rgb("#9a6700"), "illegible": luma(110))
 #let verdict(name) = text(colours.at(name, default: rgb("#b3261e")), weight: "bold", name)
-#let step(id, name, says) = block(
-  above: 1.5em, below: 0.7em, sticky: true, width: 100%, stroke: (top: 0.4pt + luma(200)), inset: (top: 5pt),
-  grid(columns: (3.6em, 1fr, auto), column-gutter: 8pt, text(luma(90), id), says, verdict(name)),
-)
-#let remark(body) = block(above: 0.7em, inset: (left: 3.6em + 8pt), text(size: 9.5pt, body))
+#let step(id, name, says, body) = block(
+  above: 1.5em, below: 0pt, breakable: false, width: 100%, stroke: (top: 0.4pt + luma(200)), inset: (top: 5pt),
+)[
+  #grid(columns: (3.6em, 1fr, auto), column-gutter: 8pt, text(luma(90), id), says, verdict(name))
+  #body
+]
+#let remark(body) = block(above: 0.7em, inset: (left: 3.6em + 8pt), width: 100%)[
+  #set text(size: 9.5pt)
+  #show math.equation.where(block: true): set align(left)
+  #body
+]
 #let output(body) = block(stroke: (left: 2pt + luma(205)), inset: (left: 8pt, y: 3pt), width: 100%, body)
 """
 
@@ -78,16 +83,17 @@ def step(outcome: Outcome, twin: Outcome | None) -> str:
     parts = [
         raw(f'#step("{claim.id.rstrip("ab")}", "{outcome.verdict}")['),
         claim.says,
-        raw("]"),
+        raw("]["),
         display(claim.correction or claim.formula),
         *remarks(claim),
     ]
     if twin is None:
         parts.append(remark("Transcription b lacks this step."))
     elif (twin.claim.formula, twin.verdict) != (claim.formula, outcome.verdict):
-        printed = display(twin.claim.formula) if twin.claim.formula else "no formula"
-        parts += [remark(f"Transcription b ({twin.verdict}) prints", printed), *remarks(twin.claim)]
-    return "\n".join(parts)
+        printed = [display(twin.claim.formula)] if twin.claim.formula else []
+        parts += [remark(f"Transcription b ({twin.verdict}) prints{'' if printed else ' nothing.'}", *printed)]
+        parts += remarks(twin.claim)
+    return "\n".join([*parts, raw("]")])
 
 
 def remarks(claim: Claim) -> list[str]:
@@ -107,7 +113,8 @@ def solution(problem: Problem, outcomes: Sequence[Outcome]) -> str:
     twins = {outcome.claim.id.rstrip("b"): outcome for outcome in outcomes if outcome.claim.source == "b"}
     steps = [step(o, twins.get(o.claim.id.rstrip("a"))) for o in outcomes if o.claim.source == "a"]
     number = problem.id.removeprefix("P")
-    return delimiters("\n".join([f"# Problem {number}: {problem.title}\n", problem.statement, *steps]))
+    statement = raw("#block(sticky: true)[") + problem.statement + raw("]")
+    return delimiters("\n".join([f"# Problem {number}: {problem.title}\n", statement, *steps]))
 
 
 def delimiters(formulas: str) -> str:

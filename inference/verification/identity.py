@@ -170,12 +170,13 @@ def compare(
                 elsewhere = [float(m(side, p, continuous, generator).max()) for p in others for m in (movement, noise)]
                 rounding = ROUNDING / PERTURBATION * max(elsewhere) + ROUNDING * eps * size.max()
                 allowed = torch.where(known == 0, allowed + rounding, allowed)
-    worst = int((discrepancy / allowed).nan_to_num(0.0, torch.inf).argmax())
+    refuted = bool((discrepancy > allowed).any())
+    worst = int((discrepancy / allowed if refuted else discrepancy).nan_to_num(0.0, torch.inf).argmax())
     scale = float(torch.maximum(left_flat.abs(), right_flat.abs()).nan_to_num(torch.inf).max())
     scale = max(scale, float(allowed[worst])) if scale < torch.inf else 1.0
     reason = "the claimed side is NaN" if left_flat.isnan().any() else ""
     return Comparison(
-        "refuted" if (discrepancy > allowed).any() else "equal",
+        "refuted" if refuted else "equal",
         float(discrepancy[worst]) / scale,
         float(allowed[worst]) / scale,
         bare(left),

@@ -47,29 +47,46 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def to_table(outcomes: Sequence[Outcome]) -> Group:
-    """Return the table of all verdicts, what stands instead of formulas that do not hold as printed, and the summary."""
+    """Return the tables of verdicts, what stands instead of formulas that do not hold as printed, and the summary."""
+    sheet = [outcome for outcome in outcomes if outcome.claim.source]
+    end_to_end = [outcome for outcome in outcomes if not outcome.claim.source]
+    tables = [_table(part) for part in (sheet, end_to_end) if part]
+    notes = [note for outcome in outcomes if (note := _instead(outcome))]
+    return Group(*(item for table in tables for item in (table, Text())), *notes, Text(summary(outcomes), "bold"))
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1), expand=True)
     table.add_column("claim", no_wrap=True, min_width=max(len(outcome.claim.id) for outcome in outcomes))
     table.add_column("formula", no_wrap=True, overflow="ellipsis", ratio=1)
     table.add_column("verdict", no_wrap=True, min_width=max(map(len, COLOURS)))
     table.add_column("error / tolerance", justify="right", no_wrap=True, min_width=17)
     table.add_column("time", justify="right", no_wrap=True, min_width=7)
-    notes: list[Text] = []
     for outcome in outcomes:
-        claim, check = outcome.claim, worst(outcome)
         verdict = Text(outcome.verdict, COLOURS.get(outcome.verdict, "bold red"))
         if not outcome.ok:
-            verdict.append(f" (expected: {claim.expected})", "bold red")
+            verdict.append(f" (expected: {outcome.claim.expected})", "bold red")
+        check = worst(outcome)
         errors = "" if check is None else f"{check.error:.1e} / {check.tolerance:.1e}"
-        table.add_row(claim.id, Text(to_unicode(claim.formula)), verdict, errors, f"{outcome.seconds:.2f} s")
-        instead = {
-            "holds if": f"if {to_unicode(claim.condition)}",
-            "refuted as printed": f"instead {to_unicode(claim.correction)}",
-            "illegible": to_unicode(claim.note),
-        }.get(outcome.verdict, "" if outcome.ok else "\n".join(str(report) for report in outcome.reports))
-        if instead:
-            notes.append(Text.assemble((f"{claim.id} ", "bold"), instead))
-    return Group(table, Text(), *notes, Text(), Text(summary(outcomes), "bold"))
+        formula = Text(to_unicode(outcome.claim.formula) or "(lost)")
+        table.add_row(outcome.claim.id, formula, verdict, errors, f"{outcome.seconds:.2f} s")
+    return table
+
+
+def _instead(outcome: Outcome) -> Text | None:
+    """Return what a verdict other than ``holds`` comes with, or every check where the verdict is not the expected one."""
+    claim = outcome.claim
+    if not outcome.ok:
+        words = "\n".join(str(report) for report in outcome.reports)
+    elif outcome.verdict == "holds if":
+        words = f"if {to_unicode(claim.condition)}"
+    elif outcome.verdict == "refuted as printed":
+        words = f"instead {to_unicode(claim.correction)}"
+    elif outcome.verdict == "illegible":
+        words = to_unicode(claim.note)
+    else:
+        return None
+    return Text.assemble((f"{claim.id} ", "bold"), words)
 
 
 def to_json(outcomes: Sequence[Outcome], seed: int) -> str:
@@ -93,7 +110,8 @@ def to_html(outcomes: Sequence[Outcome], problems: Sequence[Problem], seed: int)
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>Exercise Sheet 12: verdicts</title><style>{STYLE}</style></head><body>"
-        f"<h1>Exercise Sheet 12: a verdict for each formula</h1><p class='summary'>{html.escape(summary(outcomes))}.</p>"
+        "<h1>Exercise Sheet 12: a verdict for each formula</h1>"
+        f"<p class='summary'>{html.escape(summary(outcomes))}.</p>"
         f"<p>{CAVEAT} Seed {seed}; {html.escape(made)}.</p><nav>{links}</nav>{sections}</body></html>"
     )
 

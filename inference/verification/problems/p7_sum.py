@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pyro
 import torch
@@ -125,7 +126,8 @@ def draw_labels(dependent: bool, num_samples: int, generator: torch.Generator) -
     seeded(generator)
     with pyro.poutine.trace() as tape:
         bind(gaussian_sum.generative_model, PARAMS._asdict())(num_components=(3, 2), num_data=num_samples)
-    return torch.stack([tape.trace.nodes[name]["value"] for name in "kl"], -1).to(torch.float64)
+    nodes: Any = tape.trace.nodes
+    return torch.stack([nodes[name]["value"] for name in "kl"], -1).to(torch.float64)
 
 
 def log_label_probability(pairs: Tensor) -> Tensor:

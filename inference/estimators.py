@@ -1,0 +1,371 @@
+"""Mixtures as scikit-learn estimators: EM under the names of that ecosystem.
+
+Every estimator here takes
+
+- ``n_components``: K;
+- ``prior``: the ``Prior`` of its family, whose mode is then sought; None maximises the likelihood;
+- ``tol``: the relative change of the log likelihood (plus log prior) at which EM stops;
+- ``max_iter``: the largest number of EM steps from each start;
+- ``n_init``: the number of starts, of which the best fit is kept;
+- ``init_params``: ``"k-means++"``, or ``"random"`` rows, as the seeds of a start;
+- ``random_state``: as everywhere in scikit-learn. An integer makes ``fit`` and ``sample`` repeat themselves exactly.
+
+and has after ``fit``
+
+- ``weights_`` (K,): the p(z = k), beside the further parameters that its class names;
+- ``params_``: all of them as the ``Params`` of the family, float64 unless the data were float32;
+- ``log_likelihood_``: log p(X | ``params_``), each row times its ``sample_weight``, without the prior;
+- ``converged_`` and ``n_iter_``: whether EM from the best start came to rest, and its number of steps;
+- ``n_features_in_``: D.
+
+Nothing is added to a variance: what ``reg_covar`` does in scikit-learn belongs in a prior. A component that collapses is
+an error, or a warning where another start survives.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from mixproof.inference.em import check_row_weights, em, responsibilities
+from mixproof.inference.sampling import sample
+from mixproof.inference.validation import check_data, check_num_components, check_prior, data_support
+from mixproof.models import (
+    bernoulli,
+    gaussian_diagonal,
+    gaussian_full,
+    gaussian_spherical,
+    gaussian_tied,
+    laplace,
+)
+
+Start = Literal["k-means++", "random"]
+RandomState = int | np.random.RandomState | None
+
+
+class _Mixture(DensityMixin, BaseEstimator, ABC):
+    """What the estimators share: everything but the family."""
+
+    weights_: NDArray[Any]
+    params_: Any
+    converged_: bool
+    n_iter_: int
+    log_likelihood_: float
+    n_features_in_: int
+
+    _attributes: ClassVar[tuple[str, ...]]
+    """The fitted attributes that hold the fields of the family's ``Params``, in their order."""
+
+    def __init__(
+        self,
+        n_components: int,
+        *,
+        prior: Any,
+        tol: float,
+        max_iter: int,
+        n_init: int,
+        init_params: Start,
+        random_state: RandomState,
+    ) -> None:
+        self.n_components = n_components
+        self.prior = prior
+        self.tol = tol
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.init_params = init_params
+        self.random_state = random_state
+
+    @property
+    @abstractmethod
+    def _family(self) -> Any:
+        """The family of the contract; not stored, since a module cannot be pickled."""
+
+    def fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> Self:
+        """Fit the parameters by EM and return the estimator.
+
+        A start is seeded by rows of positive weight, each as likely as if its weight were 1.
+
+        Args:
+            X: (N, D), the data.
+            y: ignored.
+            sample_weight: (N,), how often each row counts, not negative; None counts each once.
+
+        Raises:
+            TypeError, ValueError: the data, the weights or a setting are not what they must be, or no start survives
+                because a component loses its last row or collapses.
+        """
+        family = self._family
+        self._check_settings()
+        x = self._rows(X, reset=True)
+        row_weights = None
+        if sample_weight is not None:
+            row_weights = check_row_weights(torch.tensor(np.asarray(sample_weight)), x)
+            x, row_weights = x[row_weights > 0], row_weights[row_weights > 0]
+        num_components = check_num_components(self.n_components, len(x))
+        generator = self._generator()
+        starts = [family.init_params(x, num_components, generator, self.init_params) for _ in range(self.n_init)]
+        prior = check_prior(family, self.prior, starts[0])
+        fits, failures = [], []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            for start in starts:
+                try:
+                    found = em(
+                        family, x, start, prior=prior, weights=row_weights, max_steps=self.max_iter, rtol=self.tol
+                    )
+                except ValueError as error:
+                    failures.append(error)
+                else:
+                    fits.append(found)
+        if not fits:
+            if self.n_init == 1:
+                raise failures[0]
+            raise ValueError(f"none of {self.n_init} starts survived; the last: {failures[-1]}") from failures[-1]
+        if failures:
+            warnings.warn(
+                f"{len(failures)} of {self.n_init} starts failed and are left out; the last: {failures[-1]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        best = max(fits, key=lambda fit: fit.log_lik[-1].item())
+        if not best.converged:
+            warnings.warn(
+                f"EM has not converged after {self.max_iter} steps: raise max_iter, or raise tol if that is close enough",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        self.params_, self.converged_, self.n_iter_ = best.params, best.converged, best.num_steps
+        for name, value in zip(self._attributes, best.params, strict=True):
+            setattr(self, name, np.array(value))
+        log_density = family.log_joint(best.params, x).logsumexp(-1)
+        self.log_likelihood_ = (log_density if row_weights is None else log_density * row_weights).sum().item()
+        return self
+
+    def fit_predict(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> NDArray[np.int64]:
+        """Fit, and return the most probable component (N,) of each row of X (N, D)."""
+        return self.fit(X, y, sample_weight).predict(X)
+
+    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
+        """Return the most probable component (N,) of each row of X (N, D)."""
+        return self.predict_proba(X).argmax(1)
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
+        """Return p(z_n = k | x_n), shape (N, K), for X (N, D).
+
+        Raises:
+            ValueError: X is not what it must be, or a row is impossible under every component.
+        """
+        check_is_fitted(self)
+        return responsibilities(self._family, self.params_, self._rows(X, reset=False)).numpy()
+
+    def score_samples(self, X: ArrayLike) -> NDArray[Any]:
+        """Return log p(x_n), shape (N,), for X (N, D); -inf for a row that is impossible under every component."""
+        check_is_fitted(self)
+        return self._family.log_joint(self.params_, self._rows(X, reset=False)).logsumexp(-1).numpy()
+
+    def score(self, X: ArrayLike, y: None = None) -> float:
+        """Return the mean of log p(x_n) over the rows of X (N, D)."""
+        return float(self.score_samples(X).mean())
+
+    def sample(self, n_samples: int = 1) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Draw rows X (n, D) and the components (n,) that they came from, in no order.
+
+        Raises:
+            TypeError, ValueError: ``n_samples`` is not an integer of at least 1.
+        """
+        check_is_fitted(self)
+        x, z = sample(self._family, self.params_, n_samples, generator=self._generator())
+        return x.numpy(), z.numpy()
+
+    def bic(self, X: ArrayLike) -> float:
+        """Return the Bayesian information criterion on X (N, D), the lower the better (Schwarz 1978)."""
+        log_densities = self.score_samples(X)
+        return float(self._num_free_parameters() * math.log(len(log_densities)) - 2 * log_densities.sum())
+
+    def aic(self, X: ArrayLike) -> float:
+        """Return Akaike's information criterion on X (N, D), the lower the better."""
+        return float(2 * self._num_free_parameters() - 2 * self.score_samples(X).sum())
+
+    def _num_free_parameters(self) -> int:
+        """Return how many numbers the parameters hold: weights sum to 1, and a covariance matrix is symmetric."""
+        count = -1
+        for name, value in self.params_._asdict().items():
+            is_symmetric = name in ("covariance", "covariances")
+            count += value.numel() * (value.shape[-1] + 1) // (2 * value.shape[-1]) if is_symmetric else value.numel()
+        return count
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def _matrix(self, X: ArrayLike, *, reset: bool) -> NDArray[Any]:
+        """Return X (N, D) as scikit-learn validates it, in an array that torch can share."""
+        return validate_data(
+            self,
+            X,
+            reset=reset,
+            dtype=[np.float64, np.float32],
+            order="C",
+            force_writeable=True,
+            ensure_min_samples=2 if reset else 1,
+        )
+
+    def _rows(self, X: ArrayLike, *, reset: bool) -> Tensor:
+        return check_data(torch.from_numpy(self._matrix(X, reset=reset)), data_support(self._family))
+
+    def _check_settings(self) -> None:
+        for name in ("max_iter", "n_init"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an integer, not {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not isinstance(self.tol, Real):
+            raise TypeError(f"tol must be a number, not {self.tol!r}")
+        if not self.tol >= 0:
+            raise ValueError(f"tol must not be negative, and is {self.tol}")
+        if self.init_params not in ("k-means++", "random"):
+            raise ValueError(f'init_params must be "k-means++" or "random", not {self.init_params!r}')
+
+
+class GaussianMixture(_Mixture):
+    """Mixture of Gaussians.
+
+    ``covariance_type`` is ``"full"``, ``"tied"`` (one matrix for all components), ``"diag"`` or ``"spherical"`` (one
+    variance a component); the other settings and attributes are in the docstring of the module. Fitted: ``means_``
+    (K, D), and ``covariances_`` of shape (K, D, D), (D, D), (K, D) or (K,), the last two of variances.
+    """
+
+    means_: NDArray[Any]
+    covariances_: NDArray[Any]
+
+    _attributes = ("weights_", "means_", "covariances_")
+    _families: ClassVar[dict[str, Any]] = {
+        "full": gaussian_full,
+        "tied": gaussian_tied,
+        "diag": gaussian_diagonal,
+        "spherical": gaussian_spherical,
+    }
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        covariance_type: Literal["full", "tied", "diag", "spherical"] = "full",
+        prior: Any = None,
+        tol: float = 1e-10,
+        max_iter: int = 500,
+        n_init: int = 1,
+        init_params: Start = "k-means++",
+        random_state: RandomState = None,
+    ) -> None:
+        super().__init__(
+            n_components,
+            prior=prior,
+            tol=tol,
+            max_iter=max_iter,
+            n_init=n_init,
+            init_params=init_params,
+            random_state=random_state,
+        )
+        self.covariance_type = covariance_type
+
+    @property
+    def _family(self) -> Any:
+        if self.covariance_type not in self._families:
+            raise ValueError(
+                f"covariance_type must be one of {', '.join(self._families)}, not {self.covariance_type!r}"
+            )
+        return self._families[self.covariance_type]
+
+
+class BernoulliMixture(_Mixture):
+    """Mixture of products of Bernoullis, for data of zeros and ones.
+
+    ``binarize`` is a threshold, above which an entry counts as a one; None refuses entries other than 0 and 1. The other
+    settings and attributes are in the docstring of the module. Fitted: ``probs_`` (K, D), of a one.
+    """
+
+    probs_: NDArray[Any]
+
+    _attributes = ("weights_", "probs_")
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        binarize: float | None = None,
+        prior: Any = None,
+        tol: float = 1e-10,
+        max_iter: int = 500,
+        n_init: int = 1,
+        init_params: Start = "k-means++",
+        random_state: RandomState = None,
+    ) -> None:
+        super().__init__(
+            n_components,
+            prior=prior,
+            tol=tol,
+            max_iter=max_iter,
+            n_init=n_init,
+            init_params=init_params,
+            random_state=random_state,
+        )
+        self.binarize = binarize
+
+    @property
+    def _family(self) -> Any:
+        return bernoulli
+
+    def _matrix(self, X: ArrayLike, *, reset: bool) -> NDArray[Any]:
+        values = super()._matrix(X, reset=reset)
+        return values if self.binarize is None else (values > self.binarize).astype(values.dtype)
+
+
+class LaplaceMixture(_Mixture):
+    """Mixture of products of Laplace laws.
+
+    The settings and the other attributes are in the docstring of the module. Fitted: ``means_`` (K, D), which are the
+    medians too, and ``scales_`` (K, D), whose standard deviations are sqrt(2) times as large.
+    """
+
+    means_: NDArray[Any]
+    scales_: NDArray[Any]
+
+    _attributes = ("weights_", "means_", "scales_")
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        prior: Any = None,
+        tol: float = 1e-10,
+        max_iter: int = 500,
+        n_init: int = 1,
+        init_params: Start = "k-means++",
+        random_state: RandomState = None,
+    ) -> None:
+        super().__init__(
+            n_components,
+            prior=prior,
+            tol=tol,
+            max_iter=max_iter,
+            n_init=n_init,
+            init_params=init_params,
+            random_state=random_state,
+        )
+
+    @property
+    def _family(self) -> Any:
+        return laplace
