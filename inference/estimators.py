@@ -18,8 +18,8 @@ and has after ``fit``
 - ``converged_`` and ``n_iter_``: whether EM from the best start came to rest, and its number of steps;
 - ``n_features_in_``: D.
 
-Nothing is added to a variance: what ``reg_covar`` does in scikit-learn belongs in a prior. A component that collapses is
-an error, or a warning where another start survives.
+Nothing is added to a variance: what ``reg_covar`` does in scikit-learn belongs in a prior. A component that collapses
+is an error, or a warning where another start survives.
 """
 
 from __future__ import annotations
@@ -42,14 +42,7 @@ from torch import Tensor
 from mixproof.inference.em import check_row_weights, em, responsibilities
 from mixproof.inference.sampling import sample
 from mixproof.inference.validation import check_data, check_num_components, check_prior, data_support
-from mixproof.models import (
-    bernoulli,
-    gaussian_diagonal,
-    gaussian_full,
-    gaussian_spherical,
-    gaussian_tied,
-    laplace,
-)
+from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied, laplace
 
 Start = Literal["k-means++", "random"]
 RandomState = int | np.random.RandomState | None
@@ -70,14 +63,14 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
 
     def __init__(
         self,
-        n_components: int,
+        n_components: int = 1,
         *,
-        prior: Any,
-        tol: float,
-        max_iter: int,
-        n_init: int,
-        init_params: Start,
-        random_state: RandomState,
+        prior: Any = None,
+        tol: float = 1e-10,
+        max_iter: int = 500,
+        n_init: int = 1,
+        init_params: Start = "k-means++",
+        random_state: RandomState = None,
     ) -> None:
         self.n_components = n_components
         self.prior = prior
@@ -109,9 +102,8 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
         family = self._family
         self._check_settings()
         x = self._rows(X, reset=True)
-        row_weights = None
-        if sample_weight is not None:
-            row_weights = check_row_weights(torch.tensor(np.asarray(sample_weight)), x)
+        row_weights = check_row_weights(None if sample_weight is None else np.array(sample_weight, np.float64), x)
+        if row_weights is not None:  # a row that does not count must not be the seed of a component either
             x, row_weights = x[row_weights > 0], row_weights[row_weights > 0]
         num_components = check_num_components(self.n_components, len(x))
         generator = self._generator()
@@ -130,9 +122,7 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
                 else:
                     fits.append(found)
         if not fits:
-            if self.n_init == 1:
-                raise failures[0]
-            raise ValueError(f"none of {self.n_init} starts survived; the last: {failures[-1]}") from failures[-1]
+            raise ValueError(f"no start survived: {failures[-1]}") from failures[-1]
         if failures:
             warnings.warn(
                 f"{len(failures)} of {self.n_init} starts failed and are left out; the last: {failures[-1]}",
@@ -142,13 +132,13 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
         best = max(fits, key=lambda fit: fit.log_lik[-1].item())
         if not best.converged:
             warnings.warn(
-                f"EM has not converged after {self.max_iter} steps: raise max_iter, or raise tol if that is close enough",
+                f"EM has not converged after {self.max_iter} steps: raise max_iter, or tol if this is close enough",
                 ConvergenceWarning,
                 stacklevel=2,
             )
         self.params_, self.converged_, self.n_iter_ = best.params, best.converged, best.num_steps
         for name, value in zip(self._attributes, best.params, strict=True):
-            setattr(self, name, np.array(value))
+            setattr(self, name, value.numpy().copy())
         log_density = family.log_joint(best.params, x).logsumexp(-1)
         self.log_likelihood_ = (log_density if row_weights is None else log_density * row_weights).sum().item()
         return self
@@ -227,14 +217,10 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
     def _check_settings(self) -> None:
         for name in ("max_iter", "n_init"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, not {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if not isinstance(self.tol, Real):
-            raise TypeError(f"tol must be a number, not {self.tol!r}")
-        if not self.tol >= 0:
-            raise ValueError(f"tol must not be negative, and is {self.tol}")
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+        if not isinstance(self.tol, Real) or not self.tol >= 0:
+            raise ValueError(f"tol must be a number that is not negative, not {self.tol!r}")
         if self.init_params not in ("k-means++", "random"):
             raise ValueError(f'init_params must be "k-means++" or "random", not {self.init_params!r}')
 
@@ -293,8 +279,8 @@ class GaussianMixture(_Mixture):
 class BernoulliMixture(_Mixture):
     """Mixture of products of Bernoullis, for data of zeros and ones.
 
-    ``binarize`` is a threshold, above which an entry counts as a one; None refuses entries other than 0 and 1. The other
-    settings and attributes are in the docstring of the module. Fitted: ``probs_`` (K, D), of a one.
+    ``binarize`` is a threshold, above which an entry counts as a one; None refuses entries other than 0 and 1. The
+    other settings and attributes are in the docstring of the module. Fitted: ``probs_`` (K, D), of a one.
     """
 
     probs_: NDArray[Any]
@@ -344,27 +330,6 @@ class LaplaceMixture(_Mixture):
     scales_: NDArray[Any]
 
     _attributes = ("weights_", "means_", "scales_")
-
-    def __init__(
-        self,
-        n_components: int = 1,
-        *,
-        prior: Any = None,
-        tol: float = 1e-10,
-        max_iter: int = 500,
-        n_init: int = 1,
-        init_params: Start = "k-means++",
-        random_state: RandomState = None,
-    ) -> None:
-        super().__init__(
-            n_components,
-            prior=prior,
-            tol=tol,
-            max_iter=max_iter,
-            n_init=n_init,
-            init_params=init_params,
-            random_state=random_state,
-        )
 
     @property
     def _family(self) -> Any:

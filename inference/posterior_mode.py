@@ -56,9 +56,7 @@ def posterior_mode(
     objective = with_gradient(lambda u: -log_density(model, program, coordinates(u), *args))
     for name, support in program.supports.items():
         if _at_edge(start[name], support):
-            raise ValueError(
-                f"the start is at the edge of the support of {name}, where no step leads away: start inside"
-            )
+            raise ValueError(f"the start is at the edge of the support of {name}, which no step leaves: start inside")
     u = coordinates.inverse(start)
     found = minimise(objective, u, max_steps=max_steps, rtol=rtol)
     if not found.converged:

@@ -24,8 +24,8 @@ class Variational(NamedTuple):
     """What SVI found."""
 
     guide: Any
-    """The fitted guide, q(params); an autoguide's ``median()`` and ``quantiles()`` read it. A guide that is a function is
-    bound to the values it has found."""
+    """The fitted guide, q(params): an autoguide, whose ``median()`` and ``quantiles()`` read it, or a function, bound to
+    the values of its param sites."""
     losses: Tensor
     """(num_steps,), the estimate of -ELBO before each step: an upper bound of -log p(data) in expectation."""
 
@@ -65,20 +65,24 @@ def svi(
     decay = (final_learning_rate / learning_rate) ** (1 / num_steps)
     losses = []
     with pyro.get_param_store().scope(), torch.random.fork_rng(), _default_dtype_of(args):
+        if isinstance(guide, PyroModule):
+            # Outside this store a guide reads the global one by name, and would find what another of its class left.
+            guide._pyro_set_supermodule(f"svi_{next(_NAMES)}_{type(guide).__name__}", guide._pyro_context)
+        pyro.set_rng_seed(seed)
+        with torch.no_grad():
+            guide(*args)
+        for _, parameter in pyro.get_param_store().named_parameters():
+            parameter.data = parameter.data.clone()  # Pyro would update the tensors that a guide starts from, in place
         pyro.set_rng_seed(seed)
         adam = ClippedAdam({"lr": learning_rate, "lrd": decay, "clip_norm": float("inf")})
         inference = SVI(model, guide, optimiser or adam, TraceEnum_ELBO(max_plate_nesting=max_plate_nesting))
-        if isinstance(guide, PyroModule):
-            # Outside this store a guide reads the global one by name, and would find what another guide of its class left.
-            guide._pyro_set_supermodule(f"svi_{next(_NAMES)}_{type(guide).__name__}", guide._pyro_context)
         for step in range(num_steps):
             losses.append(inference.step(*args))
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"the loss is {losses[-1]} at step {step}: lower the learning rate, or start nearer")
         found = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
-    return Variational(
-        guide if isinstance(guide, PyroModule) else bind(guide, found), torch.tensor(losses, dtype=torch.float64)
-    )
+    fitted = guide if isinstance(guide, PyroModule) else bind(guide, found)
+    return Variational(fitted, torch.tensor(losses, dtype=torch.float64))
 
 
 @contextmanager

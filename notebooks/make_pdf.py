@@ -118,11 +118,7 @@ def solution(problem: Problem, outcomes: Sequence[Outcome]) -> str:
 
 
 def delimiters(formulas: str) -> str:
-    r"""Return LaTeX with the bars of norms and absolute values as delimiters; plain, they would be set as relations.
-
-    >>> delimiters(r"\|x\|_1 = |x|")
-    '\\lVert x\\rVert_1 = \\left|x\\right|'
-    """
+    """Return LaTeX with the bars of norms and absolute values as delimiters; plain, they would be set as relations."""
     formulas = re.sub(r"\\\|(.+?)\\\|", r"\\lVert \1\\rVert", formulas)
     return re.sub(r"(?<!\\left)(?<!\\right)\|(.+?)\|", r"\\left|\1\\right|", formulas)
 

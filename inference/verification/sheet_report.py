@@ -74,7 +74,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _instead(outcome: Outcome) -> Text | None:
-    """Return what a verdict other than ``holds`` comes with, or every check where the verdict is not the expected one."""
+    """Return what a verdict other than ``holds`` comes with; every check, where the verdict is not the expected one."""
     claim = outcome.claim
     if not outcome.ok:
         words = "\n".join(str(report) for report in outcome.reports)

@@ -1,0 +1,335 @@
+"""``verify_em`` passes right derivations, and says of wrong ones which step is wrong and where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from mixproof.inference.verification import Refuted, Report, assert_em, verify_em
+from mixproof.models import bernoulli, gaussian_full, gaussian_sum
+
+X = torch.tensor(
+    [[-2.1, 0.3], [-1.4, 1.2], [-0.7, -0.8], [0.4, 2.2], [0.9, 1.1], [1.7, -1.3], [2.5, 0.6], [3.1, -0.2], [3.3, 2.8]],
+    dtype=torch.float64,
+)
+COUNTS = torch.tensor([0, 1, 1, 2, 4, 5, 5, 7, 9, 12], dtype=torch.float64)
+Params = dict[str, Tensor]
+
+
+def tensor(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def diagonal(x: Tensor, penalised: bool = False) -> None:
+    """Three Gaussians with diagonal covariances; ``stds`` are standard deviations."""
+    weights = pyro.param("weights", torch.ones(3).double() / 3, constraint=constraints.simplex)
+    with pyro.plate("components", 3):
+        locs = pyro.sample("locs", dist.Normal(tensor(1.0, 0.0), 2.0).to_event(1).mask(penalised))
+        positive = constraints.independent(constraints.positive, 1)
+        stds = pyro.param("stds", torch.ones(3, 2).double(), constraint=positive, event_dim=1)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(locs[z], stds[z]).to_event(1), obs=x)
+
+
+START = {
+    "weights": tensor(0.5, 0.3, 0.2),
+    "locs": tensor([-1.0, 0.5], [1.0, 1.0], [3.0, 0.0]),
+    "stds": tensor([1.0, 0.8], [0.9, 1.2], [1.1, 1.5]),
+}
+
+
+def table(params: Params, x: Tensor) -> Tensor:
+    normal = dist.Normal(params["locs"], params["stds"]).log_prob(x[:, None]).sum(-1)
+    return params["weights"].log() + normal
+
+
+def e_step(params: Params, x: Tensor) -> Tensor:
+    return table(params, x).softmax(-1)
+
+
+def m_step(resp: Tensor, x: Tensor) -> Params:
+    counts = resp.sum(0)[:, None]
+    locs = resp.mT @ x / counts
+    variances = (resp.mT[..., None] * (x - locs[:, None]).square()).sum(1) / counts
+    return {"weights": counts[:, 0] / len(x), "locs": locs, "stds": variances.sqrt()}
+
+
+def log_likelihood(params: Params, x: Tensor) -> Tensor:
+    return table(params, x).logsumexp(-1).sum()
+
+
+def spoil(**changes: Callable[[Params, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Params]:
+    """Return the M-step with some sites replaced by a function of its result, the responsibilities and the data."""
+
+    def wrong(resp: Tensor, x: Tensor) -> Params:
+        right = m_step(resp, x)
+        return {**right, **{name: change(right, resp, x) for name, change in changes.items()}}
+
+    return wrong
+
+
+def verify(**spoilt: Any) -> Report:
+    steps = {"e_step": e_step, "m_step": m_step, "log_likelihood": log_likelihood, **spoilt}
+    return verify_em(diagonal, START, data=(X,), seed=0, **steps)
+
+
+def counts_of(resp: Tensor) -> Tensor:
+    return resp.sum(0)[:, None]
+
+
+def smoothed(right: Params, resp: Tensor, x: Tensor) -> Tensor:
+    return (resp.sum(0) + 1) / (len(x) + 3)
+
+
+def about_overall_mean(right: Params, resp: Tensor, x: Tensor) -> Tensor:
+    return ((resp.mT[..., None] * (x - x.mean(0)).square()).sum(1) / counts_of(resp)).sqrt()
+
+
+M_FAULTS: dict[str, tuple[str, Callable[[Tensor, Tensor], Params]]] = {
+    "n - 1 for n": ("stds", spoil(stds=lambda r, g, x: r["stds"] * (counts_of(g) / (counts_of(g) - 1)).abs().sqrt())),
+    "variance for standard deviation": ("stds", spoil(stds=lambda r, g, x: r["stds"].square())),
+    "a floor on the variance": ("stds", spoil(stds=lambda r, g, x: (r["stds"].square() + 1e-6).sqrt())),
+    "deviations from the overall mean": ("stds", spoil(stds=about_overall_mean)),
+    "one feature's variance for all": ("stds", spoil(stds=lambda r, g, x: r["stds"][:, :1].expand(-1, 2))),
+    "means off by a millionth": ("locs", spoil(locs=lambda r, g, x: r["locs"] * (1 + 1e-6))),
+    "unweighted means": ("locs", spoil(locs=lambda r, g, x: x.mean(0).expand(3, -1))),
+    "components exchanged": ("locs", spoil(locs=lambda r, g, x: r["locs"].roll(1, 0))),
+    "counts smoothed": ("weights", spoil(weights=smoothed)),
+    "uniform weights": ("weights", spoil(weights=lambda r, g, x: torch.ones(3).double() / 3)),
+    "hard counts": ("weights", spoil(weights=lambda r, g, x: (g.argmax(-1).bincount(minlength=3) + 0.1) / 9.3)),
+}
+E_FAULTS: dict[str, Callable[[Params, Tensor], Tensor]] = {
+    "weights forgotten": lambda p, x: (table(p, x) - p["weights"].log()).softmax(-1),
+    "hard assignment": lambda p, x: torch.nn.functional.one_hot(table(p, x).argmax(-1), 3).double(),
+    "softmax over the rows": lambda p, x: table(p, x).softmax(0),
+    "variance for standard deviation": lambda p, x: table({**p, "stds": p["stds"].square()}, x).softmax(-1),
+    "normaliser without its square root": lambda p, x: (table(p, x) - p["stds"].log().sum(-1)).softmax(-1),
+    "off by a millionth": lambda p, x: e_step(p, x) * (1 + 1e-6),
+    "squared weights": lambda p, x: (table(p, x) + p["weights"].log()).softmax(-1),
+}
+
+
+def test_the_right_derivation_is_exact() -> None:
+    report = verify()
+    assert report.verdict == "exact EM"
+    assert report.ok
+    assert assert_em(diagonal, START, e_step=e_step, m_step=m_step, data=(X,), seed=0).ok
+
+
+@pytest.mark.parametrize("fault", M_FAULTS)
+def test_a_wrong_m_step_is_found_and_placed(fault: str) -> None:
+    site, wrong = M_FAULTS[fault]
+    report = verify(m_step=wrong)
+    assert report.verdict == "wrong M-step"
+    failed = next(check for check in report.checks if check.name == "grad Q = 0")
+    assert failed.counterexample is not None
+    if fault not in ("means off by a millionth", "unweighted means", "components exchanged"):  # the scales follow them
+        assert failed.counterexample["site"] == site
+    right = m_step(failed.counterexample["resp"], X)[failed.counterexample["site"]]
+    if failed.counterexample["site"] == site:
+        torch.testing.assert_close(failed.counterexample["maximiser of Q"], right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", E_FAULTS)
+def test_a_wrong_e_step_is_found_and_its_row_shown(fault: str) -> None:
+    report = verify(e_step=E_FAULTS[fault])
+    assert report.verdict == "wrong E-step"
+    shown = report.checks[0].counterexample
+    assert shown is not None
+    right = e_step({name: shown[name] for name in START}, X)[shown["row"]]
+    torch.testing.assert_close(shown["actual"], right, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda p, x: log_likelihood(p, x) / len(x),
+        lambda p, x: log_likelihood({**p, "weights": torch.ones(3).double() / 3}, x),
+        lambda p, x: (e_step(p, x) * table(p, x)).sum(),
+        lambda p, x: log_likelihood(p, x) * (1 + 1e-9),
+    ],
+    ids=["mean for sum", "other weights", "Q for log likelihood", "off by a billionth"],
+)
+def test_a_wrong_report_is_found(wrong: Callable[[Params, Tensor], Tensor]) -> None:
+    assert verify(log_likelihood=wrong).verdict == "wrong report"
+
+
+def test_a_step_that_maximises_with_the_prior_is_map_em_and_one_that_counts_it_twice_is_wrong() -> None:
+    def penalised(resp: Tensor, x: Tensor, *, times: int = 1) -> Params:
+        """Maximise over locs and stds in turn until both stand: neither has a closed form beside the other."""
+        params = m_step(resp, x)
+        counts, prior = counts_of(resp), tensor(1.0, 0.0)
+        for _ in range(500):
+            precision = counts / params["stds"].square()
+            locs = (precision * (resp.mT @ x / counts) + times * prior / 4) / (precision + times / 4)
+            squares = (resp.mT[..., None] * (x - locs[:, None]).square()).sum(1)
+            params = {**params, "locs": locs, "stds": (squares / counts).sqrt()}
+        return params
+
+    model = partial(diagonal, penalised=True)
+    check = partial(verify_em, model, START, e_step=e_step, data=(X,), seed=0)
+    assert check(m_step=penalised).verdict == "MAP-EM"
+    assert check(m_step=m_step).verdict == "exact EM"
+    assert check(m_step=partial(penalised, times=2)).verdict == "wrong M-step"
+
+
+def test_a_step_that_only_rises_is_generalised_em() -> None:
+    def halfway(resp: Tensor, x: Tensor, *, params: Params) -> Params:
+        right = m_step(resp, x)
+        return {**right, "locs": (params["locs"] + right["locs"]) / 2, "stds": params["stds"]}
+
+    fixed = {**START, "stds": START["stds"]}
+
+    def model(x: Tensor) -> None:
+        weights = pyro.param("weights", fixed["weights"], constraint=constraints.simplex)
+        with pyro.plate("components", 3):
+            locs = pyro.sample("locs", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1).mask(False))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(locs[z], fixed["stds"][z]).to_event(1), obs=x)
+
+    def e(params: Params, x: Tensor) -> Tensor:
+        return e_step({**params, "stds": fixed["stds"]}, x)
+
+    def m(resp: Tensor, x: Tensor, *, params: Params) -> Params:
+        found = halfway(resp, x, params={**params, "stds": fixed["stds"]})
+        return {"weights": found["weights"], "locs": found["locs"]}
+
+    start = {"weights": START["weights"], "locs": START["locs"]}
+    assert verify_em(model, start, e_step=e, m_step=m, data=(X,), seed=0).verdict == "generalised EM"
+
+
+def test_families_that_are_not_shipped() -> None:
+    def poisson(x: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(3).double() / 3, constraint=constraints.simplex)
+        rates = pyro.param("rates", torch.ones(3).double(), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Poisson(rates[z]), obs=x)
+
+    def zero_inflated(x: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(2).double() / 2, constraint=constraints.simplex)
+        rate = pyro.param("rate", tensor(1.0)[0], constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Poisson(torch.where(z == 0, 1e-300, rate)), obs=x)
+
+    def poisson_e(params: Params, x: Tensor) -> Tensor:
+        return (params["weights"].log() + dist.Poisson(params["rates"]).log_prob(x[:, None])).softmax(-1)
+
+    def poisson_m(resp: Tensor, x: Tensor) -> Params:
+        return {"weights": resp.mean(0), "rates": x @ resp / resp.sum(0)}
+
+    start = {"weights": tensor(0.2, 0.3, 0.5), "rates": tensor(1.0, 4.0, 9.0)}
+    check = partial(verify_em, poisson, start, e_step=poisson_e, data=(COUNTS,), seed=1)
+    assert check(m_step=poisson_m).verdict == "exact EM"
+    wrong = check(m_step=lambda r, x: {"weights": r.mean(0), "rates": (x + 1e-6) @ r / r.sum(0)})
+    assert wrong.verdict == "wrong M-step"
+
+    def inflated_e(params: Params, x: Tensor) -> Tensor:
+        point = torch.where(x == 0, 0.0, -torch.inf)
+        return (params["weights"].log() + torch.stack([point, dist.Poisson(params["rate"]).log_prob(x)], -1)).softmax(
+            -1
+        )
+
+    start = {"weights": tensor(0.3, 0.7), "rate": tensor(4.0)[0]}
+    inflated = verify_em(
+        zero_inflated,
+        start,
+        e_step=inflated_e,
+        m_step=lambda r, x: {"weights": r.mean(0), "rate": r[:, 1] @ x / r[:, 1].sum()},
+        data=(COUNTS,),
+        seed=1,
+    )
+    assert inflated.checks[0].passed
+
+
+def test_two_latent_sites_share_a_table() -> None:
+    start = gaussian_full.init_params(X, 2, torch.Generator().manual_seed(0))
+    noise = gaussian_full.Params(
+        tensor(0.6, 0.4), torch.zeros(2, 2).double(), 0.1 * torch.eye(2).double().expand(2, 2, 2)
+    )
+    family = gaussian_sum.KnownNoise(noise._replace(covariances=noise.covariances * tensor(1.0, 3.0)[:, None, None]))
+
+    def e(params: gaussian_full.Params, x: Tensor) -> Tensor:
+        return family.log_joint(params, x).softmax(-1).reshape(len(x), 2, 2)
+
+    def m(resp: Tensor, x: Tensor, *, params: gaussian_full.Params) -> gaussian_full.Params:
+        return family.m_step(family.statistics(params, x, resp.flatten(1)))
+
+    model = partial(family.model, num_components=2)
+    assert verify_em(model, start, e_step=e, m_step=m, data=(X,), seed=0).verdict == "generalised EM"
+
+
+def test_probabilities_at_the_edge_pass() -> None:
+    x = torch.tensor([[0, 1, 1], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 0]], dtype=torch.float64)
+    start = bernoulli.init_params(x, 3, torch.Generator().manual_seed(0))
+    model = partial(bernoulli.model, num_components=3)
+    check = partial(
+        verify_em, model, start, e_step=lambda p, x: bernoulli.log_joint(p, x).softmax(-1), data=(x,), seed=0
+    )
+
+    def m(resp: Tensor, x: Tensor) -> bernoulli.Params:
+        return bernoulli.m_step(bernoulli.statistics(start, x, resp))
+
+    assert check(m_step=m).verdict == "exact EM"  # a column of zeros has probability exactly 0
+    flipped = check(m_step=lambda r, x: m(r, x)._replace(probs=1 - m(r, x).probs))
+    assert flipped.verdict == "wrong M-step"
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "verdict", "words"),
+    [
+        ({"e_step": lambda p, x: e_step(p, x).mT}, "wrong E-step", "returns shape (3, 9)"),
+        ({"e_step": lambda p, x: p["nothing"]}, "wrong E-step", "KeyError"),
+        ({"e_step": lambda p, x: e_step(p, x) * math.nan}, "wrong E-step", ""),
+        ({"m_step": lambda r, x: {"weights": r.mean(0)}}, "wrong M-step", "m_step returns ['weights']"),
+        ({"m_step": spoil(locs=lambda r, g, x: r["locs"].mT)}, "wrong M-step", "locs of shape (2, 3)"),
+        ({"m_step": spoil(locs=lambda r, g, x: r["locs"] * math.nan)}, "wrong M-step", "not finite"),
+        ({"m_step": spoil(stds=lambda r, g, x: -r["stds"])}, "wrong M-step", "outside its support"),
+        ({"m_step": spoil(weights=lambda r, g, x: 2 * r["weights"])}, "wrong M-step", "outside its support"),
+        ({"log_likelihood": lambda p, x: 1 / 0}, "wrong report", "ZeroDivisionError"),
+    ],
+)
+def test_steps_that_break_are_reported_as_what_they_are(spoilt: Any, verdict: str, words: str) -> None:
+    report = verify(**spoilt)
+    assert report.verdict == verdict
+    assert words in str(report)
+    with pytest.raises(Refuted, match=verdict):
+        report.raise_for_refuted()
+
+
+def test_programs_that_cannot_be_checked_say_what_to_do() -> None:
+    def unmarked(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+            pyro.sample("x", dist.Normal(z.double(), 1.0), obs=x)
+
+    def without_latent(x: Tensor) -> None:
+        rate = pyro.param("rate", torch.ones(()).double(), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    check = partial(verify_em, e_step=e_step, m_step=m_step, data=(COUNTS,), seed=0)
+    with pytest.raises(ValueError, match='site "z" is discrete and not marked'):
+        check(unmarked, {})
+    with pytest.raises(ValueError, match="no enumerated site"):
+        check(without_latent, {"rate": tensor(1.0)[0]})
+    with pytest.raises(ValueError, match="no site scale"):
+        verify_em(diagonal, {**START, "scale": tensor(1.0)}, e_step=e_step, m_step=m_step, data=(X,), seed=0)
+    with pytest.raises(TypeError, match="must be a tuple"):
+        verify_em(diagonal, START, e_step=e_step, m_step=m_step, data=X, seed=0)  # type: ignore[arg-type]
+
+
+def test_the_seed_makes_the_report_exact() -> None:
+    assert str(verify()) == str(verify())
