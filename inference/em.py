@@ -65,7 +65,10 @@ def em(
             ``log_joint``.
     """
     x = check_data(x, data_support(family))
-    params = family.Params(*(value.to(x) for value in check_params(family, init, x.shape[1])))
+    try:
+        params = family.Params(*(value.to(x) for value in check_params(family, init, x.shape[1])))
+    except ValueError as error:
+        raise ValueError(f"EM cannot start: {error}.{_no_spread(x)}") from error
     check_num_components(num_components(params), len(x))
     row_weights = check_row_weights(weights, x)
     prior = check_prior(family, prior, params)
@@ -104,6 +107,14 @@ def em(
         stacklevel=2,
     )
     return Fit(params, torch.tensor(trace, dtype=x.dtype), False, max_steps)
+
+
+def _no_spread(x: Tensor) -> str:
+    """Return the advice that a start without spread calls for, if the data are to blame."""
+    constant = (x == x[0]).all(0).nonzero().flatten().tolist()
+    if len(x) == 1:
+        return " x has a single row, which has no spread: give a start of your own and a prior"
+    return f" x is constant in column {', '.join(map(str, constant))}: drop it" if constant else ""
 
 
 def responsibilities(family: Any, params: Any, x: Any) -> Tensor:

@@ -1,23 +1,5 @@
 """Mixtures as scikit-learn estimators: EM under the names of that ecosystem.
 
-Every estimator here takes
-
-- ``n_components``: K;
-- ``prior``: the ``Prior`` of its family, whose mode is then sought; None maximises the likelihood;
-- ``tol``: the relative change of the log likelihood (plus log prior) at which EM stops;
-- ``max_iter``: the largest number of EM steps from each start;
-- ``n_init``: the number of starts, of which the best fit is kept;
-- ``init_params``: ``"k-means++"``, or ``"random"`` rows, as the seeds of a start;
-- ``random_state``: as everywhere in scikit-learn. An integer makes ``fit`` and ``sample`` repeat themselves exactly.
-
-and has after ``fit``
-
-- ``weights_`` (K,): the p(z = k), beside the further parameters that its class names;
-- ``params_``: all of them as the ``Params`` of the family, float64 unless the data were float32;
-- ``log_likelihood_``: log p(X | ``params_``), each row times its ``sample_weight``, without the prior;
-- ``converged_`` and ``n_iter_``: whether EM from the best start came to rest, and its number of steps;
-- ``n_features_in_``: D.
-
 Nothing is added to a variance: what ``reg_covar`` does in scikit-learn belongs in a prior. A component that collapses
 is an error, or a warning where another start survives.
 """
@@ -27,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self
 
@@ -43,42 +26,47 @@ from mixproof.inference.em import check_row_weights, em, responsibilities
 from mixproof.inference.sampling import sample
 from mixproof.inference.validation import check_data, check_num_components, check_prior, data_support
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied, laplace
+from mixproof.models.initial import partition
 
-Start = Literal["k-means++", "random"]
-RandomState = int | np.random.RandomState | None
+# scikit-learn reads the settings from the signature of __init__, which dataclass writes; the estimators keep its repr,
+# and are equal only to themselves.
+estimator = dataclass(kw_only=True, eq=False, repr=False)
 
 
+@estimator
 class _Mixture(DensityMixin, BaseEstimator, ABC):
     """What the estimators share: everything but the family."""
 
-    weights_: NDArray[Any]
-    params_: Any
-    converged_: bool
-    n_iter_: int
-    log_likelihood_: float
-    n_features_in_: int
+    n_components: int = field(default=1, kw_only=False)
+    """K."""
+    prior: Any = None
+    """The ``Prior`` of the family, for the mode of the posterior; None maximises the likelihood."""
+    tol: float = 1e-10
+    """The relative change of the log likelihood, plus log prior, at which EM stops."""
+    max_iter: int = 500
+    """The largest number of EM steps from each start."""
+    n_init: int = 1
+    """The number of starts, of which the best fit is kept."""
+    init_params: Literal["k-means++", "random"] = "k-means++"
+    """The seeds of a start: rows spread over the data, or any rows."""
+    random_state: int | np.random.RandomState | None = None
+    """As everywhere in scikit-learn: an integer makes ``fit`` and ``sample`` repeat themselves exactly."""
+
+    weights_: NDArray[Any] = field(init=False)
+    """(K,), p(z = k)."""
+    params_: Any = field(init=False)
+    """All parameters, as the ``Params`` of the family; float64, or float32 as the data."""
+    log_likelihood_: float = field(init=False)
+    """log p(X | ``params_``), each row times its ``sample_weight``, without the prior."""
+    converged_: bool = field(init=False)
+    """Whether EM came to rest from the best start."""
+    n_iter_: int = field(init=False)
+    """The number of EM steps from the best start."""
+    n_features_in_: int = field(init=False)
+    """D."""
 
     _attributes: ClassVar[tuple[str, ...]]
     """The fitted attributes that hold the fields of the family's ``Params``, in their order."""
-
-    def __init__(
-        self,
-        n_components: int = 1,
-        *,
-        prior: Any = None,
-        tol: float = 1e-10,
-        max_iter: int = 500,
-        n_init: int = 1,
-        init_params: Start = "k-means++",
-        random_state: RandomState = None,
-    ) -> None:
-        self.n_components = n_components
-        self.prior = prior
-        self.tol = tol
-        self.max_iter = max_iter
-        self.n_init = n_init
-        self.init_params = init_params
-        self.random_state = random_state
 
     @property
     @abstractmethod
@@ -102,13 +90,22 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
         family = self._family
         self._check_settings()
         x = self._rows(X, reset=True)
-        row_weights = check_row_weights(None if sample_weight is None else np.array(sample_weight, np.float64), x)
+        weights = None if sample_weight is None else np.array(sample_weight, np.float64)
+        if weights is not None and not weights.any():
+            raise ValueError("sample_weight is zero in every row: at least one row must count")
+        row_weights = check_row_weights(weights, x)
         if row_weights is not None:  # a row that does not count must not be the seed of a component either
             x, row_weights = x[row_weights > 0], row_weights[row_weights > 0]
         num_components = check_num_components(self.n_components, len(x))
         generator = self._generator()
         starts = [family.init_params(x, num_components, generator, self.init_params) for _ in range(self.n_init)]
         prior = check_prior(family, self.prior, starts[0])
+        if prior is not None:  # it keeps regular what few rows leave singular, from the first step on
+            parts = [partition(x, num_components, generator, self.init_params) for _ in starts]
+            starts = [
+                family.m_step(family.statistics(start, x, part), prior)
+                for start, part in zip(starts, parts, strict=True)
+            ]
         fits, failures = [], []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -225,16 +222,17 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
             raise ValueError(f'init_params must be "k-means++" or "random", not {self.init_params!r}')
 
 
+@estimator
 class GaussianMixture(_Mixture):
-    """Mixture of Gaussians.
+    """Mixture of Gaussians."""
 
-    ``covariance_type`` is ``"full"``, ``"tied"`` (one matrix for all components), ``"diag"`` or ``"spherical"`` (one
-    variance a component); the other settings and attributes are in the docstring of the module. Fitted: ``means_``
-    (K, D), and ``covariances_`` of shape (K, D, D), (D, D), (K, D) or (K,), the last two of variances.
-    """
+    covariance_type: Literal["full", "tied", "diag", "spherical"] = "full"
+    """A matrix for each component, one for all, variances for each component, or one variance for each."""
 
-    means_: NDArray[Any]
-    covariances_: NDArray[Any]
+    means_: NDArray[Any] = field(init=False)
+    """(K, D)."""
+    covariances_: NDArray[Any] = field(init=False)
+    """(K, D, D), (D, D), variances (K, D) or variances (K,), by ``covariance_type``."""
 
     _attributes = ("weights_", "means_", "covariances_")
     _families: ClassVar[dict[str, Any]] = {
@@ -243,29 +241,6 @@ class GaussianMixture(_Mixture):
         "diag": gaussian_diagonal,
         "spherical": gaussian_spherical,
     }
-
-    def __init__(
-        self,
-        n_components: int = 1,
-        *,
-        covariance_type: Literal["full", "tied", "diag", "spherical"] = "full",
-        prior: Any = None,
-        tol: float = 1e-10,
-        max_iter: int = 500,
-        n_init: int = 1,
-        init_params: Start = "k-means++",
-        random_state: RandomState = None,
-    ) -> None:
-        super().__init__(
-            n_components,
-            prior=prior,
-            tol=tol,
-            max_iter=max_iter,
-            n_init=n_init,
-            init_params=init_params,
-            random_state=random_state,
-        )
-        self.covariance_type = covariance_type
 
     @property
     def _family(self) -> Any:
@@ -276,39 +251,17 @@ class GaussianMixture(_Mixture):
         return self._families[self.covariance_type]
 
 
+@estimator
 class BernoulliMixture(_Mixture):
-    """Mixture of products of Bernoullis, for data of zeros and ones.
+    """Mixture of products of Bernoullis, for data of zeros and ones."""
 
-    ``binarize`` is a threshold, above which an entry counts as a one; None refuses entries other than 0 and 1. The
-    other settings and attributes are in the docstring of the module. Fitted: ``probs_`` (K, D), of a one.
-    """
+    binarize: float | None = None
+    """The threshold above which an entry counts as a one; None refuses entries other than 0 and 1."""
 
-    probs_: NDArray[Any]
+    probs_: NDArray[Any] = field(init=False)
+    """(K, D), of a one."""
 
     _attributes = ("weights_", "probs_")
-
-    def __init__(
-        self,
-        n_components: int = 1,
-        *,
-        binarize: float | None = None,
-        prior: Any = None,
-        tol: float = 1e-10,
-        max_iter: int = 500,
-        n_init: int = 1,
-        init_params: Start = "k-means++",
-        random_state: RandomState = None,
-    ) -> None:
-        super().__init__(
-            n_components,
-            prior=prior,
-            tol=tol,
-            max_iter=max_iter,
-            n_init=n_init,
-            init_params=init_params,
-            random_state=random_state,
-        )
-        self.binarize = binarize
 
     @property
     def _family(self) -> Any:
@@ -319,15 +272,14 @@ class BernoulliMixture(_Mixture):
         return values if self.binarize is None else (values > self.binarize).astype(values.dtype)
 
 
+@estimator
 class LaplaceMixture(_Mixture):
-    """Mixture of products of Laplace laws.
+    """Mixture of products of Laplace laws."""
 
-    The settings and the other attributes are in the docstring of the module. Fitted: ``means_`` (K, D), which are the
-    medians too, and ``scales_`` (K, D), whose standard deviations are sqrt(2) times as large.
-    """
-
-    means_: NDArray[Any]
-    scales_: NDArray[Any]
+    means_: NDArray[Any] = field(init=False)
+    """(K, D), which are the medians too."""
+    scales_: NDArray[Any] = field(init=False)
+    """(K, D); the standard deviations are sqrt(2) times as large."""
 
     _attributes = ("weights_", "means_", "scales_")
 

@@ -24,7 +24,7 @@ class Variational(NamedTuple):
     """What SVI found."""
 
     guide: Any
-    """The fitted guide, q(params): an autoguide, whose ``median()`` and ``quantiles()`` read it, or a function, bound to
+    """The fitted guide, q(params): an autoguide, whose ``median()`` and ``quantiles()`` read it, or a function bound to
     the values of its param sites."""
     losses: Tensor
     """(num_steps,), the estimate of -ELBO before each step: an upper bound of -log p(data) in expectation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,10 @@ def check_data(x: Any, support: constraints.Constraint | None = None) -> Tensor:
         ValueError: the shape is not (N, D) with N, D >= 1, or an entry is NaN, infinite or outside the support.
     """
     if not isinstance(x, Tensor):
-        array = np.asarray(x)
+        try:
+            array = np.asarray(x)
+        except ValueError as error:
+            raise TypeError(f"x must be a matrix of numbers: {error}") from error
         if array.dtype.kind not in "buif":
             raise TypeError(f"x must hold numbers, not {array.dtype}: convert or encode the columns first")
         x = torch.as_tensor(array)
@@ -79,27 +83,35 @@ def check_params(family: Any, params: Any, num_features: int | None = None) -> A
             covariance that is not positive definite, a variance that is not positive).
     """
     fields = family.Params._fields
-    values = params if isinstance(params, dict) else dict(zip(fields, params, strict=len(params) == len(fields)))
+    if not isinstance(params, Mapping | list | tuple):
+        raise TypeError(f"the parameters of this family are {', '.join(fields)}, not a {type(params).__name__}")
+    if not isinstance(params, Mapping) and len(params) != len(fields):
+        raise TypeError(f"the parameters of this family are {', '.join(fields)}, and there are {len(params)} values")
+    values = params if isinstance(params, Mapping) else dict(zip(fields, params, strict=True))
     if unknown := set(fields) ^ set(values):
         raise TypeError(
             f"the parameters of this family are {', '.join(fields)}; missing or unknown: {', '.join(sorted(unknown))}"
         )
     tensors = {}
     for name in fields:
-        value = values[name]
-        value = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, dtype=np.float64))
-        tensors[name] = value if value.is_floating_point() else value.to(torch.float64)
+        tensors[name] = _as_floating(values[name], name)
+        if 0 in tensors[name].shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}: it needs at least one entry")
         bad = ~torch.isfinite(tensors[name])
         if bad.any():
             where = ", ".join(str(i) for i in bad.nonzero()[0].tolist())
             raise ValueError(f"{name}[{where}] is {tensors[name][bad][0].item()}: every parameter must be finite")
     result = family.Params(**tensors)
-    for name, site in _parameter_sites(family, result, num_features).items():
+    for name, (site, known) in _parameter_sites(family, result, num_features).items():
         value, shape = getattr(result, name), tuple(site.shape())
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; the other parameters and the data call for {shape}"
             )
+        if known is not None:
+            if not torch.allclose(value.to(known), known):
+                raise ValueError(f"{name} is known in this family, {known.tolist()}, and not {value.tolist()}")
+            continue
         valid = site.support.check(value)
         if not valid.all():
             at = tuple((~valid).nonzero()[0].tolist()) if valid.ndim else ()
@@ -129,13 +141,24 @@ def check_prior(family: Any, prior: Any, params: Any) -> Any:
         sites = _parameter_sites(family, params, None, prior)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the prior does not define a distribution of the parameters: {error}") from error
-    for name, site in sites.items():
+    for name, (site, _) in sites.items():
         if site.shape() != getattr(params, name).shape:
             raise ValueError(
                 f"the prior is one of {name} of shape {tuple(site.shape())}, "
                 f"and the parameters have {tuple(getattr(params, name).shape)}"
             )
     return prior
+
+
+def _as_floating(value: Any, name: str) -> Tensor:
+    """Return a parameter as a floating tensor, or say that it is not made of real numbers."""
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must hold numbers in the shape of an array: {error}") from error
+    if tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers, not complex ones")
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
 
 
 def _convert(prior: Any, expected: Any, like: Tensor) -> Any:
@@ -149,8 +172,7 @@ def _convert(prior: Any, expected: Any, like: Tensor) -> Any:
         if isinstance(value, tuple):  # the prior of a part
             values[name] = type(value)(*_convert(value, type(value), like))
             continue
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, dtype=np.float64))
-        values[name] = tensor.to(like)
+        values[name] = _as_floating(value, f"{name} of the prior").to(like)
         if not torch.isfinite(values[name]).all():
             raise ValueError(f"{name} of the prior must be finite, and is {value}")
     return expected(**values)
@@ -172,8 +194,10 @@ def data_support(family: Any) -> constraints.Constraint:
     return program.nodes["x"]["fn"].support
 
 
-def _parameter_sites(family: Any, params: Any, num_features: int | None, prior: Any = None) -> dict[str, Any]:
-    """Return the distributions of the parameter sites, by the program's own account of their shapes and supports."""
+def _parameter_sites(
+    family: Any, params: Any, num_features: int | None, prior: Any = None
+) -> dict[str, tuple[Any, Tensor | None]]:
+    """Return the distributions of the parameter sites, by the program's account, and the values of the known ones."""
     for name, value in params._asdict().items():
         least = 1 if name.endswith("weights") else 0
         if value.ndim < least:
@@ -181,7 +205,9 @@ def _parameter_sites(family: Any, params: Any, num_features: int | None, prior: 
     features = num_features if num_features is not None else (params[1].shape[-1] if params[1].ndim else 1)
     with torch.no_grad(), InitMessenger(_feasible), poutine.trace() as tape:
         family.model(num_components=num_components(params), prior=prior, num_data=1, num_features=features)
-    return {name: tape.trace.nodes[name]["fn"] for name in params._fields}
+    nodes: Any = tape.trace.nodes
+    known = {name for name in params._fields if nodes[name]["infer"].get("_deterministic")}
+    return {name: (nodes[name]["fn"], nodes[name]["value"] if name in known else None) for name in params._fields}
 
 
 def _feasible(site: dict[str, Any]) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models import gaussian_full
+from mixproof.models.initial import check_num_components
 from mixproof.models.positive_definite import InverseWishart, cholesky
 
 
@@ -187,6 +188,9 @@ def init_params(
 
     Both take half the covariance within the parts; the locations of y are drawn from that normal law.
     """
+    if not isinstance(num_components, tuple) or len(num_components) != 2:
+        raise TypeError(f"the number of components must be a pair (K_x, K_y), not {num_components!r}")
+    check_num_components(num_components[1])
     start = gaussian_full.init_params(x, num_components[0], generator, method)
     half = start.covariances[0] / 2
     noise = torch.randn(num_components[1], x.shape[1], generator=generator, dtype=x.dtype, device=x.device)

@@ -97,9 +97,8 @@ models.round(3)
 # %%
 name, k = models.loc[0, "family"], models.loc[0, "components"]
 family, best = families[name][0], fits[name, k]
-pd.DataFrame(np.column_stack([best.params.weights, best.params.locs]), columns=["weight", *features]).round(
-    3
-).rename_axis("component")
+table = pd.DataFrame(np.column_stack([best.params.weights, best.params.locs]), columns=["weight", *features])
+table.rename_axis("component").round(3)
 
 # %%
 labels = responsibilities(family, best.params, x).argmax(1)

@@ -123,7 +123,9 @@ against_density(gaussian_sum, total, s, "sum of two mixtures")
 # ## A million draws
 #
 # The same million draws by a loop over draws (timed on a hundredth of them), by scikit-learn, and here. Each
-# time is the best of three in this very run; what carries over to another machine is the ratio.
+# time is the best of three in this very run; what carries over to another machine is, at best, the ratio.
+# Scikit-learn hands its draws out sorted by component; here the rows come in random order, so that any part of
+# them is a sample too.
 
 # %%
 MILLION = 1_000_000

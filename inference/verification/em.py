@@ -261,7 +261,7 @@ def check_rise(own: Subject, generator: torch.Generator) -> Check:
 
 
 def check_fixed_point(own: Subject) -> Check:
-    """Return a minimum of a function of the unconstrained coordinates as parameters, and how far the last step moved."""
+    """Climb numerically to a mode of the likelihood, or the posterior, and check that a pass of both steps stays there.
 
     The tolerance is how far the mode itself is known: the last Newton step of the climb, and rounding.
     """
@@ -286,7 +286,7 @@ def check_fixed_point(own: Subject) -> Check:
 
 
 def _mode(own: Subject, density: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], float]:
-    """Return a minimum of a function of the unconstrained coordinates as parameters, and how far the last step moved them."""
+    """Return a minimum of a function of the unconstrained coordinates as parameters, and how far it is known."""
     objective = with_gradient(density)
     u = minimise(objective, own.origin, max_steps=1000, rtol=1e-14).u
     moved = math.inf
