@@ -209,7 +209,8 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
         )
 
     def _rows(self, X: ArrayLike, *, reset: bool) -> Tensor:
-        return check_data(torch.from_numpy(self._matrix(X, reset=reset)), data_support(self._family))
+        x = check_data(torch.from_numpy(self._matrix(X, reset=reset)), data_support(self._family))
+        return x if reset else x.to(self.params_.weights)
 
     def _check_settings(self) -> None:
         for name in ("max_iter", "n_init"):

@@ -86,7 +86,7 @@ class Report:
         return Group(title, table, *notes)
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None, force_terminal=False)
+        console = Console(width=120, color_system=None, force_terminal=False, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()

@@ -166,10 +166,7 @@ def to_mathml(latex: str, display: str = "block") -> str:
 def prose(text: str) -> str:
     """Return text with LaTeX between dollar signs as HTML."""
     pieces = text.split("$")
-    return "".join(
-        to_mathml(piece, "inline") if i % 2 else html.escape(piece).replace("``", "“").replace("&#x27;&#x27;", "”")
-        for i, piece in enumerate(pieces)
-    )
+    return "".join(to_mathml(piece, "inline") if i % 2 else html.escape(piece) for i, piece in enumerate(pieces))
 
 
 def _as_dict(outcome: Outcome) -> dict[str, Any]:

@@ -180,7 +180,7 @@ CLAIMS = [
         "The random variable of the problem.",
         r"",
         "illegible",
-        note="The formula is lost: the sentence ends with ``and the random variable''.",
+        note="The formula is lost: the sentence ends with “and the random variable”.",
     ),
     *both(
         Claim(
