@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -48,6 +49,18 @@ def bind(model: Model, params: Mapping[str, Tensor]) -> Model:
     return Bind(params)(model)
 
 
+@contextmanager
+def default_dtype_of(*values: Any) -> Iterator[None]:
+    """Make torch's default dtype that of the first floating tensor, for the numbers a program and Pyro write out."""
+    before = torch.get_default_dtype()
+    dtypes = [value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    torch.set_default_dtype(dtypes[0] if dtypes else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
     """Return the parameter sites, their supports and the enumerated sites of ``model(*args)``.
 
@@ -59,7 +72,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
         ValueError: there is no enumerated site, a discrete site is not marked for enumeration, a continuous site has no
             value in ``params``, or ``params`` names a site that the program does not have.
     """
-    with pyro.get_param_store().scope(), torch.no_grad():
+    with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args, *params.values()):
         trace: Any = poutine.trace(bind(model, params)).get_trace(*args)
     supports, latents, nesting = {}, [], 0
     for name, site in trace.nodes.items():
@@ -96,7 +109,7 @@ def log_density(model: Model, program: Program, params: Mapping[str, Tensor], *a
     """Return log p(data, params), the discrete latents summed out by ``TraceEnum_ELBO``; differentiable in params."""
     elbo = TraceEnum_ELBO(max_plate_nesting=program.max_plate_nesting)
     differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in params.values())
-    with pyro.get_param_store().scope():
+    with pyro.get_param_store().scope(), default_dtype_of(*args, *params.values()):
         loss = elbo.differentiable_loss if differentiable else elbo.loss
         return -torch.as_tensor(loss(bind(model, params), lambda *args: None, *args), dtype=torch.float64)
 
@@ -108,7 +121,7 @@ def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor]
     independent over the plates that its enumerated sites share.
     """
     first = -1 - program.max_plate_nesting
-    with pyro.get_param_store().scope():
+    with pyro.get_param_store().scope(), default_dtype_of(*args, *params.values()):
         trace: Any = poutine.trace(poutine.enum(bind(model, params), first_available_dim=first)).get_trace(*args)
     trace.compute_log_prob()
     plates = {frame.name for frame in trace.nodes[program.latents[0]]["cond_indep_stack"]}

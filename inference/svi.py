@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
@@ -15,7 +14,7 @@ from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam, PyroOptim
 from torch import Tensor
 
-from mixproof.inference.enumeration import bind
+from mixproof.inference.enumeration import bind, default_dtype_of
 
 _NAMES = itertools.count()
 
@@ -64,7 +63,7 @@ def svi(
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
     decay = (final_learning_rate / learning_rate) ** (1 / num_steps)
     losses = []
-    with pyro.get_param_store().scope(), torch.random.fork_rng(), _default_dtype_of(args):
+    with pyro.get_param_store().scope(), torch.random.fork_rng(), default_dtype_of(*args):
         if isinstance(guide, PyroModule):
             # Outside this store a guide reads the global one by name, and would find what another of its class left.
             guide._pyro_set_supermodule(f"svi_{next(_NAMES)}_{type(guide).__name__}", guide._pyro_context)
@@ -83,15 +82,3 @@ def svi(
         found = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
     fitted = guide if isinstance(guide, PyroModule) else bind(guide, found)
     return Variational(fitted, torch.tensor(losses, dtype=torch.float64))
-
-
-@contextmanager
-def _default_dtype_of(args: tuple[Any, ...]) -> Iterator[None]:
-    """Make torch's default dtype that of the data: Pyro's enumeration fills its tables of ones with the default."""
-    before = torch.get_default_dtype()
-    dtypes = [value.dtype for value in args if isinstance(value, Tensor) and value.is_floating_point()]
-    torch.set_default_dtype(dtypes[0] if dtypes else before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -1,4 +1,4 @@
-"""Bad input: each is refused with words that say what is wrong, where, and what to do; hard but good input comes out right."""
+"""Bad input is refused with words that say what is wrong, where, and what to do; hard good input comes out right."""
 
 from __future__ import annotations
 
@@ -328,7 +328,7 @@ def test_bad_row_weights_are_refused(weights: Any, words: str) -> None:
         em(gaussian_full, X, PARAMS, weights=weights)
 
 
-PRIOR = gaussian_full.Prior(
+PRIOR: Any = gaussian_full.Prior(
     *[torch.tensor(value).double() for value in ([2.0, 2], [0.0, 0], 1.0, 5.0, [[1.0, 0], [0, 1]])]
 )
 
@@ -396,7 +396,7 @@ def test_component_without_rows_is_named_where_weights_are_known() -> None:
 
 @pytest.mark.parametrize("family", [gaussian_full, gaussian_diagonal, gaussian_spherical, laplace])
 def test_component_on_a_single_row_collapses_by_name(family: Any) -> None:
-    """The likelihood is unbounded there: EM must say which component runs away, and at which step, not report a number."""
+    """The likelihood is unbounded there: EM must say which component runs away and when, not report a number."""
     x = torch.cat([X, torch.full((1, 2), 50.0).double()])
     start = family.init_params(X, 2, seeded(0))
     start = start._replace(locs=torch.stack([start.locs[0], x[-1]]))
@@ -416,7 +416,7 @@ def test_prior_keeps_a_component_on_a_single_row(family: Any, all_families: list
 
 
 def test_near_collapse_is_reported_as_collapse_and_not_as_a_wrong_m_step() -> None:
-    """Rows that agree in one column alone: a variance falls towards 0 without ever reaching it, and rounding takes over."""
+    """Rows that agree in one column: a variance falls towards 0 without reaching it, and rounding takes over."""
     flat = torch.cat([torch.full((6, 1), 3.1).double(), torch.randn(6, 1, generator=seeded(5)).double()], 1)
     x = torch.cat([X, flat])
     start = gaussian_full.Params(
@@ -454,8 +454,8 @@ def test_nearly_singular_covariance_comes_out_right() -> None:
     """Correlation 1 - 1e-12: a density by the closed form in two dimensions, whose factors do not cancel."""
     gap = 1e-12
     rho = 1 - gap
-    covariance = torch.tensor([[1.0, rho], [rho, 1.0]]).double()
-    x = torch.tensor([[0.3, 0.3], [1.0, 1.0 + 1e-6], [-2.0, -2.0]]).double()
+    covariance = torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64)
+    x = torch.tensor([[0.3, 0.3], [1.0, 1.0 + 1e-6], [-2.0, -2.0]], dtype=torch.float64)
     params = gaussian_full.Params(torch.ones(1).double(), torch.zeros(1, 2).double(), covariance[None])
     found = gaussian_full.log_joint(params, x)[:, 0]
     exact_gap = 1 - covariance[0, 1].item()
@@ -475,6 +475,13 @@ def unmarked(x: Tensor) -> None:
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Bernoulli(0.5)).long()
+        pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+
+def marked(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"}).long()
         pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
 
 
@@ -505,7 +512,7 @@ BAD_PROGRAMS: list[tuple[Any, dict[str, Tensor], str]] = [
     (without_latent, LOC, "the program has no enumerated site: there is no discrete latent to sum out"),
     (with_a_continuous_latent, LOC, "site \"noise\" is continuous, unobserved and not among the parameters ['loc']"),
     (without_finite_support, LOC, 'site "count"'),
-    (unmarked, {**LOC, "scale": torch.ones(1)}, "the program has no site scale; its parameter sites are loc"),
+    (marked, {**LOC, "scale": torch.ones(1)}, "the program has no site scale; its parameter sites are loc"),
 ]
 
 

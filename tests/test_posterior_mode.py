@@ -99,7 +99,7 @@ def data_sets(case: Case, kind: str) -> list[str]:
 
 def test_em_and_posterior_mode_find_one_mode(case: Case, kind: str, real_data: dict[str, Tensor]) -> None:
     for name in data_sets(case, kind):
-        own = problem(case, kind, name, real_data)
+        own = problem(case, kind, name, real_data, num_steps=20 if case.has_real_data else 5)
         fit = em(own.family, own.x, own.start, prior=own.prior, rtol=1e-14, max_steps=5000)
         mode = posterior_mode(own.model, own.start, own.x)
         assert fit.converged

@@ -10,6 +10,7 @@ import pkgutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -60,24 +61,26 @@ def judge(claim: Claim, seed: int, memory: dict[Verification, Report] | None = N
     started = time.perf_counter()
     reports: list[Report] = []
 
-    def verify(verification: Verification) -> Report:
+    def verify(verification: Verification, what: str) -> Report:
         if verification not in memory:
             memory[verification] = verification(seed=seed)
-        reports.append(memory[verification])
+        reports.append(replace(memory[verification], subject=f"{claim.id} {what}"))
         return reports[-1]
 
     verdict: Verdict
     if claim.check is None:
         verdict = "illegible"
     else:
-        report = verify(claim.check)
+        report = verify(claim.check, "as printed" if claim.source else "end to end")
         if report.ok:
-            refuted_without = claim.without is not None and verify(claim.without).verdict == "refuted"
+            refuted_without = (
+                claim.without is not None and verify(claim.without, "without its condition").verdict == "refuted"
+            )
             verdict = "holds if" if refuted_without else "holds"
         elif report.verdict == "undecided":
             verdict = "undecided"
         else:
-            mended = claim.corrected is not None and verify(claim.corrected).ok
+            mended = claim.corrected is not None and verify(claim.corrected, "as corrected").ok
             verdict = "refuted as printed" if mended else "refuted"
     return Outcome(claim, verdict, tuple(reports), time.perf_counter() - started)
 

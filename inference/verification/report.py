@@ -110,14 +110,18 @@ class Report:
         rows = "".join(
             f"<tr class='{'passed' if check.passed else 'failed'}'><td>{html.escape(check.name)}</td>"
             f"<td>{'passed' if check.passed else 'failed'}</td><td>{check.error:.2g}</td><td>{check.tolerance:.2g}</td>"
-            f"<td>{'' if check.p_value is None else f'{check.p_value:.2g}'}</td><td>{_details(check)}</td></tr>"
+            f"<td>{'' if check.p_value is None else f'{check.p_value:.2g}'}</td>"
+            f"<td>{html.escape(check.detail)}</td></tr>"
             for check in self.checks
         )
         head = "".join(f"<th>{name}</th>" for name in ("check", "result", "error", "tolerance", "p-value", "detail"))
         return (
             f"<section class='report'><h4>{html.escape(self.subject)}: {html.escape(self.verdict)}</h4>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></section>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"{''.join(_counterexample(check) for check in self.checks if check.counterexample is not None)}</section>"
         )
+
+    _repr_html_ = to_html
 
 
 def conclude(subject: str, checks: Sequence[Check], seed: int) -> Report:
@@ -162,9 +166,6 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def _details(check: Check) -> str:
-    text = html.escape(check.detail)
-    if check.counterexample is not None:
-        lines = "\n".join(f"{name} = {_short(value)}" for name, value in check.counterexample.items())
-        text += f"<pre>{html.escape(lines)}</pre>"
-    return text
+def _counterexample(check: Check) -> str:
+    lines = "\n".join(f"{name} = {_short(value)}" for name, value in (check.counterexample or {}).items())
+    return f"<p>{html.escape(check.name)}, counterexample:</p><pre>{html.escape(lines)}</pre>"

@@ -208,14 +208,13 @@ def _row(outcome: Outcome) -> str:
         remarks.append(f"<p>Holds if {prose(claim.condition)}.</p>")
     if claim.note:
         remarks.append(f"<p class='note'>{prose(claim.note)}</p>")
-    names = ["the formula", "the correction" if outcome.verdict == "refuted as printed" else "without the condition"]
-    reports = "".join(f"<p>{name}</p>{report.to_html()}" for name, report in zip(names, outcome.reports, strict=False))
+    reports = "".join(report.to_html() for report in outcome.reports)
     details = f"<details><summary>checks</summary>{reports}</details>" if reports else ""
     errors = "" if check is None else f"{check.error:.1e} / {check.tolerance:.1e}"
     kind = outcome.verdict.replace(" ", "-") if outcome.ok else "unexpected"
     verdict = outcome.verdict if outcome.ok else f"{outcome.verdict}, expected: {claim.expected}"
     return (
-        f"<tr id='{claim.id}' class='{kind}'><td>{claim.id}</td><td>{''.join(remarks)}{details}</td>"
+        f"<tr id='{claim.id}' class='{kind}'><td>{claim.id}</td><td><div>{''.join(remarks)}{details}</div></td>"
         f"<td class='verdict'>{verdict}</td><td class='number'>{errors}</td>"
         f"<td class='number'>{outcome.seconds:.2f} s</td></tr>"
     )
@@ -230,7 +229,7 @@ table { border-collapse: collapse; width: 100%; }
 th { text-align: left; border-bottom: 2px solid #888; padding: .3rem .5rem; }
 td { vertical-align: top; border-bottom: 1px solid #ddd; padding: .4rem .5rem; }
 td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.claims > tbody > tr > td:nth-child(2) { width: 60%; max-width: 40rem; overflow-x: auto; }
+.claims > tbody > tr > td > div { max-width: 42rem; overflow-x: auto; }
 .number { white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; }
 .verdict { font-weight: 600; white-space: nowrap; }
 .holds .verdict { color: #16692f; }
@@ -243,5 +242,5 @@ td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
 math[display=block] { margin: .35rem 0; text-align: left; }
 details { margin-top: .3rem; font-size: .88em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 38rem; }
-@media (max-width: 50rem) { .claims > tbody > tr > td:nth-child(2) { max-width: 60vw; } }
+@media (max-width: 70rem) { .claims > tbody > tr > td > div { max-width: 55vw; } }
 """
