@@ -8,7 +8,6 @@ strong-Wolfe searches of the usual libraries stop early.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,11 +36,7 @@ def with_gradient(function: Callable[[Tensor], Tensor]) -> Objective:
     def objective(u: Tensor) -> tuple[float, Tensor]:
         u = u.detach().requires_grad_()
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="Encountered", category=UserWarning
-                )  # Pyro's, of NaN at a wall
-                value = function(u)
+            value = function(u)
             (gradient,) = torch.autograd.grad(value, u)
         except (ValueError, torch.linalg.LinAlgError):  # a long step leaves the support by rounding
             return math.inf, torch.zeros_like(u)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -61,6 +62,14 @@ def default_dtype_of(*values: Any) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def _quiet_nan() -> Iterator[None]:
+    """Leave out Pyro's warnings of NaN: the caller sees it in the result, and to a climb it is a wall like others."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)
+        yield
+
+
 def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
     """Return the parameter sites, their supports and the enumerated sites of ``model(*args)``.
 
@@ -109,7 +118,7 @@ def log_density(model: Model, program: Program, params: Mapping[str, Tensor], *a
     """Return log p(data, params), the discrete latents summed out by ``TraceEnum_ELBO``; differentiable in params."""
     elbo = TraceEnum_ELBO(max_plate_nesting=program.max_plate_nesting)
     differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in params.values())
-    with pyro.get_param_store().scope(), default_dtype_of(*args, *params.values()):
+    with pyro.get_param_store().scope(), default_dtype_of(*args, *params.values()), _quiet_nan():
         loss = elbo.differentiable_loss if differentiable else elbo.loss
         return -torch.as_tensor(loss(bind(model, params), lambda *args: None, *args), dtype=torch.float64)
 
@@ -123,7 +132,8 @@ def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor]
     first = -1 - program.max_plate_nesting
     with pyro.get_param_store().scope(), default_dtype_of(*args, *params.values()):
         trace: Any = poutine.trace(poutine.enum(bind(model, params), first_available_dim=first)).get_trace(*args)
-    trace.compute_log_prob()
+    with _quiet_nan():
+        trace.compute_log_prob()
     plates = {frame.name for frame in trace.nodes[program.latents[0]]["cond_indep_stack"]}
     table = log_prior = torch.zeros(())
     for site in trace.nodes.values():

@@ -28,14 +28,13 @@ from mixproof.inference.validation import check_data, check_num_components, chec
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied, laplace
 from mixproof.models.initial import partition
 
-# scikit-learn reads the settings from the signature of __init__, which dataclass writes; the estimators keep its repr,
-# and are equal only to themselves.
-estimator = dataclass(kw_only=True, eq=False, repr=False)
 
-
-@estimator
+@dataclass(kw_only=True, eq=False, repr=False)
 class _Mixture(DensityMixin, BaseEstimator, ABC):
-    """What the estimators share: everything but the family."""
+    """What the estimators share: everything but the family.
+
+    scikit-learn reads the settings from the signature of ``__init__``, which ``dataclass`` writes.
+    """
 
     n_components: int = field(default=1, kw_only=False)
     """K."""
@@ -223,7 +222,7 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
             raise ValueError(f'init_params must be "k-means++" or "random", not {self.init_params!r}')
 
 
-@estimator
+@dataclass(kw_only=True, eq=False, repr=False)
 class GaussianMixture(_Mixture):
     """Mixture of Gaussians."""
 
@@ -252,7 +251,7 @@ class GaussianMixture(_Mixture):
         return self._families[self.covariance_type]
 
 
-@estimator
+@dataclass(kw_only=True, eq=False, repr=False)
 class BernoulliMixture(_Mixture):
     """Mixture of products of Bernoullis, for data of zeros and ones."""
 
@@ -273,7 +272,7 @@ class BernoulliMixture(_Mixture):
         return values if self.binarize is None else (values > self.binarize).astype(values.dtype)
 
 
-@estimator
+@dataclass(kw_only=True, eq=False, repr=False)
 class LaplaceMixture(_Mixture):
     """Mixture of products of Laplace laws."""
 

@@ -116,7 +116,7 @@ def check_params(family: Any, params: Any, num_features: int | None = None) -> A
         if not valid.all():
             at = tuple((~valid).nonzero()[0].tolist()) if valid.ndim else ()
             where = "".join(f"[{i}]" for i in at)
-            raise ValueError(f"{name}{where} must be {_words(site.support)}, and is {value[at].tolist()}")
+            raise ValueError(f"{name}{where} must be {_words(site.support)}, and is {_shown(value[at])}")
         if site.support is constraints.simplex:  # up to the last bit, where torch allows 1e-6
             result = result._replace(**{name: value / value.sum(-1, keepdim=True)})
     return result
@@ -225,6 +225,13 @@ def _raise_at_first(bad: Tensor, x: Tensor, what: str) -> None:
         count = int(bad.sum())
         more = f" (and {count - 1} more entries)" if count > 1 else ""
         raise ValueError(f"x[{row}, {column}] " + what.format(value=x[row, column].item()) + more)
+
+
+def _shown(value: Tensor) -> str:
+    """Return a value as a list, its middle left out where it is long."""
+    if value.numel() <= 36:
+        return str(value.tolist())
+    return np.array2string(value.detach().cpu().numpy(), separator=", ", threshold=36).replace("\n", "")
 
 
 def _words(support: Any) -> str:

@@ -303,12 +303,12 @@ def test_guide_that_is_a_function_keeps_what_it_found() -> None:
             pyro.sample("x", dist.Poisson(rate * (1 + z)), obs=x)
 
     def guide(x: Tensor) -> None:
-        rate = pyro.param("where", torch.tensor(0.1), constraint=constraints.positive)
+        rate = pyro.param("where", torch.tensor(2.0), constraint=constraints.positive)
         pyro.sample("rate", dist.Delta(rate))
 
     fitted = svi(model, guide, COUNTS, num_steps=300, seed=0)
     trace: Any = poutine.trace(fitted.guide).get_trace(COUNTS)
-    mode = posterior_mode(model, {"rate": torch.tensor(0.1, dtype=torch.float64)}, COUNTS)
+    mode = posterior_mode(model, {"rate": torch.tensor(2.0, dtype=torch.float64)}, COUNTS)
     assert abs(trace.nodes["rate"]["value"] - mode.params["rate"]) <= 1e-2
     assert len(list(pyro.get_param_store().keys())) == 0
 

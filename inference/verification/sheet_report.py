@@ -126,7 +126,8 @@ def to_unicode(latex: str) -> str:
     """Return LaTeX, or text with LaTeX between dollar signs, as one line of characters for a terminal."""
     joined = re.sub(r"\\\\", "; ", latex.replace("&", " ").replace(r"\stackrel{!}{=}", "="))
     grouped = re.sub(r"([_^])\{([^{}()\\]{2,})\}", r"\1{(\2)}", joined)
-    return re.sub(r"\s+", " ", TEXT.latex_to_text(grouped)).strip()
+    text = re.sub(r"(?<=[^\s<>!])= ", " = ", TEXT.latex_to_text(grouped))
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def _fraction(node: Any, l2tobj: LatexNodes2Text) -> str:
@@ -147,7 +148,7 @@ def _plain_text() -> LatexNodes2Text:
         MacroTextSpec("mid", simplify_repl=" | "),
         MacroTextSpec("sim", simplify_repl=" ~ "),
         MacroTextSpec("quad", simplify_repl="  "),
-        MacroTextSpec("log", simplify_repl="log "),
+        MacroTextSpec("log", simplify_repl=" log "),
         MacroTextSpec("underbrace", simplify_repl="⟦%s⟧"),
     ]
     context.add_context_category("sheet", prepend=True, macros=specs)
