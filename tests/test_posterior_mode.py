@@ -306,6 +306,7 @@ def test_guide_that_is_a_function_keeps_what_it_found() -> None:
         rate = pyro.param("where", torch.tensor(2.0), constraint=constraints.positive)
         pyro.sample("rate", dist.Delta(rate))
 
+    pyro.clear_param_store()
     fitted = svi(model, guide, COUNTS, num_steps=300, seed=0)
     trace: Any = poutine.trace(fitted.guide).get_trace(COUNTS)
     mode = posterior_mode(model, {"rate": torch.tensor(2.0, dtype=torch.float64)}, COUNTS)
