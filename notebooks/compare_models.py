@@ -12,9 +12,6 @@
 # ---
 
 # %% [markdown]
-#
-
-# %% [markdown]
 # # Compare models on data
 #
 # How many kinds of eruption does the Old Faithful geyser have, and what shape has each? The data are 272

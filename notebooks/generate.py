@@ -12,9 +12,6 @@
 # ---
 
 # %% [markdown]
-#
-
-# %% [markdown]
 # # Generate
 #
 # Draws from a mixture with given parameters, from one fitted to data, and from the sum of two mixtures. All

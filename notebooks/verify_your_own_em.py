@@ -12,9 +12,6 @@
 # ---
 
 # %% [markdown]
-#
-
-# %% [markdown]
 # # Verify your own EM derivation
 #
 # You have derived an E-step and an M-step on paper, for a model that no library ships. Here the model is a
