@@ -81,7 +81,7 @@ def wrong_e_steps(subject: Subject, log_joint: LogJoint) -> tuple[Entry, ...]:
 
 
 def wrong_weights(subject: Subject) -> tuple[Entry, ...]:
-    """Return faults of the M-step for a site ``weights`` (K,) that is free on the simplex; the other sites stay right."""
+    """Return faults of the M-step for a free site ``weights`` (K,); the other sites stay right."""
 
     def smoothed(right: Tensor, resp: Tensor, *data: Any) -> Tensor:
         return (resp.sum(0) + 1) / (len(resp) + resp.shape[1])
