@@ -56,6 +56,10 @@ class Report:
     """Every check that was made, in order."""
     seed: int
     """The seed that reproduces the report."""
+    hints: tuple[str, ...] = ()
+    """Changes that were made, one at a time, and each measured to mend all."""
+    smallest: str = ""
+    """The smallest counterexample that was found, as Python to run; empty where there is none."""
 
     @property
     def ok(self) -> bool:

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def measured_hints(own, verdict, checks, generator):
+    return ()

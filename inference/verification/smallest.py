@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def smallest_counterexample(own, verdict, seed):
+    return ""
