@@ -26,6 +26,8 @@ class Program(NamedTuple):
     """The support of each parameter site, ``pyro.sample`` or ``pyro.param``, that is not deterministic."""
     latents: tuple[str, ...]
     """The enumerated sites, in order of appearance."""
+    latent_sizes: tuple[int, ...]
+    """How many values each of them has."""
     max_plate_nesting: int
     """How many dimensions its plates take."""
 
@@ -84,7 +86,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
     """
     with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args, *params.values()):
         trace: Any = poutine.trace(bind(model, params)).get_trace(*args)
-    supports, latents, nesting = {}, [], 0
+    supports, latents, nesting = {}, {}, 0
     for name, site in trace.nodes.items():
         if site["type"] == "param":
             supports[name] = site["kwargs"].get("constraint", constraints.real)
@@ -103,7 +105,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
                     f'site "{name}" is discrete and not marked for enumeration: give it '
                     'infer={"enumerate": "parallel"}, or wrap the model in pyro.infer.config_enumerate'
                 )
-            latents.append(name)
+            latents[name] = site["fn"].enumerate_support(expand=False).shape[0]
         elif not site["is_observed"]:
             raise ValueError(f'site "{name}" is continuous, unobserved and not among the parameters {sorted(params)}')
     if unknown := sorted(set(params) - set(trace.nodes)):
@@ -112,7 +114,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
         raise ValueError(f"the param sites {', '.join(missing)} have no value among the parameters {sorted(params)}")
     if not latents:
         raise ValueError("the program has no enumerated site: there is no discrete latent to sum out")
-    return Program(supports, tuple(latents), nesting)
+    return Program(supports, tuple(latents), tuple(latents.values()), nesting)
 
 
 def log_density(model: Model, program: Program, params: Mapping[str, Tensor], *args: Any) -> Tensor:
@@ -136,9 +138,29 @@ class LogJoint(NamedTuple):
     row_weights: Tensor
     """(N,), how often each row counts: the program's ``poutine.scale``, or 1."""
 
+    @property
+    def log_likelihood(self) -> Tensor:
+        """(), log p(x | params), the latents summed out."""
+        return self.row_weights @ self.rows.logsumexp(1)
 
-def log_joint(model: Model, params: Mapping[str, Tensor], *args: Any) -> LogJoint:
-    """Return the log joint density of any program with enumerated latents; see ``log_joint_table``."""
+    def expected(self, resp: Tensor) -> Tensor:
+        """Return Q, (): the expectation of log p(x, z | params) under responsibilities (N, K) or (N, K, L)."""
+        resp = resp.reshape(self.rows.shape)
+        return self.row_weights @ torch.where(resp > 0, resp * self.rows, 0).sum(1)
+
+
+def log_joint(model: Model, params: Any, *args: Any) -> LogJoint:
+    """Return the log joint density of any program with enumerated latents, by enumeration.
+
+    Args:
+        model: the program; ``model(*args)`` observes the data.
+        params: a dict or NamedTuple with a value for each parameter site.
+        args: the positional arguments of the program.
+
+    Raises:
+        ValueError: as ``inspect`` and ``log_joint_table``.
+    """
+    params = params if isinstance(params, Mapping) else params._asdict()
     return log_joint_table(model, inspect(model, params, *args), params, *args)
 
 
@@ -172,10 +194,12 @@ def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor]
         table = table + log_prob
         latent = latent + log_prob if name in program.latents else latent
         scales[name] = site["scale"]
-    sizes = [trace.nodes[name]["fn"].enumerate_support(expand=False).shape[0] for name in program.latents]
     rows = table.shape[len(table.shape) - program.max_plate_nesting :]
-    shape = (*reversed(sizes), *rows)  # the first enumerated site has the rightmost enumeration dimension
-    order = [*range(len(sizes), len(shape)), *reversed(range(len(sizes)))]
+    shape = (
+        *reversed(program.latent_sizes),
+        *rows,
+    )  # the first enumerated site has the rightmost enumeration dimension
+    order = [*range(len(program.latents), len(shape)), *reversed(range(len(program.latents)))]
     table, latent = (part.expand(shape).permute(order).reshape(rows.numel(), -1) for part in (table, latent))
     return LogJoint(table, log_prior, latent, _row_weights(scales, rows).to(table.dtype))
 

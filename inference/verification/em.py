@@ -451,7 +451,7 @@ def _log_likelihoods(own: Trial, params: dict[str, Tensor]) -> tuple[float, floa
     with torch.no_grad():
         joint = own.joint(params)
     rows = joint.row_weights * joint.rows.logsumexp(-1)
-    return own.reported(params), rows.sum().item(), rows.abs().sum().item() + 1
+    return own.reported(params), joint.log_likelihood.item(), rows.abs().sum().item() + 1
 
 
 def _nudged(own: Trial, params: dict[str, Tensor], generator: torch.Generator) -> list[dict[str, Tensor]]:
@@ -477,12 +477,11 @@ def _eps(tensor: Tensor) -> float:
 
 def _negative_log_density(own: Trial, u: Tensor, *, with_prior: bool) -> Tensor:
     joint = own.joint(own.coordinates(u))
-    return -(joint.row_weights @ joint.rows.logsumexp(-1) + with_prior * joint.log_prior)
+    return -(joint.log_likelihood + with_prior * joint.log_prior)
 
 
 def _log_densities(own: Trial, params: dict[str, Tensor]) -> Tensor:
     """Return the log likelihood and the log posterior up to its constant, (2,)."""
     with torch.no_grad():
         joint = own.joint(params)
-    log_lik = joint.row_weights @ joint.rows.logsumexp(-1)
-    return torch.stack([log_lik, log_lik + joint.log_prior])
+    return torch.stack([joint.log_likelihood, joint.log_likelihood + joint.log_prior])

@@ -82,7 +82,7 @@ class Trial:
     def __init__(self, subject: Subject):
         self.subject, self.model, self.data = subject, subject.model, subject.data
         self.container = None if isinstance(subject.params, Mapping) else type(subject.params)
-        self.params = {name: torch.as_tensor(value) for name, value in as_dict(subject.params).items()}
+        self.params = {name: torch.as_tensor(value).detach() for name, value in as_dict(subject.params).items()}
         self.program = inspect_program(self.model, self.params, *self.data)
         self.coordinates = Coordinates(self.program.supports, self.params)
         if not self.coordinates.transforms:
