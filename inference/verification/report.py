@@ -152,8 +152,7 @@ class Report:
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
             f"{''.join(_counterexample(check) for check in self.checks if check.counterexample is not None)}"
             f"{''.join(f'<p>Hint, measured: {html.escape(hint)}</p>' for hint in self.hints)}"
-            f"{f'<p>Smallest counterexample found, to run:</p><pre>{html.escape(self.smallest)}</pre>' if self.smallest else ''}"
-            "</section>"
+            f"{_runnable(self.smallest)}</section>"
         )
 
     _repr_html_ = to_html
@@ -204,3 +203,7 @@ def _short(value: Any) -> str:
 def _counterexample(check: Check) -> str:
     lines = "\n".join(f"{name} = {_short(value)}" for name, value in (check.counterexample or {}).items())
     return f"<p>{html.escape(check.name)}, counterexample:</p><pre>{html.escape(lines)}</pre>"
+
+
+def _runnable(snippet: str) -> str:
+    return f"<p>Smallest counterexample found, to run:</p><pre>{html.escape(snippet)}</pre>" if snippet else ""

@@ -282,19 +282,14 @@ def _write_report(found: Found) -> str:
 def _write_m_step(found: Found) -> str:
     own, site = found.own, found.site
     mapping = own.container is None
-    right = _literal(found.better[site])
-    others = [name for name in own.params if name != site and not torch.equal(found.better[name], own.params[name])]
     new = own.maximise(found.resp, found.params)
-    changed = [site, *[name for name in others if not torch.equal(found.better[name], new[name])]]
-    if len(changed) == 1:
-        better = f'{{**claimed, "{site}": {right}}}' if mapping else f"claimed._replace({site}={right})"
+    moved = {
+        name: _literal(_short(value, 12)) for name, value in found.better.items() if not torch.equal(value, new[name])
+    }
+    if mapping:
+        better = "{**claimed, " + ", ".join(f'"{name}": {value}' for name, value in moved.items()) + "}"
     else:
-        entries = [(name, _literal(found.better[name])) for name in changed]
-        better = (
-            "{**claimed, " + ", ".join(f'"{n}": {v}' for n, v in entries) + "}"
-            if mapping
-            else "claimed._replace(" + ", ".join(f"{n}={v}" for n, v in entries) + ")"
-        )
+        better = "claimed._replace(" + ", ".join(f"{name}={value}" for name, value in moved.items()) + ")"
     value = f'found["{site}"]' if mapping else f"found.{site}"
     extra = ", params=params" if own.takes_params else ""
     objective = "Q + log prior" if found.prior else "Q"
