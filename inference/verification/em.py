@@ -24,7 +24,6 @@ from mixproof.inference.verification.smallest import smallest_counterexample
 from mixproof.inference.verification.subject import Subject
 from mixproof.inference.verification.trial import (
     BLIND,
-    EDGE,
     NUM_NUDGES,
     PENALISED,
     ROUNDING,
@@ -43,6 +42,8 @@ NUM_POINTS = 3
 NUM_STARTS = 4
 TILT = 1.0
 """How much of the program's own log responsibilities enters where unrelated ones lead an M-step out of its support."""
+SOFT = 1e-3
+"""A responsibility so near to 0 or 1 counts as hard."""
 RADII = (1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -132,8 +133,8 @@ def judge_m_step(own: Trial, generator: torch.Generator, *, climb: bool) -> tupl
     if kind != "wrong M-step":
         rises, rose = _judge("wrong M-step", partial(check_rise, own, generator))
         return kind if rises == "exact EM" else rises, checks + rose
-    if math.isnan(checks[0].error):
-        return kind, checks
+    if math.isnan(checks[0].error) or not own.takes_params:
+        return kind, checks  # a step that sees responsibilities alone can only climb by maximising
     made: list[Check] = []
     for check in (check_rise, check_moves, check_fixed_point):
         found, one = _judge("wrong M-step", partial(check, own, generator))
@@ -417,7 +418,8 @@ def check_fixed_point(own: Trial, generator: torch.Generator) -> Check:
         made = Check(name, passed, moves[site], tolerance, None, None if passed else found)
         best = made if best is None or made.error < best.error else best
     if best is None:
-        raise Undecided(name, f"no climb from {NUM_STARTS} starts ended at a mode of the likelihood")
+        reason = f"no climb from {NUM_STARTS} starts ended at a mode whose responsibilities are soft and differ"
+        raise Undecided(name, f"{reason}: give more rows, or components that overlap")
     return best
 
 
@@ -429,9 +431,18 @@ def _mode(
         noise = torch.randn(own.origin.shape, generator=generator, dtype=torch.float64).to(own.origin)
         u, step = descend(density, own.origin + 0.3 * start * noise)
         known = max(_moves(own.coordinates(u + step), own.coordinates(u)).values())
-        if known < BLIND and (u - own.origin).abs().max() < EDGE * (1 + own.origin.abs().max()):
-            return own.coordinates(u), known
+        mode = own.coordinates(u)
+        if known < BLIND and _is_informative(own, mode):
+            return mode, known
     return None, math.inf
+
+
+def _is_informative(own: Trial, params: dict[str, Tensor]) -> bool:
+    """Whether responsibilities are soft and differ between rows: where not, many wrong steps rest."""
+    with torch.no_grad():
+        resp = own.joint(params).rows.softmax(1)
+    soft = (resp > SOFT) & (resp < 1 - SOFT)
+    return bool(soft.any()) and bool((resp - resp[0]).abs().max() > SOFT or len(resp) == 1)
 
 
 def _moves(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, float]:

@@ -111,15 +111,12 @@ def _e_step_hints(own: Trial, generator: torch.Generator) -> tuple[str, ...]:
         found.append("hard assignments in place of responsibilities: it is right without the argmax")
     if hold(lambda i: joints[i].rows.softmax(0)):
         found.append("the softmax runs over the rows: it is right over the components")
-    if all((claim > 0).all() for claim in claims) and not found:
-        sums = [claim.sum(1, keepdim=True) for claim in claims]
-        if all(_same(claim / total, right) for claim, total, right in zip(claims, sums, rights, strict=True)):
-            found.append(
-                "the responsibilities are not normalised: divided by their sum over the components they are right"
-            )
-        exponent = _constant(_slope(claims[0].log(), rights[0].log())) or 1.0
-        if exponent != 1 and hold(lambda i: (exponent * joints[i].rows).softmax(1)):
-            found.append(f"a power of the densities, exponent {exponent:g}: it is right with exponent 1")
+    sums = [claim.sum(1, keepdim=True) for claim in claims]
+    exponent = _constant(_slope(claims[0].clamp_min(0).log(), rights[0].log())) or 1.0
+    if not found and all(_same(claim / total, right) for claim, total, right in zip(claims, sums, rights, strict=True)):
+        found.append("the responsibilities are not normalised: divided by their sum over the components they are right")
+    elif not found and exponent != 1 and hold(lambda i: (exponent * joints[i].rows).softmax(1)):
+        found.append(f"a power of the densities, exponent {exponent:g}: it is right with exponent 1")
     if all((claim <= 0).all() for claim in claims) and hold(lambda i: joints[i].rows.log_softmax(1)):
         found.append("logarithms of the responsibilities: it is right once exponentiated")
     weights = [joint.row_weights[:, None] for joint in joints]
@@ -412,8 +409,7 @@ def _orders(num: int) -> list[tuple[int, ...]]:
 def _slope(claimed: Tensor, right: Tensor) -> Tensor:
     """Return the ratio of the differences between neighbouring components, of two tables of logarithms."""
     a, b = claimed.diff(dim=1), right.diff(dim=1)
-    clear = b.abs() > 1e-3
-    return (a / b)[clear]
+    return (a / b)[(b.abs() > 1e-3) & a.isfinite() & b.isfinite()]
 
 
 def _constant(values: Tensor) -> float | None:

@@ -268,7 +268,9 @@ class Trial:
         def value(free: Tensor) -> Tensor:
             return -self.terms(u.index_copy(0, index, free), target).sum()
 
-        found, _ = descend(value, u[index].clone())
+        slope = self.gradient(u, target)[index]  # 0 at a minimum too, which a small shift leaves
+        shift = torch.where(slope.abs() <= SMALL * target.resp.sum(), SMALL * (1 + u[index].abs()), 0.0)
+        found, _ = descend(value, u[index] + shift)
         return self.coordinates(u.index_copy(0, index, found))
 
     def blame(
@@ -277,7 +279,8 @@ class Trial:
         """Return the sites that keep claimed parameters from the maximum, and the parameters with them put right.
 
         One site is to blame where moving it alone mends all: a scale computed about a wrong location is not stationary
-        either. Else all sites are that are not stationary, the worst first.
+        either, and a location at a minimum is. Of several such the one that gains most is. Else all sites are that are
+        not stationary, the worst first.
         """
         worst = {
             site: (residual.errors[span].abs() / residual.tolerances[span]).max().item()
@@ -285,13 +288,16 @@ class Trial:
             if span.stop > span.start
         }
         failed = sorted((site for site in worst if worst[site] > 1), key=lambda site: -worst[site])
-        before = residual.errors.abs().max()
-        for site in failed if len(worst) > 1 else ():
+        before, mended = residual.errors.abs().max(), {}
+        for site in worst if len(worst) > 1 else ():
             better = self.maximiser(params, target, [site])
             after = self.residual(better, target)
-            left = after.errors.abs()
-            if bool((left <= torch.maximum(16 * after.tolerances, SMALL * before)).all()):
-                return [site], better
+            if bool((after.errors.abs() <= torch.maximum(16 * after.tolerances, SMALL * before)).all()):
+                with torch.no_grad():
+                    mended[self.terms(self.unconstrained(better)[0], target).sum().item()] = site, better
+        if mended:
+            site, better = mended[max(mended)]
+            return [site], better
         return failed, self.maximiser(params, target, list(worst))
 
     def unbounded(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], target: Target) -> str:
@@ -324,8 +330,10 @@ def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Te
     start, (value, gradient, hessian) = u, _derivatives(function, u)
     first = 1 + gradient.abs().max()
     for _ in range(NEWTON_STEPS):
-        if not hessian.isfinite().all() or (u - start).abs().max() > EDGE * (1 + start.abs().max()):
+        if (u - start).abs().max() > EDGE * (1 + start.abs().max()):
             return u, torch.full_like(u, math.inf)
+        if not hessian.isfinite().all():
+            break
         step = _newton_step(gradient, hessian)
         if gradient.abs().max() <= torch.finfo(u.dtype).eps * first:
             return u, step
@@ -338,11 +346,14 @@ def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Te
         else:
             break
         u, (value, gradient, hessian) = u - shorter, after
-    if gradient.abs().max() <= SMALL * first:
+    if gradient.abs().max() <= SMALL * first and hessian.isfinite().all():
         return u, _newton_step(gradient, hessian)
+    if not value.isfinite():
+        return u, torch.full_like(u, math.inf)
     u = minimise(with_gradient(function), u, max_steps=300, rtol=1e-14).u
     _, gradient, hessian = _derivatives(function, u)
-    return u, _newton_step(gradient, hessian).clamp(-BLIND / 2, BLIND / 2)  # at a kink it says nothing
+    known = BLIND / 2  # at a kink, or without curvatures, the Newton step says nothing
+    return u, _newton_step(gradient, hessian).clamp(-known, known) if hessian.isfinite().all() else torch.zeros_like(u)
 
 
 def _newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
