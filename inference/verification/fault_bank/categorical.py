@@ -269,6 +269,5 @@ ENTRIES = (
         "bits for nats",
         replace(SUBJECT, log_likelihood=lambda p, x: log_likelihood(p, x) / torch.tensor(2.0).double().log()),
         "wrong report",
-        hint="a factor of 1.44",
     ),
 )
