@@ -24,14 +24,14 @@ Params = dict[str, Tensor]
 
 X = torch.tensor(
     [
-        [0, 9], [1, 14], [2, 7], [0, 11], [3, 18], [1, 6], [6, 1], [8, 0], [5, 3],
-        [11, 2], [7, 1], [13, 12], [19, 8], [9, 16], [4, 5], [2, 3], [15, 21],
+        [0, 29], [1, 44], [0, 17], [2, 31], [0, 58], [1, 12], [16, 0], [28, 1], [11, 0],
+        [41, 2], [23, 0], [63, 37], [19, 48], [9, 76], [2, 3], [0, 1], [3, 0],
     ],
     dtype=torch.float64,
 )  # fmt: skip
 PARAMS = {
     "weights": torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64),
-    "probs": torch.tensor([[0.42, 0.09], [0.13, 0.37], [0.07, 0.065]], dtype=torch.float64),
+    "probs": torch.tensor([[0.52, 0.035], [0.05, 0.61], [0.17, 0.11]], dtype=torch.float64),
 }
 ONES, ZEROS = 2.3, 4.1  # of the prior: probs_kd ~ Beta(ONES, ZEROS)
 

@@ -40,9 +40,10 @@ PARAMS = {
 SHAPE, RATE = 2.2, 0.7  # of the prior: rates_kd ~ Gamma(SHAPE, RATE)
 
 
-def with_zeros(rates: Tensor) -> Tensor:
-    """Return rates (K, D) with those of component 0, at which a Poisson law is a point mass, in front."""
-    return torch.cat([torch.zeros_like(rates[:1]), rates])
+def emission(z: Tensor, rates: Tensor) -> dist.TorchDistribution:
+    """Return p(x_n | z_n), over rows: a point mass at 0 where z_n = 0."""
+    poisson = dist.Poisson(torch.cat([torch.ones_like(rates[:1]), rates])[z])
+    return dist.MaskedMixture((z > 0)[..., None], dist.Delta(torch.zeros(rates.shape[1])), poisson).to_event(1)
 
 
 def model(x: Tensor) -> None:
@@ -51,7 +52,7 @@ def model(x: Tensor) -> None:
     rates = pyro.param("rates", PARAMS["rates"], constraint=constraints.positive)
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
-        pyro.sample("x", dist.Poisson(with_zeros(rates)[z]).to_event(1), obs=x)
+        pyro.sample("x", emission(z, rates), obs=x)
 
 
 def model_with_prior(x: Tensor) -> None:
@@ -60,7 +61,7 @@ def model_with_prior(x: Tensor) -> None:
     rates = pyro.sample("rates", dist.Gamma(SHAPE, RATE).expand([2, 2]).to_event(2))
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
-        pyro.sample("x", dist.Poisson(with_zeros(rates)[z]).to_event(1), obs=x)
+        pyro.sample("x", emission(z, rates), obs=x)
 
 
 def log_density(params: Params, x: Tensor) -> Tensor:
