@@ -168,7 +168,7 @@ def to_sum_one(table: Tensor) -> Tensor:
 WRONG_PROBS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "answers smoothed by one": ("smoothed by 1", lambda right, r, x: to_sum_one(soft_counts(r, x) + 1)),
     "answers from hard classes": (
-        "hard assignments",
+        "",
         lambda right, r, x: to_sum_one(soft_counts(one_hot(r.argmax(1), r.shape[1]).double(), x) + 1e-12),
     ),
     "the same table for all classes": (
