@@ -199,11 +199,8 @@ def tidied(own: Trial, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _short(value: Tensor, digits: int = 2) -> Tensor:
     """Return a tensor with each entry rounded to a few significant digits."""
-    return (
-        torch.tensor([float(f"{entry:.{digits}g}") for entry in value.flatten().tolist()])
-        .to(value)
-        .reshape(value.shape)
-    )
+    rounded = [float(f"{entry:.{digits}g}") for entry in value.flatten().tolist()]
+    return torch.tensor(rounded, dtype=torch.float64).to(value).reshape(value.shape)
 
 
 def _neat(value: Tensor, support: constraints.Constraint) -> Tensor:

@@ -328,7 +328,7 @@ def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Te
     kinks, BFGS goes on. A coordinate that runs off to infinity stops the descent once it is far away.
     """
     start, (value, gradient, hessian) = u, _derivatives(function, u)
-    first = 1 + gradient.abs().max()
+    first, flat = 1 + gradient.abs().max(), 64 * torch.finfo(u.dtype).eps  # near the minimum only slopes still tell
     for _ in range(NEWTON_STEPS):
         if (u - start).abs().max() > EDGE * (1 + start.abs().max()):
             return u, torch.full_like(u, math.inf)
@@ -340,7 +340,9 @@ def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Te
         shorter = step * min(1.0, (4 * (1 + u.abs()) / step.abs().clamp_min(1e-300)).min().item())
         for _ in range(HALVINGS):
             after = _derivatives(function, u - shorter)
-            if after[0] < value or (after[0] == value and after[1].norm() < gradient.norm()):
+            if after[0] < value or (
+                after[0] <= value + flat * (1 + value.abs()) and after[1].norm() < gradient.norm() / 2
+            ):
                 break
             shorter = shorter / 2
         else:

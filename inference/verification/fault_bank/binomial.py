@@ -205,8 +205,8 @@ ENTRIES = (
         ),
     ),
     Entry(
-        "trials set to one more than the largest count",
-        replace_site(CONSTANT, "trials", lambda right, r, x: x.amax(0) + 1),
+        "trials set to the largest count",
+        replace_site(CONSTANT, "trials", lambda right, r, x: x.amax(0)),
         "wrong M-step",
         ("trials",),
     ),
