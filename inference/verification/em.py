@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixproof.inference.bfgs import minimise, with_gradient
 from mixproof.inference.verification.hints import measured_hints
 from mixproof.inference.verification.report import Check, Report, asserting
 from mixproof.inference.verification.smallest import smallest_counterexample
@@ -33,8 +32,8 @@ from mixproof.inference.verification.trial import (
     Target,
     Trial,
     Undecided,
+    descend,
     nudge,
-    polished,
 )
 
 GRAVITY = ("wrong E-step", "wrong M-step", "wrong report", "undecided", "generalised EM", "MAP-EM", "exact EM")
@@ -376,7 +375,7 @@ def check_fixed_point(own: Trial, generator: torch.Generator) -> Check:
     """
     name = "a mode is a fixed point"
     best = None
-    for with_prior in (False, True):
+    for with_prior in (False, True) if own.has_prior else (False,):
         mode, known = _mode(own, partial(_negative_log_density, own, with_prior=with_prior), generator)
         if mode is None:
             continue
@@ -401,14 +400,11 @@ def _mode(
 ) -> tuple[dict[str, Tensor] | None, float]:
     """Return a minimum of a function of the unconstrained coordinates as parameters, and how far it is known."""
     for start in range(NUM_STARTS):
-        u = own.origin + 0.3 * start * torch.randn(own.origin.shape, generator=generator, dtype=torch.float64).to(
-            own.origin
-        )
-        climb = minimise(with_gradient(density), u, max_steps=1000, rtol=1e-14)
-        u, step = polished(density, climb.u)
-        moved = max(_moves(own.coordinates(u + step), own.coordinates(u)).values())
-        if moved < BLIND and (u - own.origin).abs().max() < EDGE * (1 + own.origin.abs().max()):
-            return own.coordinates(u), moved
+        noise = torch.randn(own.origin.shape, generator=generator, dtype=torch.float64).to(own.origin)
+        u, step = descend(density, own.origin + 0.3 * start * noise)
+        known = max(_moves(own.coordinates(u + step), own.coordinates(u)).values())
+        if known < BLIND and (u - own.origin).abs().max() < EDGE * (1 + own.origin.abs().max()):
+            return own.coordinates(u), known
     return None, math.inf
 
 
@@ -427,14 +423,15 @@ def check_log_likelihood(own: Trial, generator: torch.Generator) -> Check:
     for params in points(own, generator):
         try:
             claimed, actual, size = _log_likelihoods(own, params)
-        except StepError as error:
-            return Check(name, False, math.nan, math.nan, None, params, str(error))
-        error, tolerance = abs(claimed - actual) / size, 64 * _eps(own.origin)
-        if not error <= tolerance and math.isfinite(error):
+        except StepError as broken:
+            return Check(name, False, math.nan, math.nan, None, params, str(broken))
+        gap, tolerance = (claimed - actual) / size, 64 * _eps(own.origin)
+        if abs(gap) > tolerance and math.isfinite(gap):
             values = [_log_likelihoods(own, nudged) for nudged in _nudged(own, params, generator)]
             others = [torch.tensor((c - a) / s) for c, a, s in values]
-            tolerance += 16 * _rounding(torch.tensor((claimed - actual) / size), others)
+            tolerance += 16 * _rounding(torch.tensor(gap), others)
             _refuse_to_be_blind(name, "log_likelihood", tolerance)
+        error = abs(gap)
         passed = error <= tolerance
         made = Check(
             name, passed, error, tolerance, None, None if passed else {**params, "claimed": claimed, "actual": actual}

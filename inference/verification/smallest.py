@@ -250,8 +250,11 @@ def _wrong_m_step(own: Trial, params: dict[str, Tensor], resp: Tensor) -> Found 
     assert best is not None
     _, target, residual = best
     sites, better = own.blame(new, target, residual)
-    left = own.residual(better, target).errors.abs().max()
-    if own.unbounded(new, better, target) or not left <= 1e-2 * residual.errors.abs().max():
+    with torch.no_grad():
+        gain = (
+            own.terms(own.unconstrained(better)[0], target).sum() - own.terms(own.unconstrained(new)[0], target).sum()
+        )
+    if own.unbounded(new, better, target) or not gain > 0:
         return None
     return Found(own, params, resp, sites[0], better, bool(target.prior))
 

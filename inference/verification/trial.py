@@ -26,6 +26,8 @@ INSIDE = 3.0
 ROUNDING = 2.0**10
 """How many units in the last place a well conditioned formula may lose."""
 NUM_NUDGES = 4
+NEWTON_STEPS = 60
+HALVINGS = 12
 SMALL = 1e-4
 """A site that, put right, leaves no more than this share of a residual was the cause of all of it."""
 BLIND = 1e-6
@@ -254,7 +256,7 @@ class Trial:
         def value(free: Tensor) -> Tensor:
             return -self.terms(u.index_copy(0, index, free), target).sum()
 
-        found = polished(value, minimise(with_gradient(value), u[index].clone(), max_steps=300, rtol=1e-14).u)[0]
+        found, _ = descend(value, u[index].clone())
         return self.coordinates(u.index_copy(0, index, found))
 
     def blame(
@@ -301,21 +303,51 @@ def nudge(value: Tensor, generator: torch.Generator) -> Tensor:
     return value * (1 + 4 * torch.finfo(value.dtype).eps * noise)
 
 
-def polished(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a minimum (P,) refined by Newton steps while the gradient falls, and the last of the steps."""
-    objective = with_gradient(function)
+def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a minimum (P,) and the last Newton step there, which is how far it is known.
+
+    Newton's method with the curvatures' absolute values, so that it leaves saddles; where it does not arrive, as at
+    kinks, BFGS goes on. A coordinate that runs off to infinity stops the descent once it is far away.
+    """
+    start, (value, gradient, hessian) = u, _derivatives(function, u)
+    first = 1 + gradient.abs().max()
     step = torch.full_like(u, math.inf)
-    for _ in range(4):
-        _, gradient = objective(u)
-        hessian = torch.autograd.functional.hessian(function, u)
-        if not torch.isfinite(hessian).all():
+    for _ in range(NEWTON_STEPS):
+        if not hessian.isfinite().all() or (u - start).abs().max() > EDGE * (1 + start.abs().max()):
+            return u, step
+        curvatures, axes = torch.linalg.eigh(hessian)
+        curvatures = curvatures.abs().clamp_min(1e-12 * curvatures.abs().max().clamp_min(1e-300))
+        newton = axes @ ((axes.T @ gradient) / curvatures)
+        newton = newton * min(1.0, (4 * (1 + u.abs()) / newton.abs().clamp_min(1e-300)).min().item())
+        for _ in range(HALVINGS):
+            after = _derivatives(function, u - newton)
+            if after[0] < value or (after[0] == value and after[1].norm() < gradient.norm()):
+                break
+            newton = newton / 2
+        else:
             break
-        newton = torch.linalg.pinv(hessian, rtol=1e-10, hermitian=True) @ gradient
-        if not objective(u - newton)[1].norm() < gradient.norm():
-            step = torch.where(step.isinf(), newton, step)  # it had already arrived, or there is a kink
-            break
-        u, step = u - newton, newton
-    return u, step
+        u, step, (value, gradient, hessian) = u - newton, newton, after
+        if gradient.abs().max() <= torch.finfo(u.dtype).eps * first:
+            return u, step
+    if gradient.abs().max() <= SMALL * first:
+        return u, torch.where(step.isinf(), 0.0, step)
+    return minimise(with_gradient(function), u, max_steps=300, rtol=1e-14).u, torch.zeros_like(u)
+
+
+def _derivatives(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a function's value, gradient (P,) and Hessian (P, P); an infinite value where it cannot be evaluated."""
+    u = u.detach().requires_grad_()
+    try:
+        value = function(u)
+        (gradient,) = torch.autograd.grad(value, u, create_graph=True)
+    except (ValueError, torch.linalg.LinAlgError):  # a long step leaves the support by rounding
+        return torch.tensor(math.inf), torch.zeros_like(u), torch.full((len(u), len(u)), math.nan).to(u)
+    hessian = torch.zeros(len(u), len(u), dtype=u.dtype)
+    if gradient.requires_grad:
+        eye = torch.eye(len(u), dtype=u.dtype)
+        rows = torch.autograd.grad(gradient, u, eye, is_grads_batched=True, allow_unused=True)[0]
+        hessian = hessian if rows is None else (rows + rows.T) / 2
+    return value.detach(), gradient.detach(), hessian.detach()
 
 
 def as_dict(params: Any) -> dict[str, Any]:
