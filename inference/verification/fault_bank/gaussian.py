@@ -190,7 +190,9 @@ ENTRIES = (
     *wrong_e_steps(SUBJECT, log_joint),
     *wrong_weights(SUBJECT),
     *wrong_reports(SUBJECT, log_joint),
-    Entry("variance taken for the scale", with_scales(torch.square), "wrong E-step", hint="square of scales for scales"),
+    Entry(
+        "variance taken for the scale", with_scales(torch.square), "wrong E-step", hint="square of scales for scales"
+    ),
     Entry("root of the scale", with_scales(torch.sqrt), "wrong E-step", hint="square root of scales for scales"),
     Entry("precision for scale", with_scales(torch.reciprocal), "wrong E-step", hint="reciprocal of scales for scales"),
     Entry("mean over the features", DISTANCE_MEAN, "wrong E-step", blind=one_feature(DISTANCE_MEAN)),
@@ -258,6 +260,7 @@ ENTRIES = (
         replace_site(SUBJECT, "scales", lambda right, r, x: right * (r.sum(0) / (r.sum(0) - 1)).sqrt()[:, None]),
         "wrong M-step",
         ("scales",),
+        "n - 1 for n",
     ),
     Entry(
         "a floor under the variances",
@@ -288,7 +291,7 @@ ENTRIES = (
         "components in another order",
     ),
     Entry("one scale off by a millionth", replace_site(SUBJECT, "scales", millionth), "wrong M-step", ("scales",)),
-    Entry("medians", replace_site(SUBJECT, "locs", medians), "wrong M-step", ("locs",)),
-    Entry("hard means", replace_site(SUBJECT, "locs", hard_means), "wrong M-step", ("locs",)),
+    Entry("medians", replace_site(SUBJECT, "locs", medians), "wrong M-step", ("locs",), "median for mean"),
+    Entry("hard means", replace_site(SUBJECT, "locs", hard_means), "wrong M-step", ("locs",), "hard assignments"),
     Entry("one mean off by a millionth", replace_site(SUBJECT, "locs", millionth), "wrong M-step", ("locs",)),
 )

@@ -183,13 +183,17 @@ ONE_TWO_PI = replace(
     SUBJECT, log_likelihood=lambda p, x: log_likelihood(p, x) + len(x) * (x.shape[1] - 1) * math.log(2 * math.pi) / 2
 )
 WRONG_COVARIANCES = {
-    "covariances over n - 1": ("n - 1 for n", "pomegranate #633", lambda right, r, x: right * _per(r.sum(0) / (r.sum(0) - 1))),
+    "covariances over n - 1": (
+        "n - 1 for n",
+        "pomegranate #633",
+        lambda right, r, x: right * _per(r.sum(0) / (r.sum(0) - 1)),
+    ),
     "covariances over N": ("N for n", "", lambda right, r, x: right * _per(r.mean(0))),
-    "a floor on the diagonal": ("", "", lambda right, r, x: right + 1e-6 * torch.eye(x.shape[1]).double()),
+    "a floor on the diagonal": ("1e-06 is added", "", lambda right, r, x: right + 1e-6 * torch.eye(x.shape[1]).to(x)),
     "a floor before the division": (
         "",
         "scikit-learn PR #4109",
-        lambda right, r, x: right + 1e-3 * torch.eye(x.shape[1]).double() / _per(r.sum(0)),
+        lambda right, r, x: right + 1e-3 * torch.eye(x.shape[1]).to(x) / _per(r.sum(0)),
     ),
     "scatter within sequences only": ("", "hmmlearn #78", sequence_by_sequence),
     "about the overall mean": ("", "", lambda right, r, x: scatter(r, x, x.mean(0), x.mean(0)) / _per(r.sum(0))),

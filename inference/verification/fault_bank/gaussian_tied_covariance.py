@@ -150,7 +150,7 @@ WRONG_COVARIANCE = {
         "scikit-learn PR #4109",
         lambda right, r, x: right + 1e-3 * identity(x) / len(x),
     ),
-    "floor on the diagonal": ("", "", lambda right, r, x: right + 1e-6 * identity(x)),
+    "floor on the diagonal": ("1e-06 is added", "", lambda right, r, x: right + 1e-6 * identity(x)),
     "over N - K": ("", "", lambda right, r, x: right * len(x) / (len(x) - r.shape[1])),
     "over N - 1": ("", "", lambda right, r, x: right * len(x) / (len(x) - 1)),
     "scatter between the means forgotten": ("unweighted", "", lambda right, r, x: torch.cov(x.T, correction=0)),

@@ -212,12 +212,13 @@ ENTRIES = (
     *wrong_e_steps(SUBJECT, log_joint),
     *wrong_weights(SUBJECT),
     *wrong_reports(SUBJECT, log_joint),
-    Entry("rate for scale in the E-step", with_scales(torch.reciprocal), "wrong E-step", hint="reciprocal of scales for scales"),
+    Entry("rate for scale in the E-step", with_scales(torch.reciprocal), "wrong E-step",
+          hint="reciprocal of scales for scales"),
     Entry("squared scale", with_scales(torch.square), "wrong E-step", hint="square of scales for scales"),
     Entry("Euclidean distance", EUCLIDEAN, "wrong E-step", blind=one_feature(EUCLIDEAN)),
     Entry("Gaussian densities", replace(
         SUBJECT,
-        e_step=lambda p, x: (p["weights"].log() - p["scales"].log().sum(1) - distances(p, x).square().sum(2) / 2).softmax(1),
+        e_step=lambda p, x: (p["weights"].log() - p["scales"].log().sum(1) - (distances(p, x) ** 2).sum(2) / 2).softmax(1),
     ), "wrong E-step"),
     Entry("factor 2 forgotten in the report", replace(
         SUBJECT, log_likelihood=lambda p, x: log_likelihood(p, x) + x.numel() * torch.tensor(2.0).double().log()

@@ -156,7 +156,7 @@ WRONG_LOCS: dict[str, tuple[str, Change]] = {
 WRONG_SCALES: dict[str, tuple[str, Change]] = {
     "scales are variances": ("square of scales for scales", lambda right, r, x: right**2),
     "scales are precisions": ("reciprocal of scales for scales", lambda right, r, x: 1 / right),
-    "variances over n - 1": ("", lambda right, r, x: right * (r.sum(0) / (r.sum(0) - 1)).sqrt()[:, None]),
+    "variances over n - 1": ("n - 1 for n", lambda right, r, x: right * (r.sum(0) / (r.sum(0) - 1)).sqrt()[:, None]),
     "standard deviation of x": ("", lambda right, r, x: moments(r, x)[1].sqrt()),
     "log of the standard deviation": ("", lambda right, r, x: moments(r, x)[1].sqrt().log1p()),
     "coefficient of variation": ("", lambda right, r, x: moments(r, x)[1].sqrt() / moments(r, x)[0]),

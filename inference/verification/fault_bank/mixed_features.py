@@ -156,19 +156,23 @@ def with_table(table: Callable[[Params, Tensor, Tensor], Tensor]) -> Subject:
 
 
 SUBJECT = Subject(model, PARAMS, (X, Y), e_step, m_step, log_likelihood)
-AVERAGED = with_table(
-    lambda p, x, y: p["weights"].log() + gaussian_part(p, x).mean(2) + bernoulli_part(p, y).mean(2)
-)
+AVERAGED = with_table(lambda p, x, y: p["weights"].log() + gaussian_part(p, x).mean(2) + bernoulli_part(p, y).mean(2))
 ALL_ANSWERS = with_table(
-    lambda p, x, y: p["weights"].log()
-    + gaussian_part(p, x).sum(2)
-    + torch.where((y == 1).all(1, keepdim=True), p["probs"].prod(1).log(), (1 - p["probs"].prod(1)).log())
+    lambda p, x, y: (
+        p["weights"].log()
+        + gaussian_part(p, x).sum(2)
+        + torch.where((y == 1).all(1, keepdim=True), p["probs"].prod(1).log(), (1 - p["probs"].prod(1)).log())
+    )
 )
 ONE_PROB = replace_site(SUBJECT, "probs", lambda right, r, x, y: right.mean(1, keepdim=True).expand_as(right))
 Change = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 WRONG_SITES: dict[str, tuple[str, str, Change]] = {
     "scales are variances": ("scales", "square of scales for scales", lambda right, r, x, y: right**2),
-    "variances over n - 1": ("scales", "", lambda right, r, x, y: right * (r.sum(0) / (r.sum(0) - 1)).sqrt()[:, None]),
+    "variances over n - 1": (
+        "scales",
+        "n - 1 for n",
+        lambda right, r, x, y: right * (r.sum(0) / (r.sum(0) - 1)).sqrt()[:, None],
+    ),
     "scales of the answers": (
         "scales",
         "",
@@ -190,7 +194,11 @@ WRONG_SITES: dict[str, tuple[str, str, Change]] = {
         "",
         lambda right, r, x, y: 0.01 + 0.98 * (h := (r == r.amax(1, True)).to(x)).T @ y / h.sum(0)[:, None].clamp_min(1),
     ),
-    "probabilities of the next component": ("probs", "components in another order", lambda right, r, x, y: right.roll(1, 0)),
+    "probabilities of the next component": (
+        "probs",
+        "components in another order",
+        lambda right, r, x, y: right.roll(1, 0),
+    ),
     "one probability off by a millionth": (
         "probs",
         "",
@@ -210,7 +218,8 @@ ENTRIES = (
     *wrong_reports(SUBJECT, log_joint),
     Entry("answers left out of the E-step", with_table(lambda p, x, y: p["weights"].log() + gaussian_part(p, x).sum(2)),
           "wrong E-step"),
-    Entry("measurements left out of the E-step", with_table(lambda p, x, y: p["weights"].log() + bernoulli_part(p, y).sum(2)),
+    Entry("measurements left out of the E-step",
+          with_table(lambda p, x, y: p["weights"].log() + bernoulli_part(p, y).sum(2)),
           "wrong E-step"),
     Entry("weights once for each kind", with_table(lambda p, x, y: log_joint(p, x, y) + p["weights"].log()),
           "wrong E-step", hint="weights are counted twice"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -109,10 +110,10 @@ def counted_once(subject: Subject) -> Subject:
     return replace(subject, data=(X, torch.ones_like(ROW_WEIGHTS)))
 
 
-def entry(name: str, verdict: str, sites: tuple[str, ...] = (), hint: str = "", source: str = "", **steps: Callable) -> Entry:  # type: ignore[type-arg]
+def entry(name: str, verdict: str, sites: tuple[str, ...] = (), hint: str = "", **steps: Any) -> Entry:
     """Return a fault that rows of weight one cannot show."""
-    wrong = replace(SUBJECT, **steps)  # type: ignore[arg-type]
-    return Entry(name, wrong, verdict, sites, hint, source, counted_once(wrong))
+    wrong = replace(SUBJECT, **steps)
+    return Entry(name, wrong, verdict, sites, hint, blind=counted_once(wrong))
 
 
 def shares(change: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Params]:
@@ -138,9 +139,11 @@ ENTRIES = (
     entry("responsibilities times row weights", "wrong E-step", hint="not normalised",
           e_step=lambda p, x, w: w[:, None] * log_joint(p, x).softmax(1)),
     entry("row weights on the counts", "wrong E-step", e_step=lambda p, x, w: log_joint(p, w[:, None] * x).softmax(1)),
-    Entry("weights forgotten", replace(SUBJECT, e_step=lambda p, x, w: (log_joint(p, x) - p["weights"].log()).softmax(1)),
+    Entry("weights forgotten",
+          replace(SUBJECT, e_step=lambda p, x, w: (log_joint(p, x) - p["weights"].log()).softmax(1)),
           "wrong E-step", hint="weights are missing"),
-    Entry("hard assignment", replace(SUBJECT, e_step=lambda p, x, w: (e_step(p, x, w) == e_step(p, x, w).amax(1, True)).to(x)),
+    Entry("hard assignment",
+          replace(SUBJECT, e_step=lambda p, x, w: (e_step(p, x, w) == e_step(p, x, w).amax(1, True)).to(x)),
           "wrong E-step", hint="hard assignments"),
     Entry("softmax over the rows", replace(SUBJECT, e_step=lambda p, x, w: log_joint(p, x).softmax(0)), "wrong E-step",
           hint="over the rows"),
@@ -154,7 +157,7 @@ ENTRIES = (
           m_step=rates(lambda right, r, x, w: (w[:, None] * r).T @ x / r.sum(0)[:, None])),
     entry("row weights forgotten in the numerator", "wrong M-step", ("rates",),
           m_step=rates(lambda right, r, x, w: r.T @ x / (w @ r)[:, None])),
-    entry("row weights normalised within components only once", "wrong M-step", ("rates",),
+    entry("square roots of the row weights", "wrong M-step", ("rates",),
           m_step=rates(lambda right, r, x, w: (w.sqrt()[:, None] * r).T @ x / (w.sqrt() @ r)[:, None])),
     entry("row weights inverted", "wrong M-step", ("weights", "rates"),
           m_step=lambda r, x, w: m_step(r, x, 1 / w)),
@@ -172,6 +175,7 @@ ENTRIES = (
           log_likelihood=lambda p, x, w: (log_joint(p, x) + w.log()[:, None]).logsumexp(1).sum()),
     entry("row weights on the log joint", "wrong report",
           log_likelihood=lambda p, x, w: (w[:, None] * log_joint(p, x)).logsumexp(1).sum()),
-    Entry("weighted mean for weighted sum", replace(SUBJECT, log_likelihood=lambda p, x, w: log_likelihood(p, x, w) / w.sum()),
+    Entry("weighted mean for weighted sum",
+          replace(SUBJECT, log_likelihood=lambda p, x, w: log_likelihood(p, x, w) / w.sum()),
           "wrong report"),
 )  # fmt: skip

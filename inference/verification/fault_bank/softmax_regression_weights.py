@@ -1,4 +1,4 @@
-"""Components whose weights depend on a covariate: softmax regression, and Gaussian features with the scales.
+"""Components whose weights depend on a covariate: softmax regression, and Gaussian features.
 
 Row n has weights softmax(covariates_n @ [gating, 0]): the last component is the reference, gating is (C, K - 1).
 """
@@ -188,7 +188,9 @@ def one_step_with_a_diagonal_jacobian(resp: Tensor, x: Tensor, covariates: Tenso
 
 def two_components(subject: Subject) -> Subject:
     """Return the subject with two components, one logit."""
-    return replace(subject, params={"gating": PARAMS["gating"][:, :1], **{s: PARAMS[s][:2] for s in ("locs", "scales")}})
+    return replace(
+        subject, params={"gating": PARAMS["gating"][:, :1], **{s: PARAMS[s][:2] for s in ("locs", "scales")}}
+    )
 
 
 def intercept_only(subject: Subject) -> Subject:
@@ -255,7 +257,7 @@ ENTRIES = (
           hint="weights are missing"),
     Entry("covariate counted twice", with_weights(lambda p, c: weights_of(p, c) ** 2), "wrong E-step",
           source="StepMix #15", hint="weights are counted twice"),
-    Entry("logits taken for logs of rows of another sign", with_weights(lambda p, c: weights_of(p, -c)), "wrong E-step"),
+    Entry("covariate with the other sign", with_weights(lambda p, c: weights_of(p, -c)), "wrong E-step"),
     Entry("softmax over the rows", with_weights(lambda p, c: logits(p["gating"], c).softmax(0)), "wrong E-step"),
     Entry("reference component forgotten", with_weights(
         lambda p, c: torch.cat([weights_of(p, c)[:, :-1], torch.ones_like(c[:, :1])], 1)), "wrong E-step"),
@@ -269,7 +271,8 @@ ENTRIES = (
     Entry("scales are variances", replace_site(SUBJECT, "scales", lambda right, r, x, c: right**2), "wrong M-step",
           ("scales",), "square of scales for scales"),
     Entry("weights of the average row in the report", replace(
-        SUBJECT, log_likelihood=lambda p, x, c: (weights_of(p, c).mean(0).log() + log_densities(p, x)).logsumexp(1).sum()
+        SUBJECT,
+        log_likelihood=lambda p, x, c: (weights_of(p, c).mean(0).log() + log_densities(p, x)).logsumexp(1).sum(),
     ), "wrong report", source="StepMix #15"),
     Entry("gating reported as weights", replace(
         SUBJECT, log_likelihood=lambda p, x, c: (logits(p["gating"], c) + log_densities(p, x)).logsumexp(1).sum()

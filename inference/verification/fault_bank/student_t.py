@@ -18,10 +18,8 @@ from torch.distributions import constraints
 
 from mixproof.inference.verification.fault_bank.entry import (
     Entry,
-    replace_site,
     wrong_e_steps,
     wrong_reports,
-    wrong_weights,
 )
 from mixproof.inference.verification.subject import Subject
 
@@ -135,7 +133,7 @@ def e_step_by_products(params: Params, x: Tensor) -> Tensor:
 
 
 def m_step_to_the_end(resp: Tensor, x: Tensor) -> Params:
-    """Return the limit of the steps at fixed responsibilities: the maximiser of Q, which is unique (Kent and Tyler 1991)."""
+    """Return the limit of the steps at fixed responsibilities: the maximiser of Q, unique by Kent and Tyler (1991)."""
     params = reweighted(resp, x, torch.ones(*resp.shape, x.shape[1], dtype=x.dtype))
     for _ in range(300):
         params = m_step_over_trust(resp, x, params=params)
@@ -175,9 +173,7 @@ JOINT_TRUST = with_trust(
 JOINT_DENSITY = replace(
     SUBJECT,
     e_step=lambda p, x: (
-        p["weights"].log()
-        - p["scales"].log().sum(1)
-        - (DF + x.shape[1]) / 2 * (squares(p, x).sum(2) / DF).log1p()
+        p["weights"].log() - p["scales"].log().sum(1) - (DF + x.shape[1]) / 2 * (squares(p, x).sum(2) / DF).log1p()
     ).softmax(1),
 )
 SITES = ("locs", "scales")
@@ -192,14 +188,17 @@ ENTRIES = (
     *wrong_e_steps(SUBJECT, log_joint),
     *wrong_reports(SUBJECT, log_joint),
     Entry("Gaussian densities", replace(
-        SUBJECT, e_step=lambda p, x: (p["weights"].log() - p["scales"].log().sum(1) - squares(p, x).sum(2) / 2).softmax(1)
+        SUBJECT,
+        e_step=lambda p, x: (p["weights"].log() - p["scales"].log().sum(1) - squares(p, x).sum(2) / 2).softmax(1),
     ), "wrong E-step"),
     Entry("density of a joint Student law", JOINT_DENSITY, "wrong E-step", blind=one_feature(JOINT_DENSITY)),
     Entry("exponent of half the degrees of freedom", replace(
         SUBJECT,
-        e_step=lambda p, x: (p["weights"].log() - p["scales"].log().sum(1) - DF / 2 * (squares(p, x) / DF).log1p().sum(2)
-                             ).softmax(1)), "wrong E-step"),
-    Entry("variance taken for the scale", with_scales(torch.square), "wrong E-step", hint="square of scales for scales"),
+        e_step=lambda p, x: (
+            p["weights"].log() - p["scales"].log().sum(1) - DF / 2 * (squares(p, x) / DF).log1p().sum(2)
+        ).softmax(1)), "wrong E-step"),
+    Entry("variance taken for the scale", with_scales(torch.square), "wrong E-step",
+          hint="square of scales for scales"),
     Entry("gamma functions forgotten in the report", replace(
         SUBJECT, log_likelihood=lambda p, x: log_likelihood(p, x) - x.numel() * math.lgamma((DF + 1) / 2)
     ), "wrong report", hint="free of the parameters"),
@@ -210,13 +209,16 @@ ENTRIES = (
     Entry("precisions of a joint Student law", JOINT_TRUST, "wrong M-step", SITES, blind=one_feature(JOINT_TRUST)),
     Entry("precisions without the scales", with_trust(lambda p, x: (DF + 1) / (DF + (x[:, None] - p["locs"]) ** 2)),
           "wrong M-step", SITES),
-    Entry("variances of the law for squared scales", changed("scales", lambda right, r: right * (DF / (DF - 2)) ** 0.5),
+    Entry("variances of the law for squared scales",
+          changed("scales", lambda right, r: right * (DF / (DF - 2)) ** 0.5),
           "wrong M-step", ("scales",)),
-    Entry("variances over n - 1", changed("scales", lambda right, r: right * (r.sum(0) / (r.sum(0) - 1)).sqrt()[:, None]),
+    Entry("variances over n - 1",
+          changed("scales", lambda right, r: right * (r.sum(0) / (r.sum(0) - 1)).sqrt()[:, None]),
           "wrong M-step", ("scales",)),
     Entry("scales are variances", changed("scales", lambda right, r: right**2), "wrong M-step", ("scales",),
           "square of scales for scales"),
-    Entry("scales off by a millionth", changed("scales", lambda right, r: right * (1 + 1e-6)), "wrong M-step", ("scales",)),
+    Entry("scales off by a millionth",
+          changed("scales", lambda right, r: right * (1 + 1e-6)), "wrong M-step", ("scales",)),
     Entry("locs of the next component", changed("locs", lambda right, r: right.roll(1, 0)), "wrong M-step", SITES),
     Entry("weights smoothed by one", changed("weights", lambda right, r: (r.sum(0) + 1) / (len(r) + 3)), "wrong M-step",
           ("weights",), "smoothed by 1"),

@@ -145,7 +145,7 @@ def in_turn(resp: Tensor, x: Tensor, *, params: Params) -> Params:
 
 
 def both_at_once_by_halves(resp: Tensor, x: Tensor, *, params: Params) -> Params:
-    """Return both locs half of the way to the best ones at the other's old value: a damped Jacobi sweep, which rises."""
+    """Return both locs half of the way to the best ones at the other's old value: a damped Jacobi sweep."""
     locs_a = (params["locs_a"] + best_a(params["locs_b"], resp, x)) / 2
     locs_b = (params["locs_b"] + best_b(params["locs_a"], resp, x)) / 2
     return finish(locs_a, locs_b, resp, x)
@@ -227,7 +227,8 @@ ENTRIES = (
     Entry("weights of both parts forgotten", with_e_step(log_densities), "wrong E-step"),
     Entry("weights of one part forgotten", with_e_step(lambda p, x: log_densities(p, x) + p["weights_b"].log()),
           "wrong E-step"),
-    Entry("hard assignment", replace(SUBJECT, e_step=lambda p, x: (e_step(p, x) == e_step(p, x).amax((1, 2), True)).to(x)),
+    Entry("hard assignment",
+          replace(SUBJECT, e_step=lambda p, x: (e_step(p, x) == e_step(p, x).amax((1, 2), True)).to(x)),
           "wrong E-step", hint="hard assignments"),
     Entry("noise counted for each part", with_e_step(lambda p, x: log_joint({**p, "scales": p["scales"] * 2**0.5}, x)),
           "wrong E-step"),
