@@ -126,6 +126,13 @@ def half_of_the_means(resp: Tensor, x: Tensor, *, params: Params) -> Params:
     return {**right, "locs": locs, "scales": variances_about(locs, resp, x).sqrt()}
 
 
+def responsibilities_refreshed(resp: Tensor, x: Tensor, *, params: Params) -> Params:
+    """Return scales at responsibilities taken again after the means: two cycles of ECM (Meng and Rubin 1993, 3)."""
+    right = m_step(resp, x)
+    again = e_step({**right, "scales": params["scales"]}, x)
+    return {**right, "scales": variances_about(right["locs"], again, x).sqrt()}
+
+
 def scales_never_updated(resp: Tensor, x: Tensor, *, params: Params) -> Params:
     """Return the old scales: it rises, and stops where the likelihood still has a slope."""
     return {**m_step(resp, x), "scales": params["scales"]}
@@ -187,6 +194,7 @@ ENTRIES = (
     Entry("scales about the old means", replace(SUBJECT, m_step=about_the_old_means), "generalised EM"),
     Entry("half a step in the log scales", replace(SUBJECT, m_step=half_in_the_logarithm), "generalised EM"),
     Entry("half a step in the means", replace(SUBJECT, m_step=half_of_the_means), "generalised EM"),
+    Entry("responsibilities taken again", replace(SUBJECT, m_step=responsibilities_refreshed), "generalised EM"),
     *wrong_e_steps(SUBJECT, log_joint),
     *wrong_weights(SUBJECT),
     *wrong_reports(SUBJECT, log_joint),

@@ -218,7 +218,9 @@ ENTRIES = (
     Entry("Euclidean distance", EUCLIDEAN, "wrong E-step", blind=one_feature(EUCLIDEAN)),
     Entry("Gaussian densities", replace(
         SUBJECT,
-        e_step=lambda p, x: (p["weights"].log() - p["scales"].log().sum(1) - (distances(p, x) ** 2).sum(2) / 2).softmax(1),
+        e_step=lambda p, x: (
+            p["weights"].log() - p["scales"].log().sum(1) - distances(p, x).square().sum(2) / 2
+        ).softmax(1),
     ), "wrong E-step"),
     Entry("factor 2 forgotten in the report", replace(
         SUBJECT, log_likelihood=lambda p, x: log_likelihood(p, x) + x.numel() * torch.tensor(2.0).double().log()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -105,6 +106,13 @@ def newton(gating: Tensor, resp: Tensor, covariates: Tensor, slope: Tensor, ridg
     return gating + torch.linalg.solve(curvature, slope.reshape(-1)).reshape(gating.shape)
 
 
+def rising(old: Tensor, target: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the first point, of the target and those halved towards the old one, that is no worse than the old one."""
+    shorter = (old + (target - old) / 2**halvings for halvings in range(30))
+    rounding = 1e-14 * objective(old).abs()
+    return next((point for point in shorter if objective(point) >= objective(old) - rounding), old)
+
+
 def fit_gating(resp: Tensor, covariates: Tensor, ridge: float = 0.0) -> Tensor:
     """Return the maximiser of the concave sum resp_nk log weights_nk - ridge |gating|^2 / 2, by damped Newton steps."""
     gating = torch.zeros(covariates.shape[1], resp.shape[1] - 1, dtype=resp.dtype)
@@ -114,9 +122,7 @@ def fit_gating(resp: Tensor, covariates: Tensor, ridge: float = 0.0) -> Tensor:
 
     for _ in range(60):
         target = newton(gating, resp, covariates, score(gating, resp, covariates) - ridge * gating, ridge)
-        shorter = (gating + (target - gating) / 2**halvings for halvings in range(30))
-        rounding = 1e-14 * objective(gating).abs()
-        gating = next((point for point in shorter if objective(point) >= objective(gating) - rounding), gating)
+        gating = rising(gating, target, objective)
     return gating
 
 
@@ -153,14 +159,15 @@ def one_bounded_step(resp: Tensor, x: Tensor, covariates: Tensor, *, params: Par
 
 
 def one_damped_step(resp: Tensor, x: Tensor, covariates: Tensor, *, params: Params) -> Params:
-    """Return half of a Newton step from the current gating."""
+    """Return half of a Newton step from the current gating, or less if it does not rise."""
     old = params["gating"]
-    target = newton(old, resp, covariates, score(old, resp, covariates))
-    return {"gating": (old + target) / 2, **gaussian_part(resp, x)}
+    target = (old + newton(old, resp, covariates, score(old, resp, covariates))) / 2
+    gating = rising(old, target, partial(gating_objective, resp=resp, covariates=covariates))
+    return {"gating": gating, **gaussian_part(resp, x)}
 
 
 def one_step_by_components(resp: Tensor, x: Tensor, covariates: Tensor, *, params: Params) -> Params:
-    """Return half of a Newton step for each component alone: a right slope with a diagonal curvature."""
+    """Return half of a Newton step for each component alone, if it rises: a right slope with a diagonal curvature."""
     old = params["gating"]
     free = logits(old, covariates).softmax(1)[:, :-1]
     slope = score(old, resp, covariates)
@@ -168,7 +175,8 @@ def one_step_by_components(resp: Tensor, x: Tensor, covariates: Tensor, *, param
         torch.linalg.solve(covariates.T @ ((p * (1 - p))[:, None] * covariates), g)
         for p, g in zip(free.T, slope.T, strict=True)
     ]
-    return {"gating": old + torch.stack(steps, 1) / 2, **gaussian_part(resp, x)}
+    objective = partial(gating_objective, resp=resp, covariates=covariates)
+    return {"gating": rising(old, old + torch.stack(steps, 1) / 2, objective), **gaussian_part(resp, x)}
 
 
 def one_step_with_a_diagonal_jacobian(resp: Tensor, x: Tensor, covariates: Tensor, *, params: Params) -> Params:
@@ -236,9 +244,9 @@ WRONG_GATING: dict[str, tuple[str, Change]] = {
     "hard labels": ("", hard_labels),
     "regression of the log odds": ("", log_odds_regression),
     "gating transposed": ("transposed", lambda right, r, x, c: right.T),
-    "gating of the other sign": ("a factor of -1", lambda right, r, x, c: -right),
+    "gating of the other sign": ("other sign", lambda right, r, x, c: -right),
     "first component as reference": ("", lambda right, r, x, c: fit_gating(r.roll(-1, 1), c)),
-    "components exchanged": ("components in another order", lambda right, r, x, c: right.flip(1)),
+    "components exchanged": ("reversed along axis 1", lambda right, r, x, c: right.flip(1)),
     "one Newton step from zero": ("", lambda right, r, x, c: newton(0 * right, r, c, score(0 * right, r, c))),
     "gating off by a millionth": ("", lambda right, r, x, c: right * (1 + 1e-6)),
 }

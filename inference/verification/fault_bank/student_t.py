@@ -215,11 +215,10 @@ ENTRIES = (
     Entry("variances over n - 1",
           changed("scales", lambda right, r: right * (r.sum(0) / (r.sum(0) - 1)).sqrt()[:, None]),
           "wrong M-step", ("scales",)),
-    Entry("scales are variances", changed("scales", lambda right, r: right**2), "wrong M-step", ("scales",),
-          "square of scales for scales"),
+    Entry("scales are variances", changed("scales", lambda right, r: right**2), "wrong M-step", ("scales",)),
     Entry("scales off by a millionth",
           changed("scales", lambda right, r: right * (1 + 1e-6)), "wrong M-step", ("scales",)),
     Entry("locs of the next component", changed("locs", lambda right, r: right.roll(1, 0)), "wrong M-step", SITES),
     Entry("weights smoothed by one", changed("weights", lambda right, r: (r.sum(0) + 1) / (len(r) + 3)), "wrong M-step",
-          ("weights",), "smoothed by 1"),
+          ("weights",)),
 )  # fmt: skip

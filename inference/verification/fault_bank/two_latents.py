@@ -205,12 +205,17 @@ WRONG_SITES: dict[str, tuple[str, tuple[str, ...], str, Callable[[Tensor, Tensor
         "",
         lambda right, r, x: millionth(right, r, x) / millionth(right, r, x).sum(),
     ),
-    "first locs left free, second shrunk": ("locs_b", LOCS, "", lambda right, r, x: 0.9 * right),
+    "second part shrunk": ("locs_b", LOCS, "a factor of 0.9", lambda right, r, x: 0.9 * right),
     "one loc off by a millionth": ("locs_b", LOCS, "", millionth),
     "scales are variances": ("scales", ("scales",), "square of scales for scales", lambda right, r, x: right**2),
-    "scales over N - 1": ("scales", ("scales",), "", lambda right, r, x: right * (len(x) / (len(x) - 1)) ** 0.5),
+    "scales over N - 1": (
+        "scales",
+        ("scales",),
+        "n - 1 for n",
+        lambda right, r, x: right * (len(x) / (len(x) - 1)) ** 0.5,
+    ),
     "one scale for both features": ("scales", ("scales",), "", lambda right, r, x: right.mean().expand_as(right)),
-    "scales exchanged": ("scales", ("scales",), "components in another order", lambda right, r, x: right.flip(0)),
+    "scales exchanged": ("scales", ("scales",), "reversed along axis 0", lambda right, r, x: right.flip(0)),
     "scales off by a millionth": ("scales", ("scales",), "", lambda right, r, x: right * (1 + 1e-6)),
 }
 ENTRIES = (
