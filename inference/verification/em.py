@@ -141,8 +141,10 @@ def judge_m_step(own: Trial, generator: torch.Generator, *, climb: bool) -> tupl
         made += one
         if found != "exact EM":
             return found if found == "undecided" else kind, made + checks
-    detail = f"fails with error {checks[0].error:.2g}, as in a step that raises Q and does not maximise it"
-    return "generalised EM", [*made, checks[0]._replace(passed=True, counterexample=None, detail=detail)]
+    detail = (
+        f"it leaves a gradient of Q (error {checks[0].error:.2g}), as a step that raises Q and does not maximise it"
+    )
+    return "generalised EM", [*made[:-1], made[-1]._replace(detail=detail)]
 
 
 def _nearer(check: Check, other: Check) -> bool:

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 
 from mixproof.inference.verification.report import Check
 from mixproof.inference.verification.subject import Subject
-from mixproof.inference.verification.trial import BLIND, PENALISED, ROUNDING, OutsideSupport, Target, Trial
+from mixproof.inference.verification.trial import BLIND, PENALISED, ROUNDING, Target, Trial
 
 MOST_ROWS = 6
 NUM_DRAWS = 3
@@ -56,10 +56,12 @@ def smallest_counterexample(own: Trial, verdict: str, checks: Sequence[Check], s
         seed: of the rows, responsibilities and parameters that are tried.
     """
     fails, write = FAULTS[verdict]
-    prior = float(any(check.name == PENALISED and not check.passed for check in checks))
+    failed = next((check for check in checks if check.name.startswith("grad") and not check.passed), None)
+    prior = float(failed is not None and failed.name == PENALISED)
+    site = (failed.counterexample or {}).get("site", "") if failed is not None else ""
     for instance, params, resp in _instances(own, torch.Generator().manual_seed(seed)):
         try:
-            found = fails(instance, params, Target(resp.to(instance.origin), prior=prior))
+            found = fails(instance, params, Target(resp.to(instance.origin), prior=prior), site)
         except Exception:  # too small for this program or for this step
             continue
         if found is not None:
@@ -220,7 +222,7 @@ def _short_resp(possible: Tensor, generator: torch.Generator) -> Tensor:
     return counts / counts.sum(1, keepdim=True)
 
 
-def _wrong_e_step(own: Trial, params: dict[str, Tensor], target: Target) -> Found | None:
+def _wrong_e_step(own: Trial, params: dict[str, Tensor], target: Target, site: str) -> Found | None:
     with torch.no_grad():
         rows = own.joint(params).rows
     claimed, right = own.responsibilities(params), rows.softmax(1)
@@ -230,7 +232,7 @@ def _wrong_e_step(own: Trial, params: dict[str, Tensor], target: Target) -> Foun
     return None if bool(((claimed - right).abs() <= tolerance).all()) else Found(own, params, target)
 
 
-def _wrong_report(own: Trial, params: dict[str, Tensor], target: Target) -> Found | None:
+def _wrong_report(own: Trial, params: dict[str, Tensor], target: Target, site: str) -> Found | None:
     with torch.no_grad():
         joint = own.joint(params)
     size = 1 + (joint.row_weights * joint.rows.logsumexp(1)).abs().sum()
@@ -238,22 +240,23 @@ def _wrong_report(own: Trial, params: dict[str, Tensor], target: Target) -> Foun
     return None if abs(own.reported(params) - joint.log_likelihood) <= tolerance else Found(own, params, target)
 
 
-def _wrong_m_step(own: Trial, params: dict[str, Tensor], target: Target) -> Found | None:
-    try:
-        new = own.maximise(target.resp, params)
-    except OutsideSupport as error:
-        better = own.maximiser(params, target, list(own.spans()))
-        return None if own.unbounded(params, better, target) else Found(own, params, target, error.args[1], better)
-    for prior in (0.0, 1.0) if own.has_prior else (0.0,):  # a MAP step leaves a gradient of Q, and is right
-        residual = own.residual(new, target._replace(prior=prior))
-        if bool((residual.errors.abs() <= CLEAR * residual.tolerances).all()):
-            return None
-    sites, better = own.blame(new, target, own.residual(new, target))
-    if own.unbounded(new, better, target):
+def _wrong_m_step(own: Trial, params: dict[str, Tensor], target: Target, site: str) -> Found | None:
+    new = own.returned(target.resp, params)
+    if own.is_inside(site, new[site]):
+        for prior in (0.0, 1.0) if own.has_prior else (0.0,):  # a MAP step leaves a gradient of Q, and is right
+            residual = own.residual(new, target._replace(prior=prior))
+            blurred = residual.tolerances.max() > torch.finfo(own.origin.dtype).eps ** 0.5
+            if blurred or bool((residual.errors.abs() <= CLEAR * residual.tolerances).all()):
+                return None
+        start = new
+    else:
+        start = {**new, site: params[site]}
+    better = own.maximiser(start, target, [site])
+    if own.unbounded(start, better, target):
         return None
     with torch.no_grad():
-        heights = [own.terms(own.unconstrained(at)[0], target).sum() for at in (new, better)]
-    return Found(own, params, target, sites[0], better) if heights[1] > heights[0] else None
+        heights = [own.terms(own.unconstrained(at)[0], target).sum() for at in (start, better)]
+    return Found(own, params, target, site, better) if heights[1] > heights[0] else None
 
 
 def _write_e_step(found: Found) -> str:
@@ -292,7 +295,6 @@ def _write_m_step(found: Found) -> str:
     value = f'["{site}"]' if mapping else f".{site}"
     extra = ", params=params" if own.takes_params else ""
     objective = "Q + log prior" if found.target.prior else "Q"
-    support = own.program.supports[site]
     lines = [
         *_preamble(own.subject, "model", "m_step"),
         *_assign(own, found.params if own.takes_params else None),
@@ -301,8 +303,8 @@ def _write_m_step(found: Found) -> str:
         f"claimed = m_step(resp, {_names(own)}{extra})",
         f"better = {better}",
     ]
-    if not (torch.isfinite(new[site]).all() and support.check(new[site]).all()):
-        says = f"{site} outside its support {support}, and the maximiser of {objective}:"
+    if not own.is_inside(site, new[site]):
+        says = f"{site} outside its support {own.program.supports[site]}, and the maximiser of {objective}:"
         return "\n".join([*lines, f'print("{says}", claimed{value}, better{value}, sep="\\n")'])
     lines += [
         'for name, found in (("claimed", claimed), ("better", better)):',
@@ -313,7 +315,7 @@ def _write_m_step(found: Found) -> str:
     return "\n".join(lines)
 
 
-FAULTS: dict[str, tuple[Callable[[Trial, dict[str, Tensor], Target], Found | None], Callable[[Found], str]]] = {
+FAULTS: dict[str, tuple[Callable[[Trial, dict[str, Tensor], Target, str], Found | None], Callable[[Found], str]]] = {
     "wrong E-step": (_wrong_e_step, _write_e_step),
     "wrong M-step": (_wrong_m_step, _write_m_step),
     "wrong report": (_wrong_report, _write_report),

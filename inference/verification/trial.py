@@ -28,6 +28,8 @@ ROUNDING = 2.0**10
 NUM_NUDGES = 4
 NEWTON_STEPS = 60
 HALVINGS = 12
+BRACKET = 1e-4
+"""How near to a kink a descent without curvatures ends, relative to the coordinate."""
 SMALL = 1e-4
 """A site that, put right, leaves no more than this share of a residual was the cause of all of it."""
 BLIND = 1e-6
@@ -168,11 +170,15 @@ class Trial:
         found = self.returned(resp, params)
         for name in self.coordinates.transforms:
             value, support = found[name], self.program.supports[name]
-            if not torch.isfinite(value).all():
-                raise OutsideSupport(f"m_step returns {name} with an entry that is not finite: {_brief(value)}", name)
-            if not support.check(value).all():
-                raise OutsideSupport(f"m_step returns {name} outside its support {support}: {_brief(value)}", name)
+            if not self.is_inside(name, value):
+                finite = bool(torch.isfinite(value).all())
+                what = f"outside its support {support}" if finite else "with an entry that is not finite"
+                raise OutsideSupport(f"m_step returns {name} {what}: {_brief(value)}", name)
         return found
+
+    def is_inside(self, site: str, value: Tensor) -> bool:
+        """Whether a value is finite and lies in the support of a site."""
+        return bool(torch.isfinite(value).all()) and bool(self.program.supports[site].check(value).all())
 
     def returned(self, resp: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the person's M-step makes of responsibilities, refusing other sites and shapes."""
@@ -353,9 +359,26 @@ def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Te
     if not value.isfinite():
         return u, torch.full_like(u, math.inf)
     u = minimise(with_gradient(function), u, max_steps=300, rtol=1e-14).u
-    _, gradient, hessian = _derivatives(function, u)
-    known = BLIND / 2  # at a kink, or without curvatures, the Newton step says nothing
-    return u, _newton_step(gradient, hessian).clamp(-known, known) if hessian.isfinite().all() else torch.zeros_like(u)
+    return _onto_kinks(function, u, first)
+
+
+def _onto_kinks(function: Callable[[Tensor], Tensor], u: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a minimum (P,) near u with kinks in some coordinates, by bisection of their slopes, and the step left."""
+    objective = with_gradient(function)
+    kinked = objective(u)[1].abs() > SMALL * first
+    smooth = (~kinked).nonzero().flatten()
+    for i in kinked.nonzero().flatten().tolist():
+        low, high = u[i] - BRACKET * (1 + u[i].abs()), u[i] + BRACKET * (1 + u[i].abs())
+        for _ in range(64):
+            middle = (low + high) / 2
+            rising = objective(u.index_fill(0, torch.tensor(i), middle.item()))[1][i] > 0
+            low, high = (low, middle) if rising else (middle, high)
+        u = u.index_fill(0, torch.tensor(i), high.item())
+    if kinked.all() or not kinked.any():
+        _, gradient, hessian = _derivatives(function, u)
+        return u, _newton_step(gradient, hessian) if hessian.isfinite().all() else torch.zeros_like(u)
+    free, step = descend(lambda free: function(u.index_copy(0, smooth, free)), u[smooth])
+    return u.index_copy(0, smooth, free), torch.zeros_like(u).index_copy(0, smooth, step)
 
 
 def _newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
