@@ -655,6 +655,46 @@ def test_limit_that_no_power_describes_is_undecided() -> None:
     assert verify_limit(lambda e: math.nan, 0.0, seed=SEED).verdict == "undecided"
 
 
+RATES: dict[str, tuple] = {
+    "linear": (lambda e: 1 + e, 1.0, 1.0),
+    "quadratic": (math.cos, 1.0, 2.0),
+    "cubic": (lambda e: math.sin(e) - e, 0.0, 3.0),
+    "square root with a linear term": (lambda e: 2 + e**0.5 + e, 2.0, 0.5),
+    "cube root": (lambda e: e ** (1 / 3) + e ** (2 / 3), 0.0, 1 / 3),
+    "slow": (lambda e: 1 + e**0.1, 1.0, 0.1),
+    "a close second power": (lambda e: e + e**1.1, 0.0, 1.0),
+    "cancelling": (lambda e: (math.exp(e) - 1) / e, 1.0, 1.0),
+    "the slowest entry": (lambda e: tensor([1 + e, e**2, 3.0]), tensor([1.0, 0, 3]), 1.0),
+    "exact entries": (lambda e: tensor([1.0, e**2]), tensor([1.0, 0]), 2.0),
+    "softmax": (softmax([3.0, 2.0, 1.0]), tensor([1.0, 0, 0]), math.inf),
+    "constant": (lambda e: 1.0, 1.0, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_claimed_rates(name: str) -> None:
+    sequence, limit, rate = RATES[name]
+    assert_limit(sequence, limit, rate=rate, seed=SEED)
+    wrong = [1.0, 2.0] if rate == math.inf else [rate * 1.1, rate * 0.9, rate + 1, math.inf]
+    for claim in wrong:
+        report = verify_limit(sequence, limit, rate=claim, seed=SEED)
+        assert report.verdict == "refuted"
+        assert failed(report) == ["converges at the rate"]
+
+
+def test_rate_that_does_not_settle_is_undecided() -> None:
+    for sequence in (lambda e: e * math.log(e), lambda e: e * math.sin(1 / e)):
+        assert verify_limit(sequence, 0.0, rate=1.0, seed=SEED).verdict == "undecided"
+    single = verify_limit(lambda e: torch.tensor(1 + e, dtype=torch.float32), 1.0, rate=1.0, seed=SEED)
+    assert single.verdict == "undecided"
+
+
+@pytest.mark.parametrize(("limit", "rate"), [(0.0, 0.0), (0.0, -1.0), (0.0, math.nan), (math.inf, 1.0)])
+def test_rate_must_be_positive_and_towards_a_number(limit: float, rate: float) -> None:
+    with pytest.raises(ValueError, match="positive power"):
+        verify_limit(lambda e: e, limit, rate=rate, seed=SEED)
+
+
 def test_limit_needs_a_geometric_sequence() -> None:
     with pytest.raises(ValueError, match="constant factor"):
         verify_limit(lambda e: e, 0.0, seed=SEED, at=[0.1, 0.2])
