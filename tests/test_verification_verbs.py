@@ -471,6 +471,73 @@ def test_sampler_that_is_not_finite_is_undecided_and_wrong_shapes_raise() -> Non
         verify_moments(normal_sample, MEAN, seed=SEED, smallest=0.0)
 
 
+def bernoulli_sample(*probs: float, value: float = 1.0) -> Callable[[int, torch.Generator], Tensor]:
+    def sample(n: int, generator: torch.Generator) -> Tensor:
+        return value * (torch.rand(n, len(probs), generator=generator, dtype=torch.float64) < tensor([*probs])).double()
+
+    return sample
+
+
+def bernoulli_moments(*probs: float) -> tuple[Tensor, Tensor]:
+    return tensor([*probs]), (tensor([*probs]) * (1 - tensor([*probs]))).diag()
+
+
+def inflated_sample(n: int, generator: torch.Generator) -> Tensor:
+    """Zero with probability 0.7, else exponential of mean 2; beside it a count that depends on which."""
+    positive = torch.rand(n, generator=generator, dtype=torch.float64) < 0.3
+    size = -2 * torch.log1p(-torch.rand(n, generator=generator, dtype=torch.float64))
+    count = (torch.rand(n, 3, generator=generator, dtype=torch.float64) < 0.5).sum(1)
+    return torch.stack([torch.where(positive, size, 0.0), positive + count, torch.full((n,), 4.0)], 1)
+
+
+# Var = 0.3 * 8 - 0.36, Cov = E[x b] - E[x] E[b] for the indicator b
+INFLATED = tensor([0.6, 1.8, 4.0]), tensor([[2.04, 0.42, 0], [0.42, 0.21 + 0.75, 0], [0, 0, 0]])
+
+
+def test_rare_atoms_and_degenerate_columns() -> None:
+    for seed in range(5):
+        for probs in ((1e-3, 0.5), (1e-4, 0.3), (0.5, 0.5), (0.999, 1e-2)):
+            assert_moments(bernoulli_sample(*probs), *bernoulli_moments(*probs), seed=seed)
+        assert_moments(inflated_sample, *INFLATED, seed=seed)
+        for mean in (1e-6, 1e-7):  # never or hardly seen: no verdict in place of a wrong alarm
+            probs = (mean, 0.5)
+            assert (
+                verify_moments(bernoulli_sample(*probs), *bernoulli_moments(*probs), seed=seed).verdict == "undecided"
+            )
+            assert verify_moments(bernoulli_sample(mean), tensor([mean]), seed=seed).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("sample", "mean", "covariance", "check"),
+    [
+        (bernoulli_sample(1e-3, 0.5), *bernoulli_moments(1.2e-3, 0.5), "mean"),
+        (bernoulli_sample(1e-3, 0.5), bernoulli_moments(1e-3, 0.5)[0], bernoulli_moments(1.2e-3, 0.5)[1], "covariance"),
+        (bernoulli_sample(0.5), tensor([0.5]), tensor([[0.26]]), "covariance"),
+        (bernoulli_sample(0.0, 0.5), *bernoulli_moments(1e-3, 0.5), "mean"),
+        (bernoulli_sample(1e-4, 0.5), tensor([0.0, 0.5]), tensor([[0, 0], [0, 0.25]]), "mean"),
+        (bernoulli_sample(1e-4, 0.5), tensor([1e-4, 0.5]), tensor([[0, 0], [0, 0.25]]), "mean"),
+        (inflated_sample, INFLATED[0] + tensor([0, 0, 1e-9]), INFLATED[1], "mean"),
+        (inflated_sample, INFLATED[0], INFLATED[1] + tensor([1.0, 0, 0]).diag() * 0.05, "covariance"),
+        (inflated_sample, INFLATED[0], INFLATED[1] * (1 - tensor([[0.0, 0.1, 0]] * 3)), "a covariance matrix"),
+        (inflated_sample, INFLATED[0], INFLATED[1].diagonal().diag(), "covariance"),
+    ],
+)
+def test_false_moments_of_rare_atoms_and_degenerate_columns(
+    sample: Callable[[int, torch.Generator], Tensor], mean: Tensor, covariance: Tensor, check: str
+) -> None:
+    report = verify_moments(sample, mean, covariance, smallest=0.02, max_numbers=2**23, seed=SEED)
+    assert report.verdict == "refuted"
+    assert check in failed(report)
+
+
+def test_single_precision_draws_have_moments() -> None:
+    assert_moments(lambda n, g: torch.randn(n, 2, generator=g) + 100, tensor([100.0, 100]), torch.eye(2), seed=SEED)
+    moved = verify_moments(
+        lambda n, g: torch.randn(n, 2, generator=g) + 100, tensor([100.0, 100.02]), torch.eye(2), seed=SEED
+    )
+    assert moved.verdict == "refuted"
+
+
 # densities
 
 
