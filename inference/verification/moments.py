@@ -236,6 +236,11 @@ def covariance_agrees(
     )
 
 
+def without_skewness(ratio: Tensor, skewness: Tensor) -> Tensor:
+    """Return Hall's transformation of Student's ratio of an average, given the skewness of the average itself."""
+    return ratio + skewness / 3 * ratio.square() + skewness.square() / 27 * ratio.pow(3) + skewness / 6
+
+
 def draw(sample: Sampler, num_samples: int, generator: torch.Generator) -> Tensor:
     """Return draws (N, D) in float64, a law on the line as one column."""
     draws = sample(num_samples, generator)
@@ -300,8 +305,7 @@ def _z_test(
     standard_error = torch.where(fixed, 0.0, (variance / num).sqrt())
     wrong = error.abs() > floor
     adjust = skewness / num**0.5
-    ratio = error / standard_error
-    ratio = ratio + adjust / 3 * ratio.square() + adjust.square() / 27 * ratio.pow(3) + adjust / 6
+    ratio = without_skewness(error / standard_error, adjust)
     p_values = 2 * torch.as_tensor(stats.t.sf(ratio.abs().numpy(), num - 1))
     p_values = torch.where(variance == 0, unmoved.exp(), p_values)
     p_values = torch.where(adjust.abs() > LARGEST_SKEWNESS, torch.nan, p_values)
