@@ -622,6 +622,225 @@ def test_false_densities_are_refuted(name: str) -> None:
     assert check in failed(report)
 
 
+RATES_2 = tensor([[0.5, 4.0, 1.0, 9.0, 2.0, 0.2], [6.0, 1.0, 3.0, 20.0, 0.1, 2.0]])
+
+
+def poisson_mixture(dim: int, share: float = 0.4) -> tuple[Callable, Callable]:
+    rates, shares = RATES_2[:, :dim], tensor([share, 1 - share])
+
+    def log_prob(x: Tensor) -> Tensor:
+        inside = (x >= 0).all(1)
+        counts = x.clamp(min=0)[:, None]
+        terms = (counts * rates.log() - rates - torch.lgamma(counts + 1)).sum(-1)
+        return torch.where(inside, (shares.log() + terms).logsumexp(1), -torch.inf)
+
+    def sample(n: int, generator: torch.Generator) -> Tensor:
+        label = (torch.rand(n, generator=generator, dtype=torch.float64) > share).long()
+        return torch.poisson(rates[label], generator=generator)
+
+    return log_prob, sample
+
+
+def hurdle_density(x: Tensor, zero: float = 0.3, loc: float = 0.5) -> Tensor:
+    """An atom at zero beside an exponential law, a label that depends on it, a normal law that depends on both."""
+    size, label, y = x.T
+    first = torch.where(size == 0, math.log(zero), math.log(1 - zero) - size)
+    first = torch.where(size < 0, -torch.inf, first)
+    chance = torch.where(size == 0, 0.2, 0.7)
+    second = torch.where(label == 1, chance, 1 - chance).log()
+    second = torch.where((label == 0) | (label == 1), second, -torch.inf)
+    third = torch.distributions.Normal(loc * label - (size == 0).double(), 0.8).log_prob(y)
+    return first + second + third
+
+
+def hurdle_sample(n: int, generator: torch.Generator) -> Tensor:
+    u = torch.rand(n, 3, generator=generator, dtype=torch.float64)
+    size = torch.where(u[:, 0] < 0.3, 0.0, -torch.log1p(-u[:, 1]))
+    label = (u[:, 2] < torch.where(size == 0, 0.2, 0.7)).double()
+    y = 0.5 * label - (size == 0).double() + 0.8 * torch.randn(n, generator=generator, dtype=torch.float64)
+    return torch.stack([size, label, y], 1)
+
+
+HURDLE: tuple = ([0.0], "discrete", "continuous")
+CORRELATED = tensor([[1.0, 0.8, 0.1], [0.8, 1.5, -0.3], [0.1, -0.3, 0.7]])
+
+
+def solid_sample(n: int, generator: torch.Generator) -> Tensor:
+    z = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    return (
+        torch.where(z[:, :1] > 0.3, 2.0, -2.0)
+        + torch.randn(n, 3, generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(CORRELATED).T
+    )
+
+
+def solid_density(x: Tensor, moved: float = 0.0) -> Tensor:
+    low = stats.norm.cdf(0.3)
+    parts = [MultivariateNormal(tensor([sign * 2.0, sign * 2 + moved, sign * 2.0]), CORRELATED) for sign in (-1, 1)]
+    return torch.stack(
+        [part.log_prob(x) + math.log(w) for part, w in zip(parts, (low, 1 - low), strict=True)]
+    ).logsumexp(0)
+
+
+COUNTED = {dim: {"columns": ["discrete"] * dim} for dim in (1, 2, 6)}
+TRUE_MIXED: dict[str, tuple] = {
+    **{f"Poisson mixture in {dim}-D": (*poisson_mixture(dim), COUNTED[dim]) for dim in (1, 2, 6)},
+    "atom, label and density": (hurdle_density, hurdle_sample, {"columns": HURDLE}),
+    "zero-inflated": (
+        lambda x: torch.where(x[:, 0] == 0, math.log(0.3), math.log(0.7) - x[:, 0].abs() - math.log(2)),
+        lambda n, g: (
+            (torch.rand(n, generator=g) < 0.7)
+            * (2.0 * (torch.rand(n, generator=g) < 0.5) - 1)
+            * -torch.log1p(-torch.rand(n, generator=g, dtype=torch.float64))
+        ),
+        {"columns": [[0.0]]},
+    ),
+    "in space": (solid_density, solid_sample, {}),
+    "single precision": (
+        lambda x: torch.distributions.Normal(0.0, 1.0).log_prob(x.float()).sum(1),
+        lambda n, g: torch.randn(n, 2, generator=g),
+        {},
+    ),
+    "distribution function": (
+        normal_density,
+        normal_sample,
+        {"cdf": lambda x, a: torch.distributions.Normal(a @ MEAN, (a @ COVARIANCE @ a).sqrt()).cdf(x)},
+    ),
+    "distribution function of counts": (
+        poisson_mixture(1, 1 - 1e-12)[0],
+        lambda n, g: torch.poisson(torch.full((n,), 0.5, dtype=torch.float64), generator=g),
+        {**COUNTED[1], "cdf": lambda x: torch.as_tensor(stats.poisson.cdf(x.numpy(), 0.5))},
+    ),
+}
+FALSE_MIXED: dict[str, tuple] = {
+    "1e-6 too large, counts": (
+        lambda x: poisson_mixture(2)[0](x) + 1e-6,
+        poisson_mixture(2)[1],
+        COUNTED[2],
+        "integrates to one on a grid",
+    ),
+    "5 % too large, six counts": (
+        lambda x: poisson_mixture(6)[0](x) + 0.05,
+        poisson_mixture(6)[1],
+        COUNTED[6],
+        "integrates to one, by sampling",
+    ),
+    "other weights": (poisson_mixture(6, 0.5)[0], poisson_mixture(6)[1], COUNTED[6], "agrees with its sampler"),
+    "other weights, two counts": (
+        poisson_mixture(2, 0.42)[0],
+        poisson_mixture(2)[1],
+        COUNTED[2],
+        "agrees with its sampler",
+    ),
+    "independent counts": (
+        lambda x: sum(poisson_mixture(2)[0](torch.stack([x[:, i], x[:, i]], 1)) for i in range(2)) / 2,
+        poisson_mixture(2)[1],
+        COUNTED[2],
+        "frequencies",
+    ),
+    "impossible counts": (
+        lambda x: torch.where(x[:, 0] == 0, -torch.inf, poisson_mixture(2)[0](x)),
+        poisson_mixture(2)[1],
+        COUNTED[2],
+        "frequencies",
+    ),
+    "another atom": (
+        lambda x: hurdle_density(x, zero=0.33),
+        hurdle_sample,
+        {"columns": HURDLE},
+        "agrees with its sampler",
+    ),
+    "atom counted twice": (
+        lambda x: hurdle_density(x) + math.log(2) * (x[:, 0] == 0),
+        hurdle_sample,
+        {"columns": HURDLE},
+        "integrates to one, by sampling",
+    ),
+    "regression moved": (
+        lambda x: hurdle_density(x, loc=0.6),
+        hurdle_sample,
+        {"columns": HURDLE},
+        "agrees with its sampler",
+    ),
+    "1e-6 too large, in space": (
+        lambda x: torch.distributions.Normal(0.0, tensor(1.0)).log_prob(x).sum(1) + 1e-6,
+        lambda n, g: torch.randn(n, 3, generator=g, dtype=torch.float64),
+        {},
+        "integrates to one on a grid",
+    ),
+    "2 % too large, in space": (lambda x: solid_density(x) + 0.02, solid_sample, {}, "integrates to one on a grid"),
+    "moved, in space": (lambda x: solid_density(x, 0.1), solid_sample, {}, "agrees with its sampler"),
+    "moved far, in space": (lambda x: solid_density(x, 0.5), solid_sample, {}, "projections"),
+    "another mean in the distribution function": (
+        normal_density,
+        normal_sample,
+        {"cdf": lambda x, a: torch.distributions.Normal(a @ MEAN + 0.1, (a @ COVARIANCE @ a).sqrt()).cdf(x)},
+        "agrees with the distribution function",
+    ),
+    "distribution function of one count": (
+        *poisson_mixture(1),
+        {**COUNTED[1], "cdf": lambda x: torch.as_tensor(stats.poisson.cdf(x.numpy(), 0.5))},
+        "agrees with the distribution function",
+    ),
+    "no direction in the distribution function": (
+        normal_density,
+        normal_sample,
+        {"cdf": lambda x: x.sigmoid()},
+        "agrees with the distribution function",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_MIXED)
+def test_true_densities_of_discrete_and_mixed_laws_hold(name: str) -> None:
+    log_prob, sample, options = TRUE_MIXED[name]
+    for seed in range(2):
+        assert_density(log_prob, sample, **options, seed=seed)
+
+
+@pytest.mark.parametrize("name", FALSE_MIXED)
+def test_false_densities_of_discrete_and_mixed_laws_are_refuted(name: str) -> None:
+    log_prob, sample, options, check = FALSE_MIXED[name]
+    report = verify_density(log_prob, sample, **options, seed=SEED)
+    assert report.verdict == "refuted"
+    assert check in failed(report)
+
+
+def test_what_a_density_cannot_show_is_undecided() -> None:
+    counts = verify_density(*poisson_mixture(2), seed=SEED)
+    assert counts.verdict == "undecided"
+    assert "state its atoms" in str(counts)
+    inflated = verify_density(
+        hurdle_density, hurdle_sample, columns=("continuous", "discrete", "continuous"), seed=SEED
+    )
+    assert inflated.verdict == "undecided"
+    spheres = verify_density(  # so thin a shell in so many dimensions that no proposal of this kind meets it
+        lambda x: -1e4 * (x.norm(dim=1) - 1).square(),
+        lambda n, g: torch.nn.functional.normalize(torch.randn(n, 40, generator=g, dtype=torch.float64), dim=1),
+        seed=SEED,
+        num_samples=2**14,
+    )
+    assert spheres.verdict in ("undecided", "refuted")
+    exact = verify_density(
+        lambda x: -0.5 * x.square().sum(1) - 50 * math.log(2 * math.pi),
+        lambda n, g: torch.randn(n, 100, generator=g, dtype=torch.float64),
+        seed=SEED,
+        num_samples=2**14,
+    )
+    assert exact.verdict in ("holds", "undecided")
+
+
+def test_columns_that_do_not_fit_raise() -> None:
+    for columns, match in (
+        (["discrete"], "2 columns"),
+        (["discrete", "continuous"], "whole numbers"),
+        (["count", "continuous"], "list of atoms"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            verify_density(normal_density, normal_sample, columns=columns, seed=SEED)
+    with pytest.raises(ValueError, match="without a support"):
+        verify_density(coin_density, coin_sample, support=CUBE, columns=["discrete"] * 4, seed=SEED)
+
+
 CUBE = torch.cartesian_prod(*[tensor([0.0, 1.0])] * 4)
 COINS = tensor([0.1, 0.5, 0.7, 0.95])
 
