@@ -364,6 +364,117 @@ FALSE_MAXIMISERS: dict[str, tuple] = {
 }
 
 
+CORRELATION = tensor([[1.0, 0.5, 0.1], [0.5, 1.0, 0.3], [0.1, 0.3, 1.0]])
+CLOUD = normals(9, 4)
+LEVELS = tensor([1.0, 200.0, 0.03, 1.5])
+FLAT_CLOUD = normals(8, 3)
+BETWEEN = FLAT_CLOUD.sort(0).values[3:5]
+
+
+def cholesky_likelihood(root: Tensor, scatter: Tensor = CORRELATION) -> Tensor:
+    return -2 * root.diagonal().log().sum() - torch.trace(torch.cholesky_inverse(root) @ scatter)
+
+
+def nearest(*target: float) -> Callable[[Tensor], Tensor]:
+    return lambda v: -(v - tensor([*target])).square().sum()
+
+
+def kinks(m: Tensor) -> Tensor:
+    return -(LEVELS * (CLOUD - m).abs()).sum()
+
+
+def flat_and_smooth(m: Tensor) -> Tensor:
+    """Flat in the first two coordinates between data, smooth in the last."""
+    return -(FLAT_CLOUD[:, :2] - m[:2]).abs().sum() - (FLAT_CLOUD[:, 2] - m[2]).square().sum()
+
+
+def roof(m: Tensor) -> Tensor:
+    """Two oblique ridges that cross at (1, 1)."""
+    return -(100 * (m[0] - m[1]).abs() + (m.sum() - 2).abs())
+
+
+def ridge_and_hill(m: Tensor) -> Tensor:
+    """An oblique ridge with a smooth top at (1, 1)."""
+    return -(m[0] - m[1]).abs() - (m.sum() - 2).square()
+
+
+BOX = {"constraint": constraints.unit_interval}
+FACTOR = {"constraint": constraints.lower_cholesky}
+FLAT_TOP = torch.cat([BETWEEN[:, :2].mean(0), FLAT_CLOUD[:, 2].mean()[None]])
+CORRELATION_FACTOR = {"constraint": constraints.corr_cholesky}
+TRUE_MAXIMISERS |= {
+    "correlation factor": (torch.linalg.cholesky(CORRELATION), cholesky_likelihood, CORRELATION_FACTOR),
+    "Cholesky factor": (
+        torch.linalg.cholesky(4 * CORRELATION),
+        lambda r: cholesky_likelihood(r, 4 * CORRELATION),
+        FACTOR,
+    ),
+    "corner and face of a box": (tensor([1.0, 0.0, 0.3]), nearest(2.0, -0.5, 0.3), BOX),
+    "corner of a box": (tensor([1.0, 0.0]), nearest(1.0, -1e-9), BOX),
+    "half-line": (tensor([0.0, 2.0]), nearest(-1.0, 2.0), {"constraint": constraints.nonnegative}),
+    "all fair, at the edge": (
+        tensor([0.0, 0.5, 1.0]),
+        lambda p: (torch.special.xlogy(tensor([0.0, 2, 4]), p) + torch.special.xlogy(tensor([4.0, 2, 0]), 1 - p)).sum(),
+        BOX,
+    ),
+    "projection onto the simplex": (tensor([0.5, 0.5, 0.0]), nearest(0.6, 0.6, -0.2), SIMPLEX),
+    "rows, some at a face": (
+        tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]]),
+        lambda p: -(p - tensor([[0.6, 0.6, -0.2], [2.0, 0.0, -1.0], [0.2, 0.3, 0.5]])).square().sum(),
+        SIMPLEX,
+    ),
+    "medians of unequal weights": (CLOUD.median(0).values, kinks, {}),
+    "flat and smooth": (FLAT_TOP, flat_and_smooth, {}),
+    "roof": (tensor([1.0, 1.0]), roof, {}),
+    "ridge and hill": (tensor([1.0, 1.0]), ridge_and_hill, {}),
+    "single precision": (
+        torch.tensor([0.2, 0.5, 0.3]),
+        lambda p: (torch.tensor([2.0, 5, 3]) * p.log()).sum(),
+        SIMPLEX,
+    ),
+    "single precision at a kink": (
+        CLOUD.float().median(0).values,
+        lambda m: -(CLOUD.float() - m).abs().sum(),
+        {},
+    ),
+}
+ONE_UP = CLOUD.sort(0).values[5]
+FALSE_MAXIMISERS |= {
+    "correlation 1e-6": (
+        torch.linalg.cholesky(CORRELATION + 1e-6 * (tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 0]]))),
+        cholesky_likelihood,
+        CORRELATION_FACTOR,
+    ),
+    "Cholesky factor 1e-6": (torch.linalg.cholesky(CORRELATION) * (1 + 1e-6), cholesky_likelihood, FACTOR),
+    "covariance 1e-6": ((DATA.mean(0), scatter(DATA) * (1 + 1e-6)), normal_likelihood, {"constraint": NORMAL_SET}),
+    "wrong corner": (tensor([0.0, 0.0, 0.3]), nearest(2.0, -0.5, 0.3), BOX),
+    "face of a box, 1e-6": (tensor([1.0, 0.0, 0.3 + 3e-7]), nearest(2.0, -0.5, 0.3), BOX),
+    "bound for a maximum 1e-6 away": (tensor([1.0, 0.0]), nearest(1 - 1e-6, -0.5), BOX),
+    "interior for a bound": (tensor([1 - 1e-6, 0.0]), nearest(2.0, -0.5), BOX),
+    "half-line 1e-6": (tensor([0.0, 2.0]), nearest(1e-6, 2.0), {"constraint": constraints.nonnegative}),
+    "face of the simplex, 1e-6": (tensor([0.5 + 5e-7, 0.5 - 5e-7, 0.0]), nearest(0.6, 0.6, -0.2), SIMPLEX),
+    "weight dropped that is 1e-6": (tensor([0.5, 0.5, 0.0]), nearest(0.5, 0.5, 1e-6), SIMPLEX),
+    "weight of 1e-6 for none": (tensor([0.5, 0.5 - 1e-6, 1e-6]), nearest(0.6, 0.6, -0.2), SIMPLEX),
+    **{
+        f"median {i} one up": (torch.where(torch.arange(4) == i, ONE_UP, CLOUD.median(0).values), kinks, {})
+        for i in range(4)
+    },
+    "flat and smooth, 1e-6": (FLAT_TOP * tensor([1, 1, 1 + 1e-6]), flat_and_smooth, {}),
+    "off the flat top": (
+        torch.where(torch.arange(3) == 1, FLAT_CLOUD.sort(0).values[5], FLAT_TOP),
+        flat_and_smooth,
+        {},
+    ),
+    "along the roof, 1e-6": (tensor([1 + 1e-6, 1 + 1e-6]), roof, {}),
+    "along the ridge, 1e-6": (tensor([1 + 1e-6, 1 + 1e-6]), ridge_and_hill, {}),
+    "single precision, 1 %": (
+        torch.tensor([0.21, 0.49, 0.3]),
+        lambda p: (torch.tensor([2.0, 5, 3]) * p.log()).sum(),
+        SIMPLEX,
+    ),
+}
+
+
 @pytest.mark.parametrize("name", TRUE_MAXIMISERS)
 def test_true_maximisers_hold(name: str) -> None:
     claimed, objective, options = TRUE_MAXIMISERS[name]
@@ -379,9 +490,31 @@ def test_false_maximisers_are_refuted(name: str) -> None:
 
 def test_boundary_and_outside_are_said() -> None:
     claimed, objective, options = TRUE_MAXIMISERS["weight of zero"]
-    assert "boundary" in str(assert_maximiser(claimed, objective, **options, seed=SEED))
+    assert "off the boundary" in str(assert_maximiser(claimed, objective, **options, seed=SEED))
+    claimed, objective, options = FALSE_MAXIMISERS["weight dropped that is 1e-6"]
+    assert "falls inward" in failed(verify_maximiser(claimed, objective, **options, seed=SEED))
     claimed, objective, options = FALSE_MAXIMISERS["unnormalised weights"]
     assert "outside its constraint" in str(verify_maximiser(claimed, objective, **options, seed=SEED))
+
+
+def test_boundary_of_other_sets_is_undecided() -> None:
+    target = tensor([1.0, -1.0]).diag()
+    report = verify_maximiser(
+        tensor([1.0, 0.0]).diag(),
+        lambda s: -(s - target).square().sum(),
+        constraint=constraints.positive_semidefinite,
+        seed=SEED,
+    )
+    assert report.verdict == "undecided"
+
+
+def test_oblique_kinks_are_told_by_their_directions() -> None:
+    for name in ("roof", "ridge and hill", "medians of unequal weights"):
+        claimed, objective, options = TRUE_MAXIMISERS[name]
+        report = assert_maximiser(claimed, objective, **options, seed=SEED)
+        assert "zero lies in the hull" in str(report)
+    claimed, objective, options = FALSE_MAXIMISERS["along the roof, 1e-6"]
+    assert "no ascent" in failed(verify_maximiser(claimed, objective, **options, seed=SEED))
 
 
 def test_objective_without_a_value_leaves_the_claim_undecided() -> None:
