@@ -962,14 +962,20 @@ def test_what_a_density_cannot_show_is_undecided() -> None:
     assert exact.verdict in ("holds", "undecided")
 
 
-def test_columns_that_do_not_fit_raise() -> None:
-    for columns, match in (
+@pytest.mark.parametrize(
+    ("columns", "match"),
+    [
         (["discrete"], "2 columns"),
         (["discrete", "continuous"], "whole numbers"),
         (["count", "continuous"], "list of atoms"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            verify_density(normal_density, normal_sample, columns=columns, seed=SEED)
+    ],
+)
+def test_columns_that_do_not_fit_raise(columns: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        verify_density(normal_density, normal_sample, columns=columns, seed=SEED)
+
+
+def test_columns_and_support_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="without a support"):
         verify_density(coin_density, coin_sample, support=CUBE, columns=["discrete"] * 4, seed=SEED)
 

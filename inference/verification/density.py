@@ -101,7 +101,7 @@ def verify_density(
         return conclude(subject, [Check("finite draws", False, nan, nan, detail="the sampler is not finite")], seed)
     if support is not None and columns is not None:
         raise ValueError("a finite support is discrete: give columns only without a support")
-    share = false_alarm / 5
+    share = false_alarm / 6  # of the checks below
     extra = []
     if cdf is not None:
         extra.append(distribution_function_agrees(cdf, draws, generator=generator, false_alarm=share))
@@ -117,8 +117,8 @@ def verify_density(
         repeated = no_atoms(draws, columns)
         if not repeated.passed:
             return conclude(subject, [repeated, *extra], seed)
-        checks = [grid_integral(log_prob, draws, columns=columns)] if draws.shape[1] in GRID else []
-        checks = [check for check in checks if check is not None]
+        summed = grid_integral(log_prob, draws, columns=columns) if draws.shape[1] in GRID else None
+        checks = [] if summed is None else [summed]
         if set(columns) == {"discrete"}:
             seen = torch.unique(pilot, dim=0)
             checks.append(frequencies_agree(log_prob, draws, seen, complete=False, false_alarm=share))
@@ -497,10 +497,9 @@ def sampled_integral(log_weights: Tensor, *, false_alarm: float) -> Check:
     error = abs(float(weights.mean()) - 1)
     p_value = float(error <= ROUNDING)
     if standard_error > 0:
-        ratio = (weights.mean() - 1) / standard_error
         skewness = (weights - weights.mean()).pow(3).mean() / weights.std().pow(3)
-        ratio = float(without_skewness(ratio, skewness / len(weights) ** 0.5))
-        p_value = float(2 * stats.t.sf(abs(ratio), len(weights) - 1))
+        ratio = without_skewness((weights.mean() - 1) / standard_error, skewness / len(weights) ** 0.5)
+        p_value = float(2 * stats.t.sf(float(ratio.abs()), len(weights) - 1))
     passed = p_value >= false_alarm
     found = {"integral": float(weights.mean()), "standard error": standard_error, "claimed": 1.0}
     tolerance = float(stats.norm.isf(false_alarm / 2)) * standard_error

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +96,7 @@ def verify_maximiser(
         checks.append(Check("stationary", False, nan, nan, detail=detail))
         if any(_is_singular(v, c) for v, c in zip(values, sets, strict=True)):
             return conclude(subject, checks, seed)
-    elif abs(value) < torch.inf and sum(inner.numel() for inner in on_face):
+    elif abs(value) < torch.inf and any(inner.numel() > 0 for inner in on_face):
         stationary = slopes_vanish(on_face, restricted, face_sets, seed=seed)
         kink = stationary if stationary.passed else slopes_change_sign(on_face, restricted, face_sets)
         checks.append(kink if kink.passed or stationary.detail else stationary)
@@ -138,7 +139,7 @@ def face_of(values: Sequence[Tensor], sets: Sequence[constraints.Constraint]) ->
             if kept.all():
                 inner.append(value)
                 inner_sets.append(constraint)
-                builders.append(lambda parts, k=start: parts[k])
+                builders.append(itemgetter(start))
                 continue
             for row, free in zip(value.reshape(-1, value.shape[-1]), kept.reshape(-1, value.shape[-1]), strict=True):
                 inner.append(row[free])
