@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -946,20 +947,25 @@ def test_what_a_density_cannot_show_is_undecided() -> None:
         hurdle_density, hurdle_sample, columns=("continuous", "discrete", "continuous"), seed=SEED
     )
     assert inflated.verdict == "undecided"
-    spheres = verify_density(  # so thin a shell in so many dimensions that no proposal of this kind meets it
-        lambda x: -1e4 * (x.norm(dim=1) - 1).square(),
-        lambda n, g: torch.nn.functional.normalize(torch.randn(n, 40, generator=g, dtype=torch.float64), dim=1),
-        seed=SEED,
-        num_samples=2**14,
-    )
-    assert spheres.verdict in ("undecided", "refuted")
-    exact = verify_density(
-        lambda x: -0.5 * x.square().sum(1) - 50 * math.log(2 * math.pi),
-        lambda n, g: torch.randn(n, 100, generator=g, dtype=torch.float64),
-        seed=SEED,
-        num_samples=2**14,
-    )
-    assert exact.verdict in ("holds", "undecided")
+    far = verify_density(partial(normal_in_many, 300), partial(many_normals, 300), seed=SEED, num_samples=2**14)
+    assert far.verdict == "undecided"
+    assert "share draws worth only" in str(far)
+
+
+def normal_in_many(dim: int, x: Tensor, scale: float = 1.0) -> Tensor:
+    return -0.5 * (x / scale).square().sum(1) - dim * (0.5 * math.log(2 * math.pi) + math.log(scale))
+
+
+def many_normals(dim: int, n: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(n, dim, generator=generator, dtype=torch.float64)
+
+
+def test_density_that_the_proposal_hardly_covers() -> None:
+    options: dict[str, Any] = {"seed": SEED, "num_samples": 2**14}
+    sample = partial(many_normals, 60)
+    assert "not tested apart" in str(assert_density(partial(normal_in_many, 60), sample, **options))
+    for fault in (lambda x: normal_in_many(60, x, 1.05), lambda x: normal_in_many(60, x) + 0.5):
+        assert verify_density(fault, sample, **options).verdict == "refuted"
 
 
 @pytest.mark.parametrize(
