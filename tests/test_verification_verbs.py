@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from mixproof.inference.verification import (
     assert_moments,
     binary,
     positive,
+    positive_definite,
     reals,
     simplex,
+    symmetric,
     unit_interval,
     verify_density,
     verify_gradient,
@@ -194,6 +197,98 @@ def test_transposed_jacobian_is_refuted() -> None:
     assert verify_gradient(lambda x: matrix.T, lambda x: matrix @ x, reals(3), seed=SEED).verdict == "refuted"
 
 
+def symmetric_gradient(a: Tensor) -> Tensor:
+    return torch.linalg.inv(a)
+
+
+def distinct_entries(gradient: Tensor) -> Tensor:
+    return 2 * gradient - torch.diag_embed(gradient.diagonal(dim1=-2, dim2=-1))
+
+
+def log_det(a: Tensor) -> Tensor:
+    return torch.linalg.cholesky(a).diagonal(dim1=-2, dim2=-1).log().sum() * 2
+
+
+def corner_trace(a: Tensor) -> Tensor:
+    """Reads one triangle only: as a function of separate entries its gradient is lower triangular."""
+    return (a.tril() * torch.arange(9.0, dtype=torch.float64).reshape(3, 3)).sum()
+
+
+CORNERS = torch.arange(9.0, dtype=torch.float64).reshape(3, 3).tril()
+STRUCTURED: dict[str, tuple] = {
+    "log det, symmetric": ("symmetric", symmetric_gradient, log_det, positive_definite(3, 3)),
+    "log det, distinct entries": (
+        "distinct entries",
+        lambda a: distinct_entries(torch.linalg.inv(a)),
+        log_det,
+        positive_definite(3, 3),
+    ),
+    "batches": ("symmetric", symmetric_gradient, log_det, positive_definite(4, 3, 3)),
+    "one triangle, symmetric": ("symmetric", lambda a: (CORNERS + CORNERS.T) / 2, corner_trace, symmetric(3, 3)),
+    "one triangle, distinct entries": (
+        "distinct entries",
+        lambda a: CORNERS + CORNERS.T - CORNERS.diag().diag(),
+        corner_trace,
+        symmetric(3, 3),
+    ),
+    "a Jacobian": (
+        "symmetric",
+        lambda a: torch.stack([torch.linalg.inv(a), torch.eye(3).double()]),
+        lambda a: torch.stack([torch.logdet(a), a.trace()]),
+        positive_definite(3, 3),
+    ),
+    "entropy": ("simplex", lambda p: -p.log(), lambda p: torch.special.entr(p).sum(), simplex(4)),
+    "entropy with its constant": ("simplex", lambda p: -p.log() - 1, lambda p: -(p * p.log()).sum(), simplex(4)),
+    "rows of probabilities": ("simplex", lambda p: 1 / p, lambda p: p.log().sum(), simplex(3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_derivatives_along_tangents(name: str) -> None:
+    structure, claimed, function, domain = STRUCTURED[name]
+    for seed in range(4):
+        assert_gradient(claimed, function, domain, structure=structure, seed=seed)
+    faults: list[Callable[[Tensor], Tensor]] = [
+        lambda x: claimed(x) * (1 + 1e-8),
+        lambda x: -claimed(x),
+        lambda x: claimed(x) + x,
+        lambda x: claimed(x)[..., :-1],
+    ]
+    for wrong in faults:
+        assert verify_gradient(wrong, function, domain, structure=structure, seed=SEED).verdict == "refuted"
+
+
+def test_wrong_convention_is_named() -> None:
+    def entries(a: Tensor) -> Tensor:
+        return distinct_entries(torch.linalg.inv(a))
+
+    cases: list[tuple] = [
+        ("free", "symmetric", lambda a: (CORNERS + CORNERS.T) / 2, corner_trace),
+        ("free", "distinct entries", entries, torch.logdet),
+        ("symmetric", "distinct entries", entries, torch.logdet),
+        ("distinct entries", "symmetric", symmetric_gradient, torch.logdet),
+    ]
+    for asked, meant, wrong, function in cases:
+        found = verify_gradient(wrong, function, positive_definite(3, 3), structure=asked, seed=SEED)
+        assert found.verdict == "refuted"
+        assert f"structure={meant!r}" in found.checks[0].detail
+        assert_gradient(wrong, function, positive_definite(3, 3), structure=meant, seed=SEED)
+    off = verify_gradient(lambda p: 3 + p.log(), lambda p: (p * p.log()).sum(), simplex(4), seed=SEED)
+    assert "structure='simplex'" in off.checks[0].detail
+    lopsided = verify_gradient(
+        lambda a: entries(a) + a.triu(1) - a.tril(-1),
+        torch.logdet,
+        positive_definite(3, 3),
+        structure="distinct entries",
+        seed=SEED,
+    )
+    assert lopsided.verdict == "refuted"
+    with pytest.raises(ValueError, match="not a symmetric matrix"):
+        verify_gradient(symmetric_gradient, torch.logdet, reals(3, 3), structure="symmetric", seed=SEED)
+    with pytest.raises(ValueError, match="not a probability vector"):
+        verify_gradient(lambda p: -p.log(), lambda p: -p.log().sum(), positive(3), structure="simplex", seed=SEED)
+
+
 # maximisers
 
 DATA = normals(21, 2) @ tensor([[1.0, 0.5], [0.0, 0.3]]) + tensor([3.0, -2.0])
@@ -270,6 +365,117 @@ FALSE_MAXIMISERS: dict[str, tuple] = {
 }
 
 
+CORRELATION = tensor([[1.0, 0.5, 0.1], [0.5, 1.0, 0.3], [0.1, 0.3, 1.0]])
+CLOUD = normals(9, 4)
+LEVELS = tensor([1.0, 200.0, 0.03, 1.5])
+FLAT_CLOUD = normals(8, 3)
+BETWEEN = FLAT_CLOUD.sort(0).values[3:5]
+
+
+def cholesky_likelihood(root: Tensor, scatter: Tensor = CORRELATION) -> Tensor:
+    return -2 * root.diagonal().log().sum() - torch.trace(torch.cholesky_inverse(root) @ scatter)
+
+
+def nearest(*target: float) -> Callable[[Tensor], Tensor]:
+    return lambda v: -(v - tensor([*target])).square().sum()
+
+
+def kinks(m: Tensor) -> Tensor:
+    return -(LEVELS * (CLOUD - m).abs()).sum()
+
+
+def flat_and_smooth(m: Tensor) -> Tensor:
+    """Flat in the first two coordinates between data, smooth in the last."""
+    return -(FLAT_CLOUD[:, :2] - m[:2]).abs().sum() - (FLAT_CLOUD[:, 2] - m[2]).square().sum()
+
+
+def roof(m: Tensor) -> Tensor:
+    """Two oblique ridges that cross at (1, 1)."""
+    return -(100 * (m[0] - m[1]).abs() + (m.sum() - 2).abs())
+
+
+def ridge_and_hill(m: Tensor) -> Tensor:
+    """An oblique ridge with a smooth top at (1, 1)."""
+    return -(m[0] - m[1]).abs() - (m.sum() - 2).square()
+
+
+BOX = {"constraint": constraints.unit_interval}
+FACTOR = {"constraint": constraints.lower_cholesky}
+FLAT_TOP = torch.cat([BETWEEN[:, :2].mean(0), FLAT_CLOUD[:, 2].mean()[None]])
+CORRELATION_FACTOR = {"constraint": constraints.corr_cholesky}
+TRUE_MAXIMISERS |= {
+    "correlation factor": (torch.linalg.cholesky(CORRELATION), cholesky_likelihood, CORRELATION_FACTOR),
+    "Cholesky factor": (
+        torch.linalg.cholesky(4 * CORRELATION),
+        lambda r: cholesky_likelihood(r, 4 * CORRELATION),
+        FACTOR,
+    ),
+    "corner and face of a box": (tensor([1.0, 0.0, 0.3]), nearest(2.0, -0.5, 0.3), BOX),
+    "corner of a box": (tensor([1.0, 0.0]), nearest(1.0, -1e-9), BOX),
+    "half-line": (tensor([0.0, 2.0]), nearest(-1.0, 2.0), {"constraint": constraints.nonnegative}),
+    "all fair, at the edge": (
+        tensor([0.0, 0.5, 1.0]),
+        lambda p: (torch.special.xlogy(tensor([0.0, 2, 4]), p) + torch.special.xlogy(tensor([4.0, 2, 0]), 1 - p)).sum(),
+        BOX,
+    ),
+    "projection onto the simplex": (tensor([0.5, 0.5, 0.0]), nearest(0.6, 0.6, -0.2), SIMPLEX),
+    "rows, some at a face": (
+        tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]]),
+        lambda p: -(p - tensor([[0.6, 0.6, -0.2], [2.0, 0.0, -1.0], [0.2, 0.3, 0.5]])).square().sum(),
+        SIMPLEX,
+    ),
+    "medians of unequal weights": (CLOUD.median(0).values, kinks, {}),
+    "flat and smooth": (FLAT_TOP, flat_and_smooth, {}),
+    "roof": (tensor([1.0, 1.0]), roof, {}),
+    "ridge and hill": (tensor([1.0, 1.0]), ridge_and_hill, {}),
+    "single precision": (
+        torch.tensor([0.2, 0.5, 0.3]),
+        lambda p: (torch.tensor([2.0, 5, 3]) * p.log()).sum(),
+        SIMPLEX,
+    ),
+    "single precision at a kink": (
+        CLOUD.float().median(0).values,
+        lambda m: -(CLOUD.float() - m).abs().sum(),
+        {},
+    ),
+}
+ONE_UP = CLOUD.sort(0).values[5]
+FALSE_MAXIMISERS |= {
+    "correlation 1e-6": (
+        torch.linalg.cholesky(CORRELATION + 1e-6 * (tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 0]]))),
+        cholesky_likelihood,
+        CORRELATION_FACTOR,
+    ),
+    "Cholesky factor 1e-6": (torch.linalg.cholesky(CORRELATION) * (1 + 1e-6), cholesky_likelihood, FACTOR),
+    "covariance 1e-6": ((DATA.mean(0), scatter(DATA) * (1 + 1e-6)), normal_likelihood, {"constraint": NORMAL_SET}),
+    "wrong corner": (tensor([0.0, 0.0, 0.3]), nearest(2.0, -0.5, 0.3), BOX),
+    "face of a box, 1e-6": (tensor([1.0, 0.0, 0.3 + 3e-7]), nearest(2.0, -0.5, 0.3), BOX),
+    "bound for a maximum 1e-6 away": (tensor([1.0, 0.0]), nearest(1 - 1e-6, -0.5), BOX),
+    "interior for a bound": (tensor([1 - 1e-6, 0.0]), nearest(2.0, -0.5), BOX),
+    "half-line 1e-6": (tensor([0.0, 2.0]), nearest(1e-6, 2.0), {"constraint": constraints.nonnegative}),
+    "face of the simplex, 1e-6": (tensor([0.5 + 5e-7, 0.5 - 5e-7, 0.0]), nearest(0.6, 0.6, -0.2), SIMPLEX),
+    "weight dropped that is 1e-6": (tensor([0.5, 0.5, 0.0]), nearest(0.5, 0.5, 1e-6), SIMPLEX),
+    "weight of 1e-6 for none": (tensor([0.5, 0.5 - 1e-6, 1e-6]), nearest(0.6, 0.6, -0.2), SIMPLEX),
+    **{
+        f"median {i} one up": (torch.where(torch.arange(4) == i, ONE_UP, CLOUD.median(0).values), kinks, {})
+        for i in range(4)
+    },
+    "flat and smooth, 1e-6": (FLAT_TOP * tensor([1, 1, 1 + 1e-6]), flat_and_smooth, {}),
+    "off the flat top": (
+        torch.where(torch.arange(3) == 1, FLAT_CLOUD.sort(0).values[5], FLAT_TOP),
+        flat_and_smooth,
+        {},
+    ),
+    "along the roof, 1e-6": (tensor([1 + 1e-6, 1 + 1e-6]), roof, {}),
+    "along the ridge, 1e-6": (tensor([1 + 1e-6, 1 + 1e-6]), ridge_and_hill, {}),
+    "single precision, 1 %": (
+        torch.tensor([0.21, 0.49, 0.3]),
+        lambda p: (torch.tensor([2.0, 5, 3]) * p.log()).sum(),
+        SIMPLEX,
+    ),
+}
+
+
 @pytest.mark.parametrize("name", TRUE_MAXIMISERS)
 def test_true_maximisers_hold(name: str) -> None:
     claimed, objective, options = TRUE_MAXIMISERS[name]
@@ -285,9 +491,31 @@ def test_false_maximisers_are_refuted(name: str) -> None:
 
 def test_boundary_and_outside_are_said() -> None:
     claimed, objective, options = TRUE_MAXIMISERS["weight of zero"]
-    assert "boundary" in str(assert_maximiser(claimed, objective, **options, seed=SEED))
+    assert "off the boundary" in str(assert_maximiser(claimed, objective, **options, seed=SEED))
+    claimed, objective, options = FALSE_MAXIMISERS["weight dropped that is 1e-6"]
+    assert "falls inward" in failed(verify_maximiser(claimed, objective, **options, seed=SEED))
     claimed, objective, options = FALSE_MAXIMISERS["unnormalised weights"]
     assert "outside its constraint" in str(verify_maximiser(claimed, objective, **options, seed=SEED))
+
+
+def test_boundary_of_other_sets_is_undecided() -> None:
+    target = tensor([1.0, -1.0]).diag()
+    report = verify_maximiser(
+        tensor([1.0, 0.0]).diag(),
+        lambda s: -(s - target).square().sum(),
+        constraint=constraints.positive_semidefinite,
+        seed=SEED,
+    )
+    assert report.verdict == "undecided"
+
+
+def test_oblique_kinks_are_told_by_their_directions() -> None:
+    for name in ("roof", "ridge and hill", "medians of unequal weights"):
+        claimed, objective, options = TRUE_MAXIMISERS[name]
+        report = assert_maximiser(claimed, objective, **options, seed=SEED)
+        assert "zero lies in the hull" in str(report)
+    claimed, objective, options = FALSE_MAXIMISERS["along the roof, 1e-6"]
+    assert "no ascent" in failed(verify_maximiser(claimed, objective, **options, seed=SEED))
 
 
 def test_objective_without_a_value_leaves_the_claim_undecided() -> None:
@@ -377,6 +605,72 @@ def test_sampler_that_is_not_finite_is_undecided_and_wrong_shapes_raise() -> Non
         verify_moments(normal_sample, MEAN, seed=SEED, smallest=0.0)
 
 
+def bernoulli_sample(*probs: float, value: float = 1.0) -> Callable[[int, torch.Generator], Tensor]:
+    def sample(n: int, generator: torch.Generator) -> Tensor:
+        return value * (torch.rand(n, len(probs), generator=generator, dtype=torch.float64) < tensor([*probs])).double()
+
+    return sample
+
+
+def bernoulli_moments(*probs: float) -> tuple[Tensor, Tensor]:
+    return tensor([*probs]), (tensor([*probs]) * (1 - tensor([*probs]))).diag()
+
+
+def inflated_sample(n: int, generator: torch.Generator) -> Tensor:
+    """Zero with probability 0.7, else exponential of mean 2; beside it a count that depends on which."""
+    positive = torch.rand(n, generator=generator, dtype=torch.float64) < 0.3
+    size = -2 * torch.log1p(-torch.rand(n, generator=generator, dtype=torch.float64))
+    count = (torch.rand(n, 3, generator=generator, dtype=torch.float64) < 0.5).sum(1)
+    return torch.stack([torch.where(positive, size, 0.0), positive + count, torch.full((n,), 4.0)], 1)
+
+
+# Var = 0.3 * 8 - 0.36, Cov = E[x b] - E[x] E[b] for the indicator b
+INFLATED = tensor([0.6, 1.8, 4.0]), tensor([[2.04, 0.42, 0], [0.42, 0.21 + 0.75, 0], [0, 0, 0]])
+
+
+def test_rare_atoms_and_degenerate_columns() -> None:
+    options: dict[str, Any] = {"smallest": 0.1, "max_numbers": 2**21}
+    for seed in range(3):
+        for probs in ((1e-3, 0.5), (0.5, 0.5), (0.9, 1e-2)):
+            assert_moments(bernoulli_sample(*probs), *bernoulli_moments(*probs), seed=seed, **options)
+        assert_moments(inflated_sample, *INFLATED, seed=seed, **options)
+        for mean in (1e-5, 1e-7):  # never or hardly seen: no verdict in place of a wrong alarm
+            law = bernoulli_sample(mean, 0.5)
+            assert verify_moments(law, *bernoulli_moments(mean, 0.5), seed=seed, **options).verdict == "undecided"
+            assert verify_moments(law, tensor([mean, 0.5]), seed=seed, **options).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("sample", "mean", "covariance", "check"),
+    [
+        (bernoulli_sample(1e-3, 0.5), *bernoulli_moments(1.2e-3, 0.5), "mean"),
+        (bernoulli_sample(1e-3, 0.5), bernoulli_moments(1e-3, 0.5)[0], bernoulli_moments(1.2e-3, 0.5)[1], "covariance"),
+        (bernoulli_sample(0.5), tensor([0.5]), tensor([[0.26]]), "covariance"),
+        (bernoulli_sample(0.0, 0.5), *bernoulli_moments(1e-3, 0.5), "mean"),
+        (bernoulli_sample(1e-4, 0.5), tensor([0.0, 0.5]), tensor([[0, 0], [0, 0.25]]), "mean"),
+        (bernoulli_sample(1e-4, 0.5), tensor([1e-4, 0.5]), tensor([[0, 0], [0, 0.25]]), "mean"),
+        (inflated_sample, INFLATED[0] + tensor([0, 0, 1e-9]), INFLATED[1], "mean"),
+        (inflated_sample, INFLATED[0], INFLATED[1] + tensor([1.0, 0, 0]).diag() * 0.05, "covariance"),
+        (inflated_sample, INFLATED[0], INFLATED[1] * (1 - tensor([[0.0, 0.1, 0]] * 3)), "a covariance matrix"),
+        (inflated_sample, INFLATED[0], INFLATED[1].diagonal().diag(), "covariance"),
+    ],
+)
+def test_false_moments_of_rare_atoms_and_degenerate_columns(
+    sample: Callable[[int, torch.Generator], Tensor], mean: Tensor, covariance: Tensor, check: str
+) -> None:
+    report = verify_moments(sample, mean, covariance, smallest=0.02, max_numbers=2**23, seed=SEED)
+    assert report.verdict == "refuted"
+    assert check in failed(report)
+
+
+def test_single_precision_draws_have_moments() -> None:
+    assert_moments(lambda n, g: torch.randn(n, 2, generator=g) + 100, tensor([100.0, 100]), torch.eye(2), seed=SEED)
+    moved = verify_moments(
+        lambda n, g: torch.randn(n, 2, generator=g) + 100, tensor([100.0, 100.02]), torch.eye(2), seed=SEED
+    )
+    assert moved.verdict == "refuted"
+
+
 # densities
 
 
@@ -459,6 +753,236 @@ def test_false_densities_are_refuted(name: str) -> None:
     report = verify_density(log_prob, sample, seed=SEED)
     assert report.verdict == "refuted"
     assert check in failed(report)
+
+
+RATES_2 = tensor([[0.5, 4.0, 1.0, 9.0, 2.0, 0.2], [6.0, 1.0, 3.0, 20.0, 0.1, 2.0]])
+
+
+def poisson_mixture(dim: int, share: float = 0.4) -> tuple[Callable, Callable]:
+    rates, shares = RATES_2[:, :dim], tensor([share, 1 - share])
+
+    def log_prob(x: Tensor) -> Tensor:
+        inside = (x >= 0).all(1)
+        counts = x.clamp(min=0)[:, None]
+        terms = (counts * rates.log() - rates - torch.lgamma(counts + 1)).sum(-1)
+        return torch.where(inside, (shares.log() + terms).logsumexp(1), -torch.inf)
+
+    def sample(n: int, generator: torch.Generator) -> Tensor:
+        label = (torch.rand(n, generator=generator, dtype=torch.float64) > share).long()
+        return torch.poisson(rates[label], generator=generator)
+
+    return log_prob, sample
+
+
+def hurdle_density(x: Tensor, zero: float = 0.3, loc: float = 0.5) -> Tensor:
+    """An atom at zero beside an exponential law, a label that depends on it, a normal law that depends on both."""
+    size, label, y = x.T
+    first = torch.where(size == 0, math.log(zero), math.log(1 - zero) - size)
+    first = torch.where(size < 0, -torch.inf, first)
+    chance = torch.where(size == 0, 0.2, 0.7)
+    second = torch.where(label == 1, chance, 1 - chance).log()
+    second = torch.where((label == 0) | (label == 1), second, -torch.inf)
+    third = torch.distributions.Normal(loc * label - (size == 0).double(), 0.8).log_prob(y)
+    return first + second + third
+
+
+def hurdle_sample(n: int, generator: torch.Generator) -> Tensor:
+    u = torch.rand(n, 3, generator=generator, dtype=torch.float64)
+    size = torch.where(u[:, 0] < 0.3, 0.0, -torch.log1p(-u[:, 1]))
+    label = (u[:, 2] < torch.where(size == 0, 0.2, 0.7)).double()
+    y = 0.5 * label - (size == 0).double() + 0.8 * torch.randn(n, generator=generator, dtype=torch.float64)
+    return torch.stack([size, label, y], 1)
+
+
+HURDLE: tuple = ([0.0], "discrete", "continuous")
+CORRELATED = tensor([[1.0, 0.8, 0.1], [0.8, 1.5, -0.3], [0.1, -0.3, 0.7]])
+
+
+def solid_sample(n: int, generator: torch.Generator) -> Tensor:
+    z = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    return (
+        torch.where(z[:, :1] > 0.3, 2.0, -2.0)
+        + torch.randn(n, 3, generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(CORRELATED).T
+    )
+
+
+def solid_density(x: Tensor, moved: float = 0.0) -> Tensor:
+    low = stats.norm.cdf(0.3)
+    parts = [MultivariateNormal(tensor([sign * 2.0, sign * 2 + moved, sign * 2.0]), CORRELATED) for sign in (-1, 1)]
+    return torch.stack(
+        [part.log_prob(x) + math.log(w) for part, w in zip(parts, (low, 1 - low), strict=True)]
+    ).logsumexp(0)
+
+
+COUNTED = {dim: {"columns": ["discrete"] * dim} for dim in (1, 2, 6)}
+TRUE_MIXED: dict[str, tuple] = {
+    **{f"Poisson mixture in {dim}-D": (*poisson_mixture(dim), COUNTED[dim]) for dim in (1, 2, 6)},
+    "atom, label and density": (hurdle_density, hurdle_sample, {"columns": HURDLE}),
+    "zero-inflated": (
+        lambda x: torch.where(x[:, 0] == 0, math.log(0.3), math.log(0.7) - x[:, 0].abs() - math.log(2)),
+        lambda n, g: (
+            (torch.rand(n, generator=g) < 0.7)
+            * (2.0 * (torch.rand(n, generator=g) < 0.5) - 1)
+            * -torch.log1p(-torch.rand(n, generator=g, dtype=torch.float64))
+        ),
+        {"columns": [[0.0]]},
+    ),
+    "in space": (solid_density, solid_sample, {}),
+    "single precision": (
+        lambda x: torch.distributions.Normal(0.0, 1.0).log_prob(x.float()).sum(1),
+        lambda n, g: torch.randn(n, 2, generator=g),
+        {},
+    ),
+    "distribution function": (
+        normal_density,
+        normal_sample,
+        {"cdf": lambda x, a: torch.distributions.Normal(a @ MEAN, (a @ COVARIANCE @ a).sqrt()).cdf(x)},
+    ),
+    "distribution function of counts": (
+        poisson_mixture(1, 1 - 1e-12)[0],
+        lambda n, g: torch.poisson(torch.full((n,), 0.5, dtype=torch.float64), generator=g),
+        {**COUNTED[1], "cdf": lambda x: torch.as_tensor(stats.poisson.cdf(x.numpy(), 0.5))},
+    ),
+}
+FALSE_MIXED: dict[str, tuple] = {
+    "1e-6 too large, counts": (
+        lambda x: poisson_mixture(2)[0](x) + 1e-6,
+        poisson_mixture(2)[1],
+        COUNTED[2],
+        "integrates to one on a grid",
+    ),
+    "5 % too large, six counts": (
+        lambda x: poisson_mixture(6)[0](x) + 0.05,
+        poisson_mixture(6)[1],
+        COUNTED[6],
+        "integrates to one, by sampling",
+    ),
+    "other weights": (poisson_mixture(6, 0.5)[0], poisson_mixture(6)[1], COUNTED[6], "agrees with its sampler"),
+    "other weights, two counts": (
+        poisson_mixture(2, 0.42)[0],
+        poisson_mixture(2)[1],
+        COUNTED[2],
+        "agrees with its sampler",
+    ),
+    "independent counts": (
+        lambda x: sum(poisson_mixture(2)[0](torch.stack([x[:, i], x[:, i]], 1)) for i in range(2)) / 2,
+        poisson_mixture(2)[1],
+        COUNTED[2],
+        "frequencies",
+    ),
+    "impossible counts": (
+        lambda x: torch.where(x[:, 0] == 0, -torch.inf, poisson_mixture(2)[0](x)),
+        poisson_mixture(2)[1],
+        COUNTED[2],
+        "frequencies",
+    ),
+    "another atom": (
+        lambda x: hurdle_density(x, zero=0.33),
+        hurdle_sample,
+        {"columns": HURDLE},
+        "agrees with its sampler",
+    ),
+    "atom counted twice": (
+        lambda x: hurdle_density(x) + math.log(2) * (x[:, 0] == 0),
+        hurdle_sample,
+        {"columns": HURDLE},
+        "integrates to one, by sampling",
+    ),
+    "regression moved": (
+        lambda x: hurdle_density(x, loc=0.6),
+        hurdle_sample,
+        {"columns": HURDLE},
+        "agrees with its sampler",
+    ),
+    "1e-6 too large, in space": (
+        lambda x: torch.distributions.Normal(0.0, tensor(1.0)).log_prob(x).sum(1) + 1e-6,
+        lambda n, g: torch.randn(n, 3, generator=g, dtype=torch.float64),
+        {},
+        "integrates to one on a grid",
+    ),
+    "2 % too large, in space": (lambda x: solid_density(x) + 0.02, solid_sample, {}, "integrates to one on a grid"),
+    "moved, in space": (lambda x: solid_density(x, 0.1), solid_sample, {}, "agrees with its sampler"),
+    "moved far, in space": (lambda x: solid_density(x, 0.5), solid_sample, {}, "projections"),
+    "another mean in the distribution function": (
+        normal_density,
+        normal_sample,
+        {"cdf": lambda x, a: torch.distributions.Normal(a @ MEAN + 0.1, (a @ COVARIANCE @ a).sqrt()).cdf(x)},
+        "agrees with the distribution function",
+    ),
+    "distribution function of one count": (
+        *poisson_mixture(1),
+        {**COUNTED[1], "cdf": lambda x: torch.as_tensor(stats.poisson.cdf(x.numpy(), 0.5))},
+        "agrees with the distribution function",
+    ),
+    "no direction in the distribution function": (
+        normal_density,
+        normal_sample,
+        {"cdf": lambda x: x.sigmoid()},
+        "agrees with the distribution function",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_MIXED)
+def test_true_densities_of_discrete_and_mixed_laws_hold(name: str) -> None:
+    log_prob, sample, options = TRUE_MIXED[name]
+    for seed in range(2):
+        assert_density(log_prob, sample, **options, seed=seed)
+
+
+@pytest.mark.parametrize("name", FALSE_MIXED)
+def test_false_densities_of_discrete_and_mixed_laws_are_refuted(name: str) -> None:
+    log_prob, sample, options, check = FALSE_MIXED[name]
+    report = verify_density(log_prob, sample, **options, seed=SEED)
+    assert report.verdict == "refuted"
+    assert check in failed(report)
+
+
+def test_what_a_density_cannot_show_is_undecided() -> None:
+    counts = verify_density(*poisson_mixture(2), seed=SEED)
+    assert counts.verdict == "undecided"
+    assert "state its atoms" in str(counts)
+    inflated = verify_density(
+        hurdle_density, hurdle_sample, columns=("continuous", "discrete", "continuous"), seed=SEED
+    )
+    assert inflated.verdict == "undecided"
+    far = verify_density(partial(normal_in_many, 300), partial(many_normals, 300), seed=SEED, num_samples=2**14)
+    assert far.verdict == "undecided"
+    assert "share draws worth only" in str(far)
+
+
+def normal_in_many(dim: int, x: Tensor, scale: float = 1.0) -> Tensor:
+    return -0.5 * (x / scale).square().sum(1) - dim * (0.5 * math.log(2 * math.pi) + math.log(scale))
+
+
+def many_normals(dim: int, n: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(n, dim, generator=generator, dtype=torch.float64)
+
+
+def test_density_that_the_proposal_hardly_covers() -> None:
+    options: dict[str, Any] = {"seed": SEED, "num_samples": 2**14}
+    sample = partial(many_normals, 60)
+    assert "not tested apart" in str(assert_density(partial(normal_in_many, 60), sample, **options))
+    for fault in (lambda x: normal_in_many(60, x, 1.05), lambda x: normal_in_many(60, x) + 0.5):
+        assert verify_density(fault, sample, **options).verdict == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("columns", "match"),
+    [
+        (["discrete"], "2 columns"),
+        (["discrete", "continuous"], "whole numbers"),
+        (["count", "continuous"], "list of atoms"),
+    ],
+)
+def test_columns_that_do_not_fit_raise(columns: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        verify_density(normal_density, normal_sample, columns=columns, seed=SEED)
+
+
+def test_columns_and_support_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="without a support"):
+        verify_density(coin_density, coin_sample, support=CUBE, columns=["discrete"] * 4, seed=SEED)
 
 
 CUBE = torch.cartesian_prod(*[tensor([0.0, 1.0])] * 4)
@@ -559,6 +1083,46 @@ def test_false_limits_are_refuted(name: str) -> None:
 def test_limit_that_no_power_describes_is_undecided() -> None:
     assert verify_limit(lambda e: 1 / (1 - math.log(e)), 0.0, seed=SEED).verdict == "undecided"
     assert verify_limit(lambda e: math.nan, 0.0, seed=SEED).verdict == "undecided"
+
+
+RATES: dict[str, tuple] = {
+    "linear": (lambda e: 1 + e, 1.0, 1.0),
+    "quadratic": (math.cos, 1.0, 2.0),
+    "cubic": (lambda e: math.sin(e) - e, 0.0, 3.0),
+    "square root with a linear term": (lambda e: 2 + e**0.5 + e, 2.0, 0.5),
+    "cube root": (lambda e: e ** (1 / 3) + e ** (2 / 3), 0.0, 1 / 3),
+    "slow": (lambda e: 1 + e**0.1, 1.0, 0.1),
+    "a close second power": (lambda e: e + e**1.1, 0.0, 1.0),
+    "cancelling": (lambda e: (math.exp(e) - 1) / e, 1.0, 1.0),
+    "the slowest entry": (lambda e: tensor([1 + e, e**2, 3.0]), tensor([1.0, 0, 3]), 1.0),
+    "exact entries": (lambda e: tensor([1.0, e**2]), tensor([1.0, 0]), 2.0),
+    "softmax": (softmax([3.0, 2.0, 1.0]), tensor([1.0, 0, 0]), math.inf),
+    "constant": (lambda e: 1.0, 1.0, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_claimed_rates(name: str) -> None:
+    sequence, limit, rate = RATES[name]
+    assert_limit(sequence, limit, rate=rate, seed=SEED)
+    wrong = [1.0, 2.0] if rate == math.inf else [rate * 1.1, rate * 0.9, rate + 1, math.inf]
+    for claim in wrong:
+        report = verify_limit(sequence, limit, rate=claim, seed=SEED)
+        assert report.verdict == "refuted"
+        assert failed(report) == ["converges at the rate"]
+
+
+def test_rate_that_does_not_settle_is_undecided() -> None:
+    for sequence in (lambda e: e * math.log(e), lambda e: e * math.sin(1 / e)):
+        assert verify_limit(sequence, 0.0, rate=1.0, seed=SEED).verdict == "undecided"
+    single = verify_limit(lambda e: torch.tensor(1 + e, dtype=torch.float32), 1.0, rate=1.0, seed=SEED)
+    assert single.verdict == "undecided"
+
+
+@pytest.mark.parametrize(("limit", "rate"), [(0.0, 0.0), (0.0, -1.0), (0.0, math.nan), (math.inf, 1.0)])
+def test_rate_must_be_positive_and_towards_a_number(limit: float, rate: float) -> None:
+    with pytest.raises(ValueError, match="positive power"):
+        verify_limit(lambda e: e, limit, rate=rate, seed=SEED)
 
 
 def test_limit_needs_a_geometric_sequence() -> None:

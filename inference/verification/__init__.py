@@ -10,6 +10,7 @@ from mixproof.inference.verification.domain import (
     reals,
     simplex,
     support,
+    symmetric,
     unit_interval,
 )
 from mixproof.inference.verification.em import assert_em, verify_em
@@ -39,6 +40,7 @@ __all__ = [
     "reals",
     "simplex",
     "support",
+    "symmetric",
     "unit_interval",
     "verify_density",
     "verify_em",

@@ -49,6 +49,16 @@ def simplex(*shape: int) -> Domain:
     return support(constraints.simplex, *shape)
 
 
+def symmetric(*shape: int) -> Domain:
+    """Return the domain of symmetric matrices, batched in the leading axes: shape (..., D, D)."""
+
+    def draw(generator: torch.Generator) -> Tensor:
+        entries = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (entries + entries.mT) / 2
+
+    return draw
+
+
 def positive_definite(*shape: int) -> Domain:
     """Return the domain of symmetric positive definite matrices, batched in the leading axes: shape (..., D, D)."""
     return support(constraints.positive_definite, *shape)

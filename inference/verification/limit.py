@@ -22,6 +22,8 @@ from mixproof.inference.verification.report import Check, Report, asserting, con
 HALVINGS = tuple(2.0**-k for k in range(1, 49))
 RESOLUTION = 2.0**-10
 """A limit that is known less well than this, relative to the sequence's largest value, is not known."""
+RATE_RESOLUTION = 2.0**-4
+"""A rate that is known less well than this is not known: those in use are multiples of a half or a third."""
 
 
 class Estimate(NamedTuple):
@@ -38,6 +40,7 @@ def verify_limit(
     sequence: Callable[[float], Tensor | float],
     limit: Tensor | float,
     *,
+    rate: float | None = None,
     seed: int,
     at: Sequence[float] = HALVINGS,
     tolerance: float | None = None,
@@ -49,6 +52,8 @@ def verify_limit(
         sequence: ``sequence(eps)`` returns a number or a tensor, for eps > 0.
         limit: the claimed limit, of the same shape; entries may be plus or minus infinity (divergence). A number
             stands for all entries.
+        rate: the claimed p in error ~ eps^p, infinite for faster than any power; of a tensor it is that of its slowest
+            entry. None to test the limit alone.
         seed: of the changes of eps by which the rounding is measured.
         at: the values of eps, falling by a constant factor, at least eight.
         tolerance: the largest accepted scale-free error of the limit; None for what the sequence can resolve.
@@ -58,10 +63,16 @@ def verify_limit(
         A report whose detail says at what rate; undecided where the sequence has no value or is slower than any power.
 
     Raises:
-        ValueError: ``at`` does not fall by a constant factor, or is too short.
+        ValueError: ``at`` does not fall by a constant factor, or is too short; a rate is claimed and is not positive,
+            or the limit is infinite.
     """
-    check = converges_to(sequence, limit, seed=seed, at=at, tolerance=tolerance)
-    return conclude(subject or "the limit", [check], seed)
+    checks = [converges_to(sequence, limit, seed=seed, at=at, tolerance=tolerance)]
+    if rate is not None:
+        if not rate > 0 or _tensor(limit).isinf().any():
+            raise ValueError(f"a rate is a positive power of eps towards a finite limit, got {rate} towards {limit}")
+        if checks[0].passed:
+            checks.append(converges_at_rate(sequence, rate, seed=seed, at=at))
+    return conclude(subject or "the limit", checks, seed)
 
 
 def converges_to(
@@ -73,10 +84,79 @@ def converges_to(
     tolerance: float | None = None,
 ) -> Check:
     """Compare a limit with the extrapolation of its sequence; the arguments are those of ``verify_limit``."""
+    name, nan = "converges to the limit", float("nan")
+    values, roundings, stopped = follow(sequence, seed=seed, at=at)
+    if len(values) < 8:
+        return Check(name, False, nan, nan, detail=stopped)
+    target = _tensor(limit)
+    target = target.expand(values[0].shape) if not isinstance(limit, Tensor) else target
+    if target.shape != values[0].shape:
+        reason = f"the claimed limit has shape {tuple(target.shape)}, the sequence {tuple(values[0].shape)}"
+        found = {"eps": at[0], "claimed": target, "actual": values[0]}
+        return Check(name, False, nan, nan, counterexample=found, detail=reason)
+
+    columns, noises = _columns(values, roundings)
+    entries = [
+        entry_agrees(column, noise, claim, at, tolerance)
+        for column, noise, claim in zip(columns, noises, target.flatten().tolist(), strict=True)
+    ]
+    if not entries:
+        return Check(name, True, 0.0, 0.0)
+    failed = [entry for entry in entries if not entry.passed]
+    refuted = [entry for entry in failed if not math.isnan(entry.error)]
+    worst = max(refuted or failed or entries, key=lambda entry: entry.error)
+    if not failed:
+        worst = max(entries, key=lambda entry: entry.error / entry.tolerance if entry.tolerance else 0.0)
+        slow = min(entries, key=lambda entry: 0 if "^" not in entry.detail else -1)
+        return worst._replace(detail="; ".join(filter(None, [slow.detail, stopped])))
+    if refuted and len(columns) > 1:
+        index = entries.index(worst)
+        worst = worst._replace(counterexample={"entry": index, **(worst.counterexample or {})})
+    return worst
+
+
+def converges_at_rate(
+    sequence: Callable[[float], Tensor | float],
+    rate: float,
+    *,
+    seed: int,
+    at: Sequence[float] = HALVINGS,
+) -> Check:
+    """Compare a claimed rate with the one that the sequence shows; the arguments are those of ``verify_limit``.
+
+    The tolerance is the error of the measured rate. Where the rates at successive values of eps do not settle, as
+    under a logarithm, or too few stand clear of the rounding, the claim is undecided.
+    """
+    name, nan = "converges at the rate", float("nan")
+    values, roundings, stopped = follow(sequence, seed=seed, at=at)
+    if len(values) < 8:
+        return Check(name, False, nan, nan, detail=stopped)
+    measured = [
+        measure_rate(column, noise, at[0] / at[1]) for column, noise in zip(*_columns(values, roundings), strict=True)
+    ]
+    known = [(found, error) for found, error in measured if not math.isnan(found)]
+    found, error = min(known, default=(nan, nan))
+    slower = found + error < rate
+    if math.isnan(found) or (len(known) < len(measured) and not slower):
+        return Check(name, False, nan, nan, detail="the rate cannot be told from these values")
+    distance = 0.0 if found == rate else abs(found - rate)
+    passed = distance <= error
+    example = {"claimed rate": rate, "measured rate": found, "error of the measurement": error}
+    speed = f"error ~ eps^{found:.4g}" if math.isfinite(found) else "faster than any power of eps"
+    return Check(name, passed, distance, error, None, None if passed else example, speed)
+
+
+def follow(
+    sequence: Callable[[float], Tensor | float], *, seed: int, at: Sequence[float]
+) -> tuple[list[Tensor], list[Tensor], str]:
+    """Return the values of a sequence, bounds on their rounding errors, and why it stopped early if it did.
+
+    Raises:
+        ValueError: ``at`` does not fall by a constant factor, or is too short.
+    """
     factors = [b / a for a, b in itertools.pairwise(at)]
     if len(at) < 8 or not all(0 < f < 1 and math.isclose(f, factors[0], rel_tol=1e-9) for f in factors):
         raise ValueError("at needs eight or more positive values that fall by a constant factor")
-    name, nan = "converges to the limit", float("nan")
     generator = torch.Generator().manual_seed(seed)
     values, roundings, stopped = [], [], ""
     for eps in at:
@@ -99,34 +179,7 @@ def converges_to(
         moved = (nearby - value).abs().amax(0).nan_to_num(0.0, 0.0)
         size = torch.maximum(value.abs(), values[0].abs())
         roundings.append(ROUNDING / PERTURBATION * moved + ROUNDING * precision * size)
-    if len(values) < 8:
-        return Check(name, False, nan, nan, detail=stopped)
-    target = _tensor(limit)
-    target = target.expand(values[0].shape) if not isinstance(limit, Tensor) else target
-    if target.shape != values[0].shape:
-        reason = f"the claimed limit has shape {tuple(target.shape)}, the sequence {tuple(values[0].shape)}"
-        found = {"eps": at[0], "claimed": target, "actual": values[0]}
-        return Check(name, False, nan, nan, counterexample=found, detail=reason)
-
-    columns = torch.stack(values).reshape(len(values), -1).T.tolist()
-    noises = torch.stack(roundings).nan_to_num(posinf=0.0).reshape(len(values), -1).T.tolist()
-    entries = [
-        entry_agrees(column, noise, claim, at, tolerance)
-        for column, noise, claim in zip(columns, noises, target.flatten().tolist(), strict=True)
-    ]
-    if not entries:
-        return Check(name, True, 0.0, 0.0)
-    failed = [entry for entry in entries if not entry.passed]
-    refuted = [entry for entry in failed if not math.isnan(entry.error)]
-    worst = max(refuted or failed or entries, key=lambda entry: entry.error)
-    if not failed:
-        worst = max(entries, key=lambda entry: entry.error / entry.tolerance if entry.tolerance else 0.0)
-        slow = min(entries, key=lambda entry: 0 if "^" not in entry.detail else -1)
-        return worst._replace(detail="; ".join(filter(None, [slow.detail, stopped])))
-    if refuted and len(columns) > 1:
-        index = entries.index(worst)
-        worst = worst._replace(counterexample={"entry": index, **(worst.counterexample or {})})
-    return worst
+    return values, roundings, stopped
 
 
 def entry_agrees(
@@ -218,11 +271,62 @@ def _rates(steps: Sequence[float], rounding: Sequence[float], factor: float) -> 
     ]
 
 
+def measure_rate(values: Sequence[float], rounding: Sequence[float], factor: float) -> tuple[float, float]:
+    """Return the rate p at which a sequence of numbers converges, and a bound on its error.
+
+    Both are NaN where it cannot be told; p is infinite where the rates keep growing, or the sequence is constant.
+
+    Args:
+        values: at eps, eps / factor, eps / factor^2, ...
+        rounding: a bound on the rounding error of each.
+        factor: by which eps falls.
+    """
+    steps = [b - a for a, b in itertools.pairwise(values)]
+    if all(abs(step) <= noise for step, noise in zip(steps, rounding[1:], strict=True)):
+        return math.inf, 0.0
+    rates = _rates(steps, rounding, factor)
+    noises = [
+        noise * (1 / abs(a) + 1 / abs(b)) / math.log(factor)
+        for a, b, noise in zip(steps, steps[1:], rounding[2:], strict=False)
+        if min(abs(a), abs(b)) > 2**6 * noise
+    ]
+    # a step that vanishes in the rounding bounds the last rate from below
+    unseen = [
+        math.log(abs(a) / (2**6 * noise)) / math.log(factor)
+        for a, b, noise in zip(steps, steps[1:], rounding[2:], strict=False)
+        if abs(a) > 2**6 * noise >= abs(b)
+    ]
+    for last in (rates, [*rates, *unseen[-1:]]):
+        if len(last) >= 3 and all(b > 1.5 * a for a, b in itertools.pairwise(last[-3:])):
+            return math.inf, 0.0
+    best = math.nan, math.inf
+    for k in range(2, len(rates)):
+        before, change = abs(rates[k - 1] - rates[k - 2]), abs(rates[k] - rates[k - 1])
+        error = 4 * max(noises[k - 2 : k + 1])
+        if change > error:
+            ratio = (change + error) / (before - error) if before > error else 1.0
+            if ratio > 0.9:  # no geometric approach: a logarithm, or an oscillation
+                continue
+            error += 4 * change * ratio / (1 - ratio)
+        else:  # the changes may still add up, under a logarithm as those of 1 / k
+            error *= k + 1
+        settled = all(abs(r - rates[k]) <= error + n for r, n in zip(rates[k:], noises[k:], strict=True))
+        if settled and error < best[1]:
+            best = rates[k], error
+    return best if best[1] <= RATE_RESOLUTION else (math.nan, math.nan)
+
+
 def _measured_rate(rates: Sequence[float]) -> float:
     """Return the rate to which the rates settle, or infinity where they keep growing or none can be measured."""
     if len(rates) < 4 or rates[-1] > 1.5 * rates[-3]:
         return math.inf
     return sorted(rates[-3:])[1]
+
+
+def _columns(values: Sequence[Tensor], roundings: Sequence[Tensor]) -> tuple[list[list[float]], list[list[float]]]:
+    """Return the sequence of each entry, and its rounding errors."""
+    found = torch.stack(tuple(values)).reshape(len(values), -1).T.tolist()
+    return found, torch.stack(tuple(roundings)).nan_to_num(posinf=0.0).reshape(len(values), -1).T.tolist()
 
 
 def _tensor(value: Any) -> Tensor:

@@ -4,15 +4,23 @@ Stationarity is tested in unconstrained coordinates u, with v = T(u) the claimed
 constraint. Along each axis of the Hessian the slope g is compared with sqrt(|f| h), the slope at which a Newton step
 would change the objective f by its own size (h is the curvature), so that no unit of f or of v matters. Where slopes
 do not vanish the claim may still sit at a kink (a median): then the one-sided slopes must change sign within a bracket
-of rounding size.
+of rounding size, along every coordinate and along any direction in which a bundle of nearby gradients points.
+
+At the boundary of a simplex or a box the claim must do the same on its face, and the objective must not rise from the
+face into the set: the conditions of Karush, Kuhn and Tucker. They are of first order: on an objective that is not
+concave, only curvature and random search stand against a point that satisfies them and is not a maximum.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
@@ -53,7 +61,8 @@ def verify_maximiser(
         subject: the claim in words, for the report.
 
     Returns:
-        A report: refuted with a better point or the slopes, undecided where the objective has no value at the claim.
+        A report: refuted with a better point or the slopes, undecided where the objective has no value at the claim, or
+        the claim is at the boundary of a set that is neither a simplex nor a box.
 
     Raises:
         ValueError: there are not as many constraints as claimed tensors.
@@ -76,18 +85,188 @@ def verify_maximiser(
         return conclude(subject, [inside, Check("objective", False, nan, nan, detail=detail)], seed)
 
     checks = [inside]
-    beaten = not_beaten(values, objective, sets, seed=seed, num_scales=num_scales)
-    if on_boundary(values, sets):
-        beaten = beaten._replace(
-            detail="at the boundary of the constraint, where slopes need not vanish: only this check was made"
-        )
-    elif abs(value) < torch.inf:
-        stationary = slopes_vanish(values, objective, sets, seed=seed)
-        kink = stationary if stationary.passed else slopes_change_sign(values, objective, sets)
+    face = face_of(values, sets)
+    on_face, face_sets = face.values, face.sets
+
+    def restricted(*inner: Tensor) -> Tensor:
+        return objective(*face.embed(inner))
+
+    if on_boundary(on_face, face_sets):
+        nan, detail = float("nan"), "at the boundary of this constraint, where slopes need not vanish: not tested"
+        checks.append(Check("stationary", False, nan, nan, detail=detail))
+        if any(_is_singular(v, c) for v, c in zip(values, sets, strict=True)):
+            return conclude(subject, checks, seed)
+    elif abs(value) < torch.inf and any(inner.numel() > 0 for inner in on_face):
+        stationary = slopes_vanish(on_face, restricted, face_sets, seed=seed)
+        kink = stationary if stationary.passed else slopes_change_sign(on_face, restricted, face_sets)
         checks.append(kink if kink.passed or stationary.detail else stationary)
         if stationary.passed:
-            checks.append(curves_down(values, objective, sets))
-    return conclude(subject, [*checks, beaten], seed)
+            checks.append(curves_down(on_face, restricted, face_sets))
+        elif kink.passed:
+            checks.append(no_ascent(on_face, restricted, face_sets, seed=seed))
+    if face.inward and abs(value) < torch.inf:
+        checks.append(falls_inward(values, objective, face.inward))
+    checks.append(not_beaten(values, objective, sets, seed=seed, num_scales=num_scales))
+    return conclude(subject, checks, seed)
+
+
+class Face(NamedTuple):
+    """The smallest face of a set on which a value lies, and the ways from it into the set."""
+
+    values: tuple[Tensor, ...]
+    """What is free on the face; without the entries at a bound."""
+    sets: tuple[constraints.Constraint, ...]
+    """The constraint of each of them."""
+    embed: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    """Leads back to the full values."""
+    inward: tuple[tuple[int, Tensor], ...]
+    """The number of a tensor and a direction in it, of each edge that leads off the face."""
+
+
+def face_of(values: Sequence[Tensor], sets: Sequence[constraints.Constraint]) -> Face:
+    """Return the face of a product of simplices, boxes and other sets on which the values lie."""
+    inner: list[Tensor] = []
+    inner_sets: list[constraints.Constraint] = []
+    builders: list[Callable[[Sequence[Tensor]], Tensor]] = []
+    inward: list[tuple[int, Tensor]] = []
+    for i, (value, constraint) in enumerate(zip(values, sets, strict=True)):
+        base = constraint
+        while isinstance(base, constraints.independent):
+            base = base.base_constraint
+        start = len(inner)
+        if base is constraints.simplex:
+            kept = value > 4 * torch.finfo(value.dtype).tiny
+            if kept.all():
+                inner.append(value)
+                inner_sets.append(constraint)
+                builders.append(itemgetter(start))
+                continue
+            for row, free in zip(value.reshape(-1, value.shape[-1]), kept.reshape(-1, value.shape[-1]), strict=True):
+                inner.append(row[free])
+                inner_sets.append(constraints.simplex)
+            for place in (~kept).nonzero():
+                direction = torch.zeros_like(value)
+                direction[tuple(place[:-1])] = -value[tuple(place[:-1])]
+                direction[tuple(place)] += 1
+                inward.append((i, direction))
+
+            def fill(parts: Sequence[Tensor], k: int = start, kept: Tensor = kept, n: int = len(inner)) -> Tensor:
+                return torch.zeros(kept.shape, dtype=parts[k].dtype).masked_scatter(kept, torch.cat(tuple(parts[k:n])))
+
+            builders.append(fill)
+            continue
+        low, high = (getattr(base, name, None) for name in ("lower_bound", "upper_bound"))
+        at_low, at_high = (torch.zeros_like(value, dtype=torch.bool) for _ in range(2))
+        if (low is not None or high is not None) and value.is_floating_point():
+            at_low = at_low if low is None else value <= low
+            at_high = at_high if high is None else value >= high
+        free = ~(at_low | at_high)
+        inner.append(value if free.all() else value[free])
+        inner_sets.append(constraint if free.all() else base)
+        for sign, places in ((1.0, at_low), (-1.0, at_high)):
+            for place in places.nonzero():
+                direction = torch.zeros_like(value)
+                direction[tuple(place)] = sign * _width(value, low, high)
+                inward.append((i, direction))
+
+        def put(parts: Sequence[Tensor], k: int = start, free: Tensor = free, value: Tensor = value) -> Tensor:
+            return parts[k] if free.all() else value.masked_scatter(free, parts[k])
+
+        builders.append(put)
+    return Face(tuple(inner), tuple(inner_sets), lambda parts: tuple(b(parts) for b in builders), tuple(inward))
+
+
+def falls_inward(values: Sequence[Tensor], objective: Objective, inward: Sequence[tuple[int, Tensor]]) -> Check:
+    """Check that the objective does not rise along any direction that leads from the boundary into the set.
+
+    The slope is taken at 2^12 units in the last place along the direction, and is rounding where it is that beside
+    the slope at a quarter of the direction.
+    """
+    name, tolerance, error, found = "falls inward", 0.0, 0.0, None
+    inside = list(values)  # off every bound, for objectives whose gradient is 0 / 0 on one, as that of x log(p)
+    for i, direction in inward:
+        inside[i] = inside[i] + 2**12 * torch.finfo(direction.dtype).eps * direction
+    for i, direction in inward:
+        eps = torch.finfo(direction.dtype).eps
+        tolerance = max(tolerance, ROUNDING * eps)
+
+        def slope(start: Sequence[Tensor], share: float, i: int = i, direction: Tensor = direction) -> float:
+            def along(share: Tensor) -> Tensor:
+                return objective(*(v + share * direction if k == i else v for k, v in enumerate(start)))
+
+            return float(torch.autograd.functional.jacobian(along, direction.new_tensor(share)))
+
+        near = slope(values, 2**12 * eps)
+        near = slope(inside, 2**12 * eps) if math.isnan(near) else near
+        far = slope(inside, 0.25)
+        if math.isnan(near):
+            detail = "autograd gives no slope beside the boundary"
+            return Check(name, False, near, near, detail=detail)
+        relative = max(near, 0.0) / max(abs(near), abs(far), torch.finfo(torch.float64).tiny) if near > 0 else 0.0
+        if relative > error:
+            error = relative
+            found = {"claimed": bare(values), "direction": direction, "slope just inside": near}
+    passed = error <= tolerance
+    detail = f"{len(inward)} directions lead off the boundary"
+    return Check(name, passed, error, tolerance, None, None if passed else found, detail)
+
+
+def no_ascent(
+    values: Sequence[Tensor], objective: Objective, sets: Sequence[constraints.Constraint], *, seed: int
+) -> Check:
+    """Check that the objective rises in no direction from a kink, those between the coordinates included.
+
+    The shortest vector in the hull of gradients near the claim is the steepest direction of ascent, as far as they
+    tell. If the slope along it does not hold up, the gradient met there joins them; if the vector is zero to rounding,
+    no direction is left (Lemaréchal, bundle methods; Bonnans et al., Numerical Optimization, chapter 10).
+    """
+    u, rebuild = unconstrained(values, sets)
+    eps = torch.finfo(u.dtype).eps
+    size, near, tolerance = scales(values, sets), 2**12 * eps, ROUNDING * eps
+    generator = torch.Generator().manual_seed(seed)
+
+    def gradient(step: Tensor) -> Tensor:
+        found = torch.autograd.functional.jacobian(lambda x: objective(*rebuild(x)), u + size * step.to(u))
+        return (found * size).to(torch.float64)
+
+    axes = torch.cat([torch.eye(len(u)), -torch.eye(len(u))]).to(torch.float64)
+    aside = [torch.randint(2, (len(u),), generator=generator) / 2 - 0.25 for _ in axes]
+    bundle = [gradient(near * (axis + shift)) for axis, shift in zip(axes, aside, strict=True)]
+    far = torch.stack(bundle + [gradient(axis / 4) for axis in axes]).abs().amax(0)
+    units = far.clamp(min=float(far.max()) * 2.0**-8) if far.max() > 0 else torch.ones_like(far)
+    rows = [row / units for row in bundle]
+    error = 0.0
+    for _ in range(32 + 16 * len(u)):
+        hull = torch.stack(rows).T.numpy()
+        weights, _ = nnls(np.vstack([hull, np.ones(hull.shape[1])]), np.append(np.zeros(len(u)), 1.0))
+        shortest = torch.as_tensor(hull @ (weights / weights.sum()))
+        error = float(shortest.norm())
+        if error <= tolerance:
+            return Check("no ascent", True, error, tolerance, detail="zero lies in the hull of nearby gradients")
+        step = shortest / units
+        met = gradient(near * step / step.abs().max()) / units
+        slope = float(met @ shortest) / error
+        if slope > tolerance:
+            found = {"claimed": bare(values), "direction in unconstrained coordinates": step * size, "slope": slope}
+            return Check("no ascent", False, slope, tolerance, None, found)
+        rows.append(met)
+    return Check("no ascent", True, 0.0, tolerance, detail="no direction was found in which the objective rises")
+
+
+def _width(value: Tensor, low: float | Tensor | None, high: float | Tensor | None) -> float:
+    """Return a length for steps off a bound: the width of the box, or the size of the value, at least one."""
+    if low is not None and high is not None:
+        return float(torch.as_tensor(high - low).max())
+    return max(1.0, float(value.abs().max()))
+
+
+def _is_singular(value: Tensor, constraint: constraints.Constraint) -> bool:
+    """Return whether a value of a set has no unconstrained coordinates at all."""
+    try:
+        transform_to(constraint).inv(value)
+    except Exception:
+        return True
+    return False
 
 
 def inside_constraint(values: Sequence[Tensor], sets: Sequence[constraints.Constraint]) -> Check:
@@ -98,6 +277,8 @@ def inside_constraint(values: Sequence[Tensor], sets: Sequence[constraints.Const
         if not constraint.check(value).all():
             detail = f"the claimed value is outside its constraint, {constraint}"
             return Check(name, False, torch.inf, tolerance, counterexample={"claimed": value}, detail=detail)
+        if _is_singular(value, constraint):
+            continue
         transform = transform_to(constraint)
         change = (transform(transform.inv(value)) - value).abs()
         if change.isfinite().all() and change.numel():
@@ -109,18 +290,26 @@ def inside_constraint(values: Sequence[Tensor], sets: Sequence[constraints.Const
 
 
 def on_boundary(values: Sequence[Tensor], sets: Sequence[constraints.Constraint]) -> bool:
-    """Return whether an entry is one that no finite unconstrained coordinate can move, as a weight of exactly zero."""
+    """Return whether an entry is one that no finite unconstrained coordinate can move, as a weight of exactly zero.
+
+    Entries that no coordinate moves anywhere, as above the diagonal of a Cholesky factor, do not count.
+    """
     for value, constraint in zip(values, sets, strict=True):
+        if _is_singular(value, constraint):
+            return True
         transform = transform_to(constraint)
         free = transform.inv(value)
         if not free.isfinite().all():
             return True
         if constraint is not constraints.real and value.numel():
-            jacobian = torch.autograd.functional.jacobian(transform, free).reshape(value.numel(), -1)
-            speed = jacobian.abs().amax(1).reshape(value.shape)
-            if (
-                speed <= ROUNDING * torch.finfo(value.dtype).eps * value.abs() + torch.finfo(value.dtype).tiny * 4
-            ).any():
+            elsewhere = torch.linspace(-1, 1, free.numel()).to(free).reshape(free.shape)
+            here, anywhere = (
+                torch.autograd.functional.jacobian(transform, at).reshape(value.numel(), -1).abs().amax(1)
+                for at in (free, elsewhere)
+            )
+            limits = torch.finfo(value.dtype)
+            stuck = here <= ROUNDING * limits.eps * value.abs().flatten() + limits.tiny * 4
+            if (stuck & (anywhere > 0)).any():
                 return True
     return False
 
