@@ -2,11 +2,11 @@
 
     python benchmarks/mutants.py [--family gaussian_full] [--list] [--workers 2] [--json FILE]
 
-A mutant is one function with one node of its syntax tree replaced. It changes a result if some probe (random parameters,
-data, responsibilities, priors, and the edges of their domains) gives another value beyond rounding, or an exception;
-otherwise it is equivalent, and counted apart. It is killed if a test of its family or a claim of the exercise sheet
-fails. Progress goes to stderr, the table to stdout; the exit status is 1 if fewer than 98 % of the mutants that change a
-result are killed.
+A mutant is one function with one node of its syntax tree replaced. It changes a result if some probe (random
+parameters, data, responsibilities, priors, and the edges of their domains) gives another value beyond rounding, or an
+exception; otherwise it is equivalent, and counted apart. It is killed if a test of its family or a claim of the
+exercise sheet fails. Progress goes to stderr, the table to stdout; the exit status is 1 if fewer than 98 % of the
+mutants that change a result are killed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import ast
 import contextlib
 import copy
-import importlib
 import inspect
 import io
 import json
@@ -30,10 +29,10 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any, Literal, NamedTuple
 
 import pytest
@@ -244,7 +243,9 @@ def targets() -> dict[str, FunctionType]:
         if name not in found:
             found[name] = function
             called = [function.__globals__.get(each) for each in function.__code__.co_names]
-            pending += [f for f in called if isinstance(f, FunctionType) and f.__module__.startswith("mixproof.models.")]
+            pending += [
+                f for f in called if isinstance(f, FunctionType) and f.__module__.startswith("mixproof.models.")
+            ]
     return dict(sorted(found.items(), key=lambda item: (file_of(item[0]), item[1].__code__.co_firstlineno)))
 
 
@@ -291,9 +292,8 @@ def same(found: Any, expected: Any) -> bool:
 def family_probes(case: Any) -> Iterator[Probe]:
     """Yield calls of a family's functions at random points and at the edges of their domains; case is the tests'."""
     family = case.family
-    for seed, (k, size, num_data) in enumerate([(3, 2, 7), (2, 3, 6), (4, 2, 5), (1, 1, 4), (3, 3, 3)]):
-        if hasattr(family, "noise"):
-            size = family.noise.locs.shape[-1]
+    for seed, (k, num_features, num_data) in enumerate([(3, 2, 7), (2, 3, 6), (4, 2, 5), (1, 1, 4), (3, 3, 3)]):
+        size = family.noise.locs.shape[-1] if hasattr(family, "noise") else num_features
         params = case.params(seed, k, size, spread=2.0)
         x = case.data(seed, num_data, params=params)
         resp = case.resp(seed, num_data, k)
@@ -669,7 +669,9 @@ def main() -> None:
             {**{k: v for k, v in vars(outcome.mutant).items() if k != "code"}, **outcome._asdict()}
             for outcome in outcomes
         ]
-        arguments.json.write_text(json.dumps([{k: v for k, v in row.items() if k != "mutant"} for row in rows], indent=1))
+        arguments.json.write_text(
+            json.dumps([{k: v for k, v in row.items() if k != "mutant"} for row in rows], indent=1)
+        )
     sys.exit(share_killed(Counter(outcome.fate for outcome in outcomes)) < REQUIRED)
 
 
