@@ -39,7 +39,7 @@ from mixproof.models import (
     laplace,
 )
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
-from mixproof.models.positive_definite import InverseWishart, log_inverse_wishart
+from mixproof.models.positive_definite import InverseWishart, cholesky, log_inverse_wishart
 
 if TYPE_CHECKING:
     from tests.conftest import Case
@@ -248,6 +248,32 @@ def test_log_joint_is_the_enumerated_table(case: Case, kind: str) -> None:
 
 
 # Other people's densities
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_cholesky_tells_regular_matrices_from_the_others(scale: float) -> None:
+    """Positive definite beyond rounding, on whatever scale, or NaN; each member of a batch by itself."""
+    above, below = 1 - 9e-16, 1 - torch.finfo(torch.float64).eps / 2  # variances given the other: 1.8e-15, 2.2e-16
+    regular = [
+        [[1.0, 0.6], [0.6, 1.0]],
+        [[1e-9, 0.0], [0.0, 1.0]],
+        [[1.0, 0.0], [0.0, 1e-20]],
+        [[1.0, above], [above, 1.0]],
+    ]
+    others = [
+        [[1.0, 2.0], [2.0, 1.0]],
+        [[-1.0, 0.0], [0.0, 1.0]],
+        [[1.0, 1.0], [1.0, 1.0]],
+        [[1.0, below], [below, 1.0]],
+    ]
+    batch = scale * torch.tensor([*regular, *others], dtype=torch.float64)
+    factors = cholesky(batch)
+    assert torch.isnan(factors[4:]).all()
+    assert torch.equal(factors[:4], factors[:4].tril())
+    assert (factors[:4].diagonal(dim1=-2, dim2=-1) > 0).all()
+    assert_equal_to_rounding(factors[:4] @ factors[:4].mT / scale, batch[:4] / scale, 2**2)
+    for matrix, factor in zip(batch, factors, strict=True):
+        torch.testing.assert_close(cholesky(matrix), factor, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
