@@ -17,11 +17,13 @@ import contextlib
 import copy
 import inspect
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -33,7 +35,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import pytest
 import torch
@@ -47,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_contract", "test_limits", "test_references", "test_em", "test_bad_input")
 MATHEMATICS = ("log_joint", "statistics", "m_step", "log_prior", "moments")
 REQUIRED = 0.98
+PATIENCE = 5.0  # seconds beyond ten times what a check takes without a mutation
 
 # The mutation operators
 
@@ -82,13 +85,13 @@ def replacements(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield "dropped operand", left
             yield "dropped operand", right
         case ast.Compare(left, [operator], [right]):
-            for other in OTHER_COMPARISONS.get(type(operator), ()):
-                yield "comparison", ast.Compare(left, [other()], [right])
+            for comparison in OTHER_COMPARISONS.get(type(operator), ()):
+                yield "comparison", ast.Compare(left, [comparison()], [right])
         case ast.BoolOp(operator, values):
             yield "comparison", ast.BoolOp(ast.Or() if isinstance(operator, ast.And) else ast.And(), values)
         case ast.UnaryOp(ast.USub(), operand):
             yield "sign dropped", operand
-            if isinstance(operand, ast.Constant):
+            if isinstance(operand, ast.Constant) and isinstance(operand.value, int):
                 yield "constant", ast.Constant(1 - operand.value)
         case ast.Constant(bool() as value):
             yield "constant", ast.Constant(not value)
@@ -308,7 +311,8 @@ def family_probes(case: Any) -> Iterator[Probe]:
         for law in (None, prior):
             for point, rows, weights in [(params, x, resp), (edge, x, without), (params, x, hard), (params, -x, hard)]:
                 yield partial(step, family, point, rows, weights, law)
-            yield partial(step, family, *single((params, x, resp)), law if law is None else single(law))
+            point, rows, weights = single((params, x, resp))
+            yield partial(step, family, point, rows, weights, None if law is None else single(law))
             yield partial(torch.func.vmap(partial(step, family), (0, None, 0, None)), batch[0], x, batch[1], law)
         for point in (params, edge):
             yield partial(call, family, "log_prior", point, prior)
@@ -408,7 +412,7 @@ def forked(
         num_workers: how many run at a time.
     """
     context = multiprocessing.get_context("fork")
-    running: dict[Any, tuple[int, Any, list[Any]]] = {}
+    running: dict[Any, tuple[int, Any, list[Any]]] = {}  # by the end of the pipe that we read
     pending = enumerate(tasks)
     exhausted = False
     while running or not exhausted:
@@ -419,16 +423,18 @@ def forked(
                 break
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_quietly, args=(entry[1], sender))
-            process.start()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: ours all sleep
+                process.start()
             sender.close()
             running[receiver] = (entry[0], process, [])
-        for receiver in multiprocessing.connection.wait(list(running)):
-            number, process, told = running[receiver]
+        for ready in multiprocessing.connection.wait(list(running)):
+            number, process, told = running[ready]
             try:
-                told.append(receiver.recv())
+                told.append(cast(Any, ready).recv())
             except EOFError:
                 process.join()
-                del running[receiver]
+                del running[ready]
                 yield number, told, process.exitcode
 
 
@@ -460,7 +466,8 @@ def measured(checks: list[Check], functions: dict[str, FunctionType], num_worker
 
     by_name = {check.name: check for check in checks}
     found = []
-    parts = [checks[i::20] for i in range(20)]  # a divisor of the number of end-to-end cases, whose claims share a fit
+    size = min(20, len(checks))  # 20 end-to-end cases: the claims of each share a fit
+    parts = [checks[i::size] for i in range(size)]
     for _, told, _ in forked([partial(run, part) for part in parts], num_workers):
         for name, passed, seconds, calls in told:
             if not passed:
@@ -495,26 +502,30 @@ def survey(
         functions: the functions by name. A mutant's code is put into the function itself, in a fork, so that every
             module that has imported it runs the mutant.
         checks: as ``measured`` returns them. A mutant meets those that call its function and are about its file or
-            none, until one fails or takes ten times as long and five seconds more. Those that killed many mutants of
+            none, until one fails or loses ``PATIENCE``. Those that killed many mutants of
             the function in little time come first.
-        probes: for each file, or for ``""`` in any file, the calls whose results must change.
+        probes: for each file, the calls of which a mutant that is not equivalent changes a result.
         num_workers: how many forks run at a time.
     """
-    every = {file: list(dict.fromkeys([*probes.get(file, []), *probes.get("", [])])) for file in {*map(_file, found)}}
-    expected = {file: list(results(own)) for file, own in every.items()}
+    expected: dict[str, list[Any]] = {}
+    seconds: dict[str, float] = {}
+    for file in {*map(_file, found)}:
+        started = time.perf_counter()
+        expected[file] = list(results(probes[file]))
+        seconds[file] = time.perf_counter() - started
     kills: Counter[tuple[str, str]] = Counter()
 
     def judge(mutant: Mutant, own: list[Check], tell: Callable[[Any], None]) -> None:
         functions[mutant.function].__code__ = mutant.code
         file = _file(mutant)
         tell("a probe")
-        signal.setitimer(signal.ITIMER_REAL, 30)
-        if all(map(same, results(every[file]), expected[file])):
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE + 10 * seconds[file])
+        if all(map(same, results(probes[file]), expected[file])):
             tell("equivalent")
             return
         for check in own:
             tell(check.name)
-            signal.setitimer(signal.ITIMER_REAL, 5 + 10 * check.seconds)
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE + 10 * check.seconds)
             if not check.passes():
                 tell("killed")
                 return
@@ -601,6 +612,37 @@ def with_tests(use: Callable[[list[Check], list[Any]], None]) -> None:
 
 # The report
 
+EQUIVALENT_BECAUSE = [  # the first line whose mutation operator and pattern in the changed statement both match
+    ("sign added", r"-torch\.nan", "a NaN has no sign that counts"),
+    (
+        "sign added|constant",
+        r"full_like\(-|expand_as\(-|len\(-|full_like\(\w+\[\.\.\., -1\]",
+        "of this argument the shape and the type alone are used",
+    ),
+    ("sign added|operand order", r"^weights = ", "a common sign cancels in weights / weights.sum()"),
+    ("sign added|operand order", r"return .*variances @ params.weights", "an inner product commutes"),
+    ("sign added|operand order", r"", "it enters by a square, an absolute value or an outer product with itself"),
+    ("swapped arguments", r"moments", "the moments of independent summands add in either order"),
+    ("constant", r"where\(probs", "the value stands where the row is excluded or its factor is 0"),
+    ("comparison", r">= rounding", "differs where a variance is the threshold to the last bit, which no probe hits"),
+    ("dropped keyword", r"torch\.eye\(.*dtype", "the probes are on one device"),
+    ("dropped call", r"cumulated < half", "the last row has all the weight, so that the index is in range anyway"),
+    (
+        "constant|sign dropped|dropped keyword|dropped index",
+        r"sum\(|shape|unflatten|half",
+        "the same axis by another name, or kept and broadcast",
+    ),
+    ("dropped index|moved None|dropped call", r"", "broadcasting puts the missing axes in front"),
+]
+
+
+def why_equivalent(mutant: Mutant) -> str:
+    """Return the reason why a mutant changes no result, as far as its look tells it."""
+    for operators, pattern, reason in EQUIVALENT_BECAUSE:
+        if re.fullmatch(operators, mutant.operator) and re.search(pattern, mutant.after):
+            return reason
+    return "unexplained: no probe sees a difference"
+
 
 def table(outcomes: list[Outcome]) -> str:
     """Return the numbers of mutants for each file, by fate."""
@@ -616,7 +658,7 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def share_killed(fates: Counter[str]) -> float:
+def share_killed(fates: Counter[Fate]) -> float:
     changing = fates["killed"] + fates["survived"]
     return fates["killed"] / changing if changing else 1.0
 
@@ -664,18 +706,17 @@ def main() -> None:
     with_tests(use)
     order = {id(mutant): i for i, mutant in enumerate(found)}
     outcomes.sort(key=lambda outcome: order[id(outcome.mutant)])
-    for fate in ("equivalent", "survived"):
-        print(f"\n{fate.capitalize()}\n")
-        print(*(outcome.mutant for outcome in outcomes if outcome.fate == fate), sep="\n")
+    equivalent = [outcome.mutant for outcome in outcomes if outcome.fate == "equivalent"]
+    for reason, group in itertools.groupby(sorted(equivalent, key=why_equivalent), why_equivalent):
+        print(f"\nEquivalent: {reason}\n", *group, sep="\n")
+    print("\nSurvived\n", *(outcome.mutant for outcome in outcomes if outcome.fate == "survived"), sep="\n")
     print(f"\n{table(outcomes)}")
     if arguments.json:
-        rows = [
-            {**{k: v for k, v in vars(outcome.mutant).items() if k != "code"}, **outcome._asdict()}
-            for outcome in outcomes
-        ]
-        arguments.json.write_text(
-            json.dumps([{k: v for k, v in row.items() if k != "mutant"} for row in rows], indent=1)
-        )
+        rows = []
+        for mutant, fate, killer in outcomes:
+            values = {name: value for name, value in vars(mutant).items() if name != "code"}
+            rows.append({**values, "fate": fate, "killer": killer})
+        arguments.json.write_text(json.dumps(rows, indent=1))
     sys.exit(share_killed(Counter(outcome.fate for outcome in outcomes)) < REQUIRED)
 
 
