@@ -414,13 +414,8 @@ def forked(
     context = multiprocessing.get_context("fork")
     running: dict[Any, tuple[int, Any, list[Any]]] = {}  # by the end of the pipe that we read
     pending = enumerate(tasks)
-    exhausted = False
-    while running or not exhausted:
-        while not exhausted and len(running) < num_workers:
-            entry = next(pending, None)
-            if entry is None:
-                exhausted = True
-                break
+    while True:
+        while len(running) < num_workers and (entry := next(pending, None)) is not None:
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_quietly, args=(entry[1], sender))
             with warnings.catch_warnings():
@@ -428,6 +423,8 @@ def forked(
                 process.start()
             sender.close()
             running[receiver] = (entry[0], process, [])
+        if not running:
+            return
         for ready in multiprocessing.connection.wait(list(running)):
             number, process, told = running[ready]
             try:

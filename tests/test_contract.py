@@ -253,27 +253,28 @@ def test_log_joint_is_the_enumerated_table(case: Case, kind: str) -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_cholesky_tells_regular_matrices_from_the_others(scale: float) -> None:
     """Positive definite beyond rounding, on whatever scale, or NaN; each member of a batch by itself."""
-    above, below = 1 - 9e-16, 1 - torch.finfo(torch.float64).eps / 2  # variances given the other: 1.8e-15, 2.2e-16
+    above, below = 1 - 6e-16, 1 - torch.finfo(torch.float64).eps / 2  # variances given the other: 1.2e-15, 2.2e-16
     regular = [
         [[1.0, 0.6], [0.6, 1.0]],
         [[1e-9, 0.0], [0.0, 1.0]],
         [[1.0, 0.0], [0.0, 1e-20]],
         [[1.0, above], [above, 1.0]],
     ]
-    others = [
+    singular = [
         [[1.0, 2.0], [2.0, 1.0]],
         [[-1.0, 0.0], [0.0, 1.0]],
         [[1.0, 1.0], [1.0, 1.0]],
         [[1.0, below], [below, 1.0]],
     ]
-    batch = scale * torch.tensor([*regular, *others], dtype=torch.float64)
+    batch = scale * torch.tensor([*regular, *singular], dtype=torch.float64)
     factors = cholesky(batch)
     assert torch.isnan(factors[4:]).all()
     assert torch.equal(factors[:4], factors[:4].tril())
     assert (factors[:4].diagonal(dim1=-2, dim2=-1) > 0).all()
     assert_equal_to_rounding(factors[:4] @ factors[:4].mT / scale, batch[:4] / scale, 2**2)
-    for matrix, factor in zip(batch, factors, strict=True):
-        torch.testing.assert_close(cholesky(matrix), factor, rtol=0, atol=0, equal_nan=True)
+    apart = torch.stack([cholesky(matrix) for matrix in batch])
+    for others in (apart, cholesky(batch[None])[0]):
+        torch.testing.assert_close(others, factors, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -286,6 +287,8 @@ def test_inverse_wishart_density_against_scipy(size: int) -> None:
     ]
     assert_equal_to_rounding(log_inverse_wishart(covariances, df, scale), torch.tensor(np.array(expected)), 2**14)
     assert_equal_to_rounding(InverseWishart(df, scale).log_prob(covariances), torch.tensor(np.array(expected)), 2**14)
+    table = log_inverse_wishart(covariances.unflatten(0, (2, 4)), df, scale)
+    assert_equal_to_rounding(table.flatten(), torch.tensor(np.array(expected)), 2**14)
 
 
 def test_inverse_wishart_sampler_moments() -> None:
@@ -488,6 +491,18 @@ def test_step_without_rows_is_the_mode_of_the_prior(case: Case) -> None:
         tangent = value - value.mean() if name.endswith("weights") else value  # a simplex has no other directions
         size = elsewhere[name].abs().max() + value.abs().max()
         assert tangent.abs().max() <= 2**10 * torch.finfo(value.dtype).eps * size, name
+
+
+def test_component_without_rows_has_no_median() -> None:
+    """EM tells a lost component by its NaNs; the others have the medians that they have without it."""
+    x, resp = randn(7, 2, seed=1), randn(7, 3, seed=2).softmax(-1)
+    without = torch.cat([resp[:, :1], torch.zeros(7, 1).double(), resp[:, 2:]], 1)
+    found = laplace.weighted_median(x, without)
+    assert torch.isnan(found[1]).all()
+    assert torch.equal(found[[0, 2]], laplace.weighted_median(x, resp[:, [0, 2]]))
+    costs = (resp[:, [0, 2], None, None] * (x[:, None, :, None] - x.mT[None, None]).abs()).sum(0)  # at each of the rows
+    own = (resp[:, [0, 2], None] * (x[:, None] - found[[0, 2]]).abs()).sum(0)
+    assert (own <= costs.amin(-1) * (1 + 2**4 * torch.finfo(x.dtype).eps)).all()
 
 
 def test_only_laplace_keeps_the_rows(case: Case) -> None:

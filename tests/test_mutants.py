@@ -184,8 +184,7 @@ def test_mutant_that_no_check_notices_is_reported() -> None:
         "return (x - 1).square().sum() / 3",
         "return (x - 1).square().sum()",
         "return -((x - 1).square().sum() / 2)",
-        "return (x - 1).sum() / 2",
-    } - {"return (x - 1).sum() / 2"}
+    }
     equivalent = {after for after, (fate, _) in fates.items() if fate == "equivalent"}
     assert equivalent == {"return (1 - x).square().sum() / 2"}
     assert fates["return (x + 1).square().sum() / 2"] == ("killed", "scales")
@@ -262,8 +261,8 @@ def test_targets_are_the_mathematics_and_what_it_calls() -> None:
     ("found", "expected", "equal"),
     [
         (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), True),
-        (torch.tensor([1.0, 2.0]).double(), torch.tensor([1.0, 2.0 + 1e-14]).double(), True),
-        (torch.tensor([1.0, 2.0]).double(), torch.tensor([1.0, 2.0 + 1e-9]).double(), False),
+        (torch.ones(2).double(), torch.ones(2).double() + 1e-14, True),
+        (torch.ones(2).double(), torch.ones(2).double() + 1e-9, False),
         (torch.tensor([1e-20]).double(), torch.tensor([2e-20]).double(), False),
         (torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.nan]), True),
         (torch.tensor([1.0, math.nan]), torch.tensor([1.0, 0.0]), False),
