@@ -64,7 +64,7 @@ def log_twice(x: Tensor) -> Tensor:
     return log_gap(x, -x)
 
 
-EXPECTED = {
+EXPECTED: dict[Any, list[tuple[str, str]]] = {
     log_gap: [
         ("operator", "return (x + y).log()"),
         ("operand order", "return (y - x).log()"),
@@ -152,7 +152,7 @@ def test_mutants_know_their_line() -> None:
 # The fates
 
 
-def survey(functions: dict[str, FunctionType], checks: list[Any], probes: list[Any]) -> dict[str, tuple[str, str]]:
+def survey(functions: dict[str, Any], checks: list[Any], probes: list[Any]) -> dict[str, tuple[str, str]]:
     """Return fate and killer of each mutant of the functions, by its statement."""
     found = [mutant for name, function in functions.items() for mutant in view.mutants(name, function)]
     measured = view.measured(checks, functions, 2)
@@ -174,7 +174,7 @@ PROBES = [lambda: half_square(torch.tensor([3.0, -5.0])), lambda: half_square(to
 
 
 def test_mutant_that_no_check_notices_is_reported() -> None:
-    functions = {"tiny.half_square": half_square}
+    functions: dict[str, Any] = {"tiny.half_square": half_square}
     scales = view.Check("scales", half_square_scales)
     fates = survey(functions, [scales], PROBES)
     survivors = {after for after, (fate, _) in fates.items() if fate == "survived"}
@@ -205,7 +205,7 @@ def test_endless_mutant_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_check_about_another_file_or_function_is_not_asked() -> None:
-    functions = {"tiny.half_square": half_square, "tiny.log_gap": log_gap}
+    functions: dict[str, Any] = {"tiny.half_square": half_square, "tiny.log_gap": log_gap}
     checks = [view.Check("elsewhere", half_square_is_right, file="other"), view.Check("right", half_square_is_right)]
     killers = {killer.split(" ")[0] for _, killer in survey(functions, checks, [*PROBES, probe_of_log_gap]).values()}
     assert "right" in killers
