@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: verify test test-all lint types pdf notebooks bench clean
+.PHONY: verify test test-all lint types pdf notebooks bench mutants clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -38,6 +38,10 @@ notebooks: $(VENV)/installed
 # What the sheet asks to hand in: the solutions of problems 1 to 7, then the evaluated notebook.
 pdf: $(VENV)/installed
 	$(BIN)/python notebooks/make_pdf.py build/exercise_sheet_12.pdf
+
+# Changes the families' mathematics node by node: the tests must notice.
+mutants: $(VENV)/installed
+	$(BIN)/python benchmarks/mutants.py --json build/mutants.json
 
 clean:
 	rm -rf build $(VENV)

@@ -39,7 +39,7 @@ from mixproof.models import (
     laplace,
 )
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
-from mixproof.models.positive_definite import InverseWishart, log_inverse_wishart
+from mixproof.models.positive_definite import InverseWishart, cholesky, log_inverse_wishart
 
 if TYPE_CHECKING:
     from tests.conftest import Case
@@ -250,6 +250,33 @@ def test_log_joint_is_the_enumerated_table(case: Case, kind: str) -> None:
 # Other people's densities
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_cholesky_tells_regular_matrices_from_the_others(scale: float) -> None:
+    """Positive definite beyond rounding, on whatever scale, or NaN; each member of a batch by itself."""
+    above, below = 1 - 6e-16, 1 - torch.finfo(torch.float64).eps / 2  # variances given the other: 1.2e-15, 2.2e-16
+    regular = [
+        [[1.0, 0.6], [0.6, 1.0]],
+        [[1e-9, 0.0], [0.0, 1.0]],
+        [[1.0, 0.0], [0.0, 1e-20]],
+        [[1.0, above], [above, 1.0]],
+    ]
+    singular = [
+        [[1.0, 2.0], [2.0, 1.0]],
+        [[-1.0, 0.0], [0.0, 1.0]],
+        [[1.0, 1.0], [1.0, 1.0]],
+        [[1.0, below], [below, 1.0]],
+    ]
+    batch = scale * torch.tensor([*regular, *singular], dtype=torch.float64)
+    factors = cholesky(batch)
+    assert torch.isnan(factors[4:]).all()
+    assert torch.equal(factors[:4], factors[:4].tril())
+    assert (factors[:4].diagonal(dim1=-2, dim2=-1) > 0).all()
+    assert_equal_to_rounding(factors[:4] @ factors[:4].mT / scale, batch[:4] / scale, 2**2)
+    apart = torch.stack([cholesky(matrix) for matrix in batch])
+    for others in (apart, cholesky(batch[None])[0]):
+        torch.testing.assert_close(others, factors, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_inverse_wishart_density_against_scipy(size: int) -> None:
     roots = randn(8, size, size, seed=size)
@@ -260,6 +287,8 @@ def test_inverse_wishart_density_against_scipy(size: int) -> None:
     ]
     assert_equal_to_rounding(log_inverse_wishart(covariances, df, scale), torch.tensor(np.array(expected)), 2**14)
     assert_equal_to_rounding(InverseWishart(df, scale).log_prob(covariances), torch.tensor(np.array(expected)), 2**14)
+    table = log_inverse_wishart(covariances.unflatten(0, (2, 4)), df, scale)
+    assert_equal_to_rounding(table.flatten(), torch.tensor(np.array(expected)), 2**14)
 
 
 def test_inverse_wishart_sampler_moments() -> None:
@@ -343,6 +372,44 @@ def check_against_scipy(case: Case) -> None:
         assert_equal_to_rounding(case.family.log_joint(params, x), expected, 2**12)
 
 
+def test_probabilities_of_zero_and_one_exclude_rows() -> None:
+    """log p is that of scipy, -inf included: the other rows keep their densities."""
+    probs = torch.tensor([[0.0, 0.3], [1.0, 0.6], [0.2, 0.0], [0.5, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    weights = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25], dtype=torch.float64)
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    params = bernoulli.Params(weights, probs)
+    expected = torch.tensor(scipy_log_joint(bernoulli, params, x.numpy()))
+    assert (expected == -torch.inf).any(0).all()
+    assert torch.isfinite(expected).any(0).all()
+    assert_equal_to_rounding(bernoulli.log_joint(params, x), expected)
+    uniform = bernoulli.UniformWeights()
+    assert_equal_to_rounding(uniform.log_joint(uniform.Params(weights, probs), x), expected)
+
+
+def test_a_single_column_is_enough(case: Case, kind: str) -> None:
+    """With D = 1 the table is the program's, and EM climbs."""
+    own: Any = case
+    if case.name == "KnownNoise":
+        weights, locs, covariances = case.family.noise
+        noise = gaussian_full.Params(weights, locs[:, :1], covariances[:, :1, :1])
+        own = type(case)(case.name, gaussian_sum.KnownNoise(noise))
+    params, prior = own.params(3, num_features=1), None if kind == "flat" else own.prior(2, num_features=1)
+    x = own.data(4, 50, params=params)
+    model, values = own.program(prior=prior), params._asdict()
+    table, log_prior = log_joint_table(model, inspect_program(model, values, x), values, x)
+    assert_equal_to_rounding(own.family.log_joint(params, x), table)
+    if prior is not None:
+        assert_equal_to_rounding(own.family.log_prior(params, prior), log_prior)
+    fit = few_steps(own.family, x, params, prior=prior)
+    assert {name: value.shape for name, value in fit.params._asdict().items()} == {
+        name: value.shape for name, value in values.items()
+    }
+    assert fit.log_lik[0] > (table.logsumexp(-1).sum() + log_prior)
+    mean, covariance = own.family.moments(params)
+    assert mean.shape == (1,)
+    assert covariance.shape == (1, 1)
+
+
 # Statistics and the M-step
 
 
@@ -360,6 +427,82 @@ def test_statistics_add_over_chunks_of_rows(case: Case, kind: str) -> None:
     assert_equal_to_rounding(combined, whole)
     prior = case.prior_or_flat(kind)
     assert_equal_to_rounding(case.family.m_step(combined, prior), case.family.m_step(whole, prior), 2**12)
+
+
+def test_statistics_are_what_their_fields_say(case: Case) -> None:
+    """Each sum by a loop over rows and components, as the comments beside the fields define it."""
+    params, x, resp = case.params(2), case.data(1, 9), case.resp(3, 9)
+    stats = case.family.statistics(params, x, resp)
+    if case.module is gaussian_sum:
+        return check_first_moments_of_summands(case, params, x, resp, stats)
+    terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "counts": lambda row, loc: torch.ones_like(row[0]),
+        "sums": lambda row, loc: row,
+        "ones": lambda row, loc: row,
+        "zeros": lambda row, loc: 1 - row,
+        "shifts": lambda row, loc: row - loc,
+        "squares": lambda row, loc: (row - loc) ** 2,
+        "scatters": lambda row, loc: torch.outer(row - loc, row - loc),
+        "scatter": lambda row, loc: torch.outer(row - loc, row - loc),
+    }
+    for name, found in stats._asdict().items():
+        if case.family is laplace:
+            assert torch.equal(found, {"x": x, "resp": resp}[name])
+            continue
+        locs = params[1]  # not looked at where there are none
+        sums = [
+            [r * terms[name](row, loc) for row, r in zip(x, own, strict=True)]
+            for loc, own in zip(locs, resp.mT, strict=True)
+        ]
+        expected = torch.stack([torch.stack(own).sum(0) for own in sums])
+        if name == "scatter":
+            expected = expected.sum(0)
+        if case.family is gaussian_spherical and name == "squares":
+            expected = expected.sum(-1)
+        assert_equal_to_rounding(found, expected)
+    return None
+
+
+def check_first_moments_of_summands(case: Case, params: Any, x: Tensor, resp: Tensor, stats: Any) -> None:
+    """The first moments about 0 and about the locations agree, and those of the two summands add to the data's."""
+    parts = (
+        [(stats, params.locs)] if case.name == "KnownNoise" else [(stats.x, params.x_locs), (stats.y, params.y_locs)]
+    )
+    for part, locs in parts:
+        assert_equal_to_rounding(part.sums, part.counts[:, None] * locs + part.shifts)
+        assert_equal_to_rounding(part.counts.sum(), resp.sum())
+    if len(parts) == 2:
+        assert_equal_to_rounding(stats.x.sums.sum(0) + stats.y.sums.sum(0), resp.sum(-1) @ x)
+
+
+def test_step_without_rows_is_the_mode_of_the_prior(case: Case) -> None:
+    """Components that no row belongs to go to where the gradient of the log prior is 0."""
+    params, prior, x = case.params(2), case.prior(1), case.data(1, 5)
+    nothing = torch.zeros_like(case.resp(3, 5))
+    mode = case.family.m_step(case.family.statistics(params, x, nothing), prior)
+
+    def gradient(point: Any) -> dict[str, Tensor]:
+        leaves = {name: getattr(point, name).detach().requires_grad_() for name in case.free}
+        log_prior = case.family.log_prior(point._replace(**leaves), prior)
+        return dict(zip(leaves, torch.autograd.grad(log_prior, list(leaves.values())), strict=True))
+
+    elsewhere = gradient(params)
+    for name, value in gradient(mode).items():
+        tangent = value - value.mean() if name.endswith("weights") else value  # a simplex has no other directions
+        size = elsewhere[name].abs().max() + value.abs().max()
+        assert tangent.abs().max() <= 2**10 * torch.finfo(value.dtype).eps * size, name
+
+
+def test_component_without_rows_has_no_median() -> None:
+    """EM tells a lost component by its NaNs; the others have the medians that they have without it."""
+    x, resp = randn(7, 2, seed=1), randn(7, 3, seed=2).softmax(-1)
+    without = torch.cat([resp[:, :1], torch.zeros(7, 1).double(), resp[:, 2:]], 1)
+    found = laplace.weighted_median(x, without)
+    assert torch.isnan(found[1]).all()
+    assert torch.equal(found[[0, 2]], laplace.weighted_median(x, resp[:, [0, 2]]))
+    costs = (resp[:, [0, 2], None, None] * (x[:, None, :, None] - x.mT[None, None]).abs()).sum(0)  # at each of the rows
+    own = (resp[:, [0, 2], None] * (x[:, None] - found[[0, 2]]).abs()).sum(0)
+    assert (own <= costs.amin(-1) * (1 + 2**4 * torch.finfo(x.dtype).eps)).all()
 
 
 def test_only_laplace_keeps_the_rows(case: Case) -> None:
@@ -413,6 +556,34 @@ def test_moments_against_simulation(case: Case, source: str) -> None:
     deviations = x - mean
     assert_unbiased(deviations[:, :, None] * deviations[:, None, :], covariance, FALSE_ALARM / 2)
     assert torch.linalg.eigvalsh(covariance).min() > 0
+
+
+def component_laws(case: Case, params: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weights (J,), means (J, D) and covariances (J, D, D) of the program, one for each value of its latents."""
+    latents = [name for name, site in case.sites().items() if site["infer"].get("enumerate")]
+    sizes = [value.shape[0] for name, value in params._asdict().items() if name.endswith("weights")]
+    if case.name == "KnownNoise":
+        sizes.append(case.family.noise.weights.shape[0])
+    grid = torch.cartesian_prod(*map(torch.arange, sizes)).reshape(-1, len(sizes))
+    known = {name: getattr(params, name) for name in case.free}
+    program = partial(case.program(), num_data=len(grid), num_features=params[1].shape[-1])
+    conditioned = poutine.condition(program, data=known | dict(zip(latents, grid.mT, strict=True)))
+    trace: Any = poutine.trace(conditioned).get_trace()
+    trace.compute_log_prob()
+    weights = torch.stack([trace.nodes[name]["log_prob"] for name in latents]).sum(0).exp()
+    law = trace.nodes["x"]["fn"]
+    covariances = getattr(law, "covariance_matrix", None)
+    return weights, law.mean, torch.diag_embed(law.variance) if covariances is None else covariances
+
+
+def test_moments_are_those_of_the_program_by_the_law_of_total_covariance(case: Case) -> None:
+    params = case.params(11, spread=2.0)
+    weights, means, covariances = (value.numpy() for value in component_laws(case, params))
+    mean = sum(weight * each for weight, each in zip(weights, means, strict=True))
+    second = sum(w * (c + np.outer(m, m)) for w, m, c in zip(weights, means, covariances, strict=True))
+    assert_equal_to_rounding(
+        case.family.moments(params), (torch.tensor(mean), torch.tensor(second - np.outer(mean, mean)))
+    )
 
 
 def test_sample_frequencies_of_components(case: Case) -> None:
