@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixproof.inference.verification.claim import Outcome, Problem
-from mixproof.inference.verification.report import Check, plain
+from mixproof.inference.verification.report import Check, Report, plain
 
 COLOURS = {"holds": "green", "holds if": "cyan", "refuted as printed": "yellow", "illegible": "magenta"}
 
@@ -105,14 +105,25 @@ def to_html(outcomes: Sequence[Outcome], problems: Sequence[Problem], seed: int)
     used = [problem for problem in problems if any(outcome.claim.problem == problem.id for outcome in outcomes)]
     links = "".join(f"<a href='#{problem.id}'>{problem.id} {html.escape(problem.title)}</a>" for problem in used)
     sections = "".join(_section(problem, outcomes) for problem in used)
+    return _page(
+        "Exercise Sheet 12: a verdict for each formula",
+        f"<p class='summary'>{html.escape(summary(outcomes))}.</p><p>{CAVEAT}</p><nav>{links}</nav>{sections}",
+        seed,
+    )
+
+
+def reports_to_html(reports: Sequence[Report], seed: int) -> str:
+    """Return a self-contained page of reports on one's own derivations."""
+    return _page("EM derivations: a verdict on each", "".join(report.to_html() for report in reports), seed)
+
+
+def _page(title: str, body: str, seed: int) -> str:
     made = ", ".join(f"{name} {number}" for name, number in versions().items())
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>Exercise Sheet 12: verdicts</title><style>{STYLE}</style></head><body>"
-        "<h1>Exercise Sheet 12: a verdict for each formula</h1>"
-        f"<p class='summary'>{html.escape(summary(outcomes))}.</p>"
-        f"<p>{CAVEAT} Seed {seed}; {html.escape(made)}.</p><nav>{links}</nav>{sections}</body></html>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"{body}<p class='note'>Seed {seed}; {html.escape(made)}.</p></body></html>"
     )
 
 
