@@ -23,10 +23,11 @@ from rich.table import Table
 from mixproof.inference import tables
 from mixproof.inference.em import em
 from mixproof.inference.sampling import sample as draw
-from mixproof.inference.validation import check_data, check_num_components, check_params
+from mixproof.inference.validation import check_data, check_params
 from mixproof.inference.verification import exercise_sheet, sheet_report
 from mixproof.inference.verification.report import plain
 from mixproof.models import families
+from mixproof.models.initial import check_num_components
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 

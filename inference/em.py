@@ -13,12 +13,12 @@ from torch.distributions import constraints
 
 from mixproof.inference.validation import (
     check_data,
-    check_num_components,
     check_params,
     check_prior,
     data_support,
     num_components,
 )
+from mixproof.models.initial import check_num_components
 
 
 class Fit(NamedTuple):

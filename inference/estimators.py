@@ -24,9 +24,9 @@ from torch import Tensor
 
 from mixproof.inference.em import check_row_weights, em, responsibilities
 from mixproof.inference.sampling import sample
-from mixproof.inference.validation import check_data, check_num_components, check_prior, data_support
+from mixproof.inference.validation import check_data, check_prior, data_support
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied, laplace
-from mixproof.models.initial import partition
+from mixproof.models.initial import check_num_components, partition
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

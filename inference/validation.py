@@ -49,24 +49,6 @@ def check_data(x: Any, support: constraints.Constraint | None = None) -> Tensor:
     return x
 
 
-def check_num_components(num_components: Any, num_rows: int) -> Any:
-    """Return the number of components as an int, of several latents as a tuple, or say why the data cannot carry it.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is below 1 or above the number of rows.
-    """
-    if isinstance(num_components, tuple):
-        return tuple(check_num_components(number, num_rows) for number in num_components)
-    if isinstance(num_components, bool) or not isinstance(num_components, int | np.integer):
-        raise TypeError(f"the number of components must be an integer, not {num_components!r}")
-    if num_components < 1:
-        raise ValueError(f"the number of components must be at least 1, not {num_components}")
-    if num_components > num_rows:
-        raise ValueError(f"{num_components} components need at least as many rows, and x has {num_rows}")
-    return int(num_components)
-
-
 def check_params(family: Any, params: Any, num_features: int | None = None) -> Any:
     """Return the parameters of a family as floating tensors, or say which field is wrong and where.
 

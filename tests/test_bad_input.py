@@ -22,6 +22,7 @@ from mixproof.inference.sampling import sample
 from mixproof.inference.validation import check_params
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_sum, laplace
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
+from mixproof.models.initial import partition
 
 if TYPE_CHECKING:
     from tests.conftest import Case
@@ -573,3 +574,14 @@ def test_offset_of_a_million_changes_no_start(real_case: Case) -> None:
     for name, value in far._asdict().items():
         moved = value - 1e6 if name == real_case.location else value
         assert torch.allclose(moved, getattr(near, name), rtol=1e-8, atol=1e-8), name
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-1000, 2.0**990])
+@pytest.mark.parametrize("method", ["k-means++", "random"])
+def test_offset_and_scale_change_no_partition(method: str, scale: float) -> None:
+    """On a grid on which both are exact, every row keeps its part; its distances squared may overflow or vanish."""
+    x = (torch.randn(60, 3, generator=seeded(0), dtype=torch.float64) * 1024).round() / 1024
+    assert torch.equal(x + 1e9 - 1e9, x)
+    for seed in range(5):
+        near = partition(x, 4, seeded(seed), method)
+        assert torch.equal(partition((x + 1e9) * scale, 4, seeded(seed), method), near)
