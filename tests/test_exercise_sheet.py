@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from mixproof.inference.cli import app
 from mixproof.inference.verification import exercise_sheet, sheet_report
-from mixproof.inference.verification.claim import Claim, Outcome
+from mixproof.inference.verification.claim import Claim, Outcome, Verdict
 from mixproof.inference.verification.density import verify_density
 from mixproof.inference.verification.domain import positive, reals
 from mixproof.inference.verification.em import verify_em
@@ -121,7 +121,14 @@ def test_a_claim_says_what_its_verdict_needs(claim: Claim) -> None:
     for latex in (claim.formula, claim.correction):
         if latex:
             assert "\\" not in re.sub(r"<[^>]*>", "", sheet_report.to_mathml(latex))
+            assert "bold-italic" not in sheet_report.to_mathml(latex)
             assert "\\" not in sheet_report.to_unicode(latex)
+
+
+def test_bold_letters_are_characters_of_their_own() -> None:
+    """Upright capitals and slanted small letters, as LaTeX sets them."""
+    mathml = sheet_report.to_mathml(r"\boldsymbol{\mu}\boldsymbol{\Sigma}\boldsymbol{x}")
+    assert "".join(re.findall("<mi>(.)</mi>", mathml)) == "\U0001d741\U0001d6ba\U0001d499"
 
 
 def test_the_seed_makes_it_exact_whatever_the_number_of_workers() -> None:
@@ -306,6 +313,14 @@ def test_a_planted_wrong_formula_makes_the_command_fail(plant: str, monkeypatch:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert f"NOT AS EXPECTED: {claim_id}" in result.output
+
+
+def test_the_summary_counts_every_verdict_that_occurs() -> None:
+    verdicts: list[Verdict] = ["holds", "undecided", "holds", "refuted", "illegible"]
+    claims = exercise_sheet.claims(["P2"])[:5]
+    outcomes = [Outcome(claim, verdict, (), 0.0) for claim, verdict in zip(claims, verdicts, strict=True)]
+    words = sheet_report.summary(outcomes)
+    assert words.startswith("5 claims: 2 holds, 1 illegible, 1 refuted, 1 undecided; NOT AS EXPECTED: ")
 
 
 def test_svi_that_stops_early_is_not_at_the_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
