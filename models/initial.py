@@ -63,23 +63,17 @@ def rescale(x: Tensor) -> Tensor:
     return x / math.ldexp(1.0, math.frexp(x.abs().max().item())[1] - 1)
 
 
-def check_num_components(num_components: Any, num_rows: int | None = None) -> Any:
-    """Return the number of components as an int, of several latents as a tuple, or say why the data cannot carry it.
-
-    Args:
-        num_components: K, or a tuple of them, one for each latent.
-        num_rows: N; None if there may be more components than rows.
+def check_num_components(num_components: Any, num_rows: int) -> int:
+    """Return the number of components as an int, or say why data of so many rows cannot carry it.
 
     Raises:
         TypeError: it is not an integer.
         ValueError: it is below 1 or above the number of rows.
     """
-    if isinstance(num_components, tuple):
-        return tuple(check_num_components(number, num_rows) for number in num_components)
     if isinstance(num_components, bool) or not isinstance(num_components, int | np.integer):
         raise TypeError(f"the number of components must be an integer, not {num_components!r}")
     if num_components < 1:
         raise ValueError(f"the number of components must be at least 1, not {num_components}")
-    if num_rows is not None and num_components > num_rows:
+    if num_components > num_rows:
         raise ValueError(f"{num_components} components need at least as many rows, and x has {num_rows}")
     return int(num_components)
