@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -25,6 +26,8 @@ class Program(NamedTuple):
     """The support of each parameter site, ``pyro.sample`` or ``pyro.param``, that is not deterministic."""
     latents: tuple[str, ...]
     """The enumerated sites, in order of appearance."""
+    latent_sizes: tuple[int, ...]
+    """How many values each of them has."""
     max_plate_nesting: int
     """How many dimensions its plates take."""
 
@@ -83,7 +86,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
     """
     with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args, *params.values()):
         trace: Any = poutine.trace(bind(model, params)).get_trace(*args)
-    supports, latents, nesting = {}, [], 0
+    supports, latents, nesting = {}, {}, 0
     for name, site in trace.nodes.items():
         if site["type"] == "param":
             supports[name] = site["kwargs"].get("constraint", constraints.real)
@@ -102,7 +105,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
                     f'site "{name}" is discrete and not marked for enumeration: give it '
                     'infer={"enumerate": "parallel"}, or wrap the model in pyro.infer.config_enumerate'
                 )
-            latents.append(name)
+            latents[name] = site["fn"].enumerate_support(expand=False).shape[0]
         elif not site["is_observed"]:
             raise ValueError(f'site "{name}" is continuous, unobserved and not among the parameters {sorted(params)}')
     if unknown := sorted(set(params) - set(trace.nodes)):
@@ -111,7 +114,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
         raise ValueError(f"the param sites {', '.join(missing)} have no value among the parameters {sorted(params)}")
     if not latents:
         raise ValueError("the program has no enumerated site: there is no discrete latent to sum out")
-    return Program(supports, tuple(latents), nesting)
+    return Program(supports, tuple(latents), tuple(latents.values()), nesting)
 
 
 def log_density(model: Model, program: Program, params: Mapping[str, Tensor], *args: Any) -> Tensor:
@@ -123,11 +126,52 @@ def log_density(model: Model, program: Program, params: Mapping[str, Tensor], *a
         return -torch.as_tensor(loss(bind(model, params), lambda *args: None, *args), dtype=torch.float64)
 
 
-def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor], *args: Any) -> tuple[Tensor, Tensor]:
-    """Return log p(x_n, z_n = k | params), shape (N, K), and log p(params), shape (); differentiable in params.
+class LogJoint(NamedTuple):
+    """The log joint density of data and latents, by enumeration, at given parameters."""
+
+    rows: Tensor
+    """(N, K), log p(x_n, z_n = k | params)."""
+    log_prior: Tensor
+    """(), log p(params), of the sites outside the plates of the latents."""
+    latent: Tensor
+    """(N, K), the part log p(z_n = k | params) of ``rows``."""
+    row_weights: Tensor
+    """(N,), how often each row counts: the program's ``poutine.scale``, or 1."""
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """(), log p(x | params), the latents summed out."""
+        return self.row_weights @ self.rows.logsumexp(1)
+
+    def expected(self, resp: Tensor) -> Tensor:
+        """Return Q, (): the expectation of log p(x, z | params) under responsibilities (N, K) or (N, K, L)."""
+        resp = resp.reshape(self.rows.shape)
+        return self.row_weights @ torch.where(resp > 0, resp * self.rows, 0).sum(1)
+
+
+def log_joint(model: Model, params: Any, *args: Any) -> LogJoint:
+    """Return the log joint density of any program with enumerated latents, by enumeration.
+
+    Args:
+        model: the program; ``model(*args)`` observes the data.
+        params: a dict or NamedTuple with a value for each parameter site.
+        args: the positional arguments of the program.
+
+    Raises:
+        ValueError: as ``inspect`` and ``log_joint_table``.
+    """
+    params = params if isinstance(params, Mapping) else params._asdict()
+    return log_joint_table(model, inspect(model, params, *args), params, *args)
+
+
+def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor], *args: Any) -> LogJoint:
+    """Return the log joint density of ``model(*args)`` at ``params``, differentiable in them.
 
     With more than one enumerated site, K counts their joint values, the first site varying slowest. The program must be
     independent over the plates that its enumerated sites share.
+
+    Raises:
+        ValueError: sites of one row count differently often.
     """
     first = -1 - program.max_plate_nesting
     with pyro.get_param_store().scope(), default_dtype_of(*args, *params.values()):
@@ -135,22 +179,39 @@ def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor]
     with _quiet_nan():
         trace.compute_log_prob()
     plates = {frame.name for frame in trace.nodes[program.latents[0]]["cond_indep_stack"]}
-    table = log_prior = torch.zeros(())
-    for site in trace.nodes.values():
+    table = latent = log_prior = torch.zeros(())
+    scales = {}
+    for name, site in trace.nodes.items():
         if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
             continue
         own = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-        log_prob = site["log_prob"]
         if not own.keys() & plates:
-            log_prior = log_prior + log_prob.sum()
+            log_prior = log_prior + site["log_prob"].sum()
             continue
+        log_prob = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
         inner = [dim for plate, dim in own.items() if plate not in plates]
-        table = table + (log_prob.sum(inner, keepdim=True) if inner else log_prob)
-    sizes = [trace.nodes[name]["fn"].enumerate_support(expand=False).shape[0] for name in program.latents]
+        log_prob = log_prob.sum(inner, keepdim=True) if inner else log_prob
+        table = table + log_prob
+        latent = latent + log_prob if name in program.latents else latent
+        scales[name] = site["scale"]
     rows = table.shape[len(table.shape) - program.max_plate_nesting :]
-    table = table.expand(*reversed(sizes), *rows)  # the first enumerated site has the rightmost enumeration dimension
-    order = [*range(len(sizes), table.ndim), *reversed(range(len(sizes)))]
-    return table.permute(order).reshape(rows.numel(), -1), log_prior
+    shape = (
+        *reversed(program.latent_sizes),
+        *rows,
+    )  # the first enumerated site has the rightmost enumeration dimension
+    order = [*range(len(program.latents), len(shape)), *reversed(range(len(program.latents)))]
+    table, latent = (part.expand(shape).permute(order).reshape(rows.numel(), -1) for part in (table, latent))
+    return LogJoint(table, log_prior, latent, _row_weights(scales, rows).to(table.dtype))
+
+
+def _row_weights(scales: Mapping[str, float | Tensor], rows: torch.Size) -> Tensor:
+    """Return the one scale that all sites of a row have, spread over the rows."""
+    spread = {name: torch.as_tensor(scale).expand(rows).reshape(-1) for name, scale in scales.items()}
+    first, *others = spread
+    for other in others:
+        if not torch.equal(spread[first], spread[other]):
+            raise ValueError(f"the sites {first} and {other} of one row carry different scales: scale both alike")
+    return spread[first]
 
 
 def unconstrain(support: constraints.Constraint) -> Transform:
@@ -166,11 +227,15 @@ def unconstrain(support: constraints.Constraint) -> Transform:
 
 
 class Coordinates:
-    """Unconstrained coordinates, one flat vector u (P,), of the parameters with a support; the others stay fixed."""
+    """Unconstrained coordinates, one flat vector u (P,), of the parameters with a continuous support.
+
+    The others, whole numbers among them, stay fixed.
+    """
 
     def __init__(self, supports: Mapping[str, constraints.Constraint], params: Mapping[str, Tensor]):
-        self.transforms = {name: unconstrain(supports[name]) for name in params if name in supports}
-        self.fixed = {name: value for name, value in params.items() if name not in supports}
+        free = [name for name in params if name in supports and not supports[name].is_discrete]
+        self.transforms = {name: unconstrain(supports[name]) for name in free}
+        self.fixed = {name: value for name, value in params.items() if name not in free}
         self.shapes = {name: transform.inv(params[name]).shape for name, transform in self.transforms.items()}
 
     def __call__(self, u: Tensor) -> dict[str, Tensor]:

@@ -60,8 +60,8 @@ def posterior_mode(
     coordinates = Coordinates(program.supports, start)
 
     objective = with_gradient(lambda u: -log_density(model, program, coordinates(u), *args))
-    for name, support in program.supports.items():
-        if _at_edge(start[name], support):
+    for name in coordinates.transforms:
+        if _at_edge(start[name], program.supports[name]):
             raise ValueError(f"the start is at the edge of the support of {name}, which no step leaves: start inside")
     u = coordinates.inverse(start)
     found = minimise(objective, u, max_steps=max_steps, rtol=rtol)

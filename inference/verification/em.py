@@ -4,98 +4,45 @@ Nobody writes Q down: log p(x_n, z_n = k | params) comes from the program by enu
 autograd. The E-step is held against the normalised table at random parameters; the M-step must leave no gradient of Q,
 nor of Q plus log prior, at **random** responsibilities, where no lucky symmetry hides a fault; a step that does not
 maximise must at least rise and stop where the log likelihood is stationary (generalised EM: Dempster, Laird and Rubin
-1977, section 2).
+1977, section 2). What rounding explains is measured: each step is run again with its arguments changed in their last
+places.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixproof.inference.bfgs import minimise, with_gradient
-from mixproof.inference.enumeration import Coordinates, log_joint_table
-from mixproof.inference.enumeration import inspect as inspect_program
-from mixproof.inference.verification.report import Check, Report
+from mixproof.inference.verification.hints import measured_hints
+from mixproof.inference.verification.report import Check, Report, asserting
+from mixproof.inference.verification.smallest import smallest_counterexample
+from mixproof.inference.verification.subject import Subject
+from mixproof.inference.verification.trial import (
+    BLIND,
+    EDGE,
+    NUM_NUDGES,
+    ROUNDING,
+    OutsideSupport,
+    StepError,
+    Target,
+    Trial,
+    Undecided,
+    descend,
+    nudge,
+)
 
+GRAVITY = ("wrong E-step", "wrong M-step", "wrong report", "undecided", "generalised EM", "MAP-EM", "exact EM")
+"""The verdicts, the gravest first: of several steps the gravest is the derivation's."""
 NUM_POINTS = 3
-MAX_GROUPS = 256
-EDGE = 36.0  # stands for an infinite logit: beyond it a probability cannot be told from 0 or 1
-
-
-class Subject:
-    """A person's derivation beside the program that it is meant for."""
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        params: Any,
-        e_step: Callable[..., Any],
-        m_step: Callable[..., Any],
-        data: tuple[Any, ...],
-    ):
-        self.model, self.e_step, self.m_step, self.data = model, e_step, m_step, data
-        self.container = None if isinstance(params, Mapping) else type(params)
-        self.params = {name: torch.as_tensor(value) for name, value in self.as_dict(params).items()}
-        self.program = inspect_program(model, self.params, *data)
-        self.coordinates = Coordinates(self.program.supports, self.params)
-        self.origin = self.coordinates.inverse(self.params)
-        if not torch.isfinite(self.origin).all():
-            raise ValueError("params lie at the edge of their support: give parameters inside it to start from")
-        self.takes_params = "params" in inspect.signature(m_step).parameters
-
-    @staticmethod
-    def as_dict(params: Any) -> dict[str, Any]:
-        return dict(params) if isinstance(params, Mapping) else params._asdict()
-
-    def wrap(self, params: dict[str, Tensor]) -> Any:
-        """Return parameters in the type the person uses."""
-        return params if self.container is None else self.container(**params)
-
-    def table(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return log p(x_n, z_n = k | params), shape (N, K), and log p(params), by enumeration."""
-        return log_joint_table(self.model, self.program, params, *self.data)
-
-    def random_params(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return parameters near the given ones, in unconstrained coordinates."""
-        noise = torch.randn(self.origin.shape, generator=generator, dtype=self.origin.dtype)
-        return self.coordinates(self.origin + 0.3 * noise)
-
-    def random_resp(self, params: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-        """Return random responsibilities in the shape of the person's own."""
-        shape = torch.as_tensor(self.e_step(self.wrap(params), *self.data)).shape
-        logits = torch.randn(shape, generator=generator, dtype=self.origin.dtype)
-        return logits.flatten(1).softmax(-1).reshape(shape)
-
-    def maximise(self, resp: Tensor, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the person's M-step makes of responsibilities, refusing what is not a set of parameters."""
-        new = self.m_step(resp, *self.data, **({"params": self.wrap(params)} if self.takes_params else {}))
-        found = self.as_dict(new)
-        if found.keys() != self.params.keys():
-            raise ValueError(f"m_step returns {sorted(found)}, and the program's parameters are {sorted(self.params)}")
-        for name, value in found.items():
-            found[name] = torch.as_tensor(value)
-            if found[name].shape != self.params[name].shape:
-                shapes = tuple(found[name].shape), tuple(self.params[name].shape)
-                raise ValueError(f"m_step returns {name} of shape {shapes[0]}, and the program's has {shapes[1]}")
-            if not torch.isfinite(found[name]).all():
-                raise ValueError(f"m_step returns {name} with an entry that is not finite")
-            if name in self.program.supports and not self.program.supports[name].check(found[name]).all():
-                raise ValueError(f"m_step returns {name} outside its support {self.program.supports[name]}")
-        return found
-
-    def site_of(self, coordinate: int) -> str:
-        """Return the parameter site that an unconstrained coordinate belongs to."""
-        for name, shape in self.coordinates.shapes.items():
-            if coordinate < shape.numel():
-                return name
-            coordinate -= shape.numel()
-        raise IndexError(coordinate)
+NUM_STARTS = 4
+TILT = 1.0
+"""How much of the program's own log responsibilities enters where unrelated ones lead an M-step out of its support."""
+RADII = (1e-3, 1e-2, 1e-1, 1.0)
 
 
 def verify_em(
@@ -112,319 +59,426 @@ def verify_em(
     """Try to refute an EM derivation for a Pyro program with enumerated discrete latents.
 
     Args:
-        model: the program; ``model(*data)`` observes the data. Bind other arguments with ``functools.partial``.
-        params: a dict or NamedTuple with a value inside the support for each parameter site, ``pyro.sample`` or
-        ``pyro.param``.
-            Choose K >= 3 components and D >= 2 features: several faults cannot be seen with fewer.
+        model: the program; ``model(*data)`` observes the data. Bind other arguments with ``functools.partial``. Rows
+            that count differently have their weights (N,) in ``poutine.scale`` inside the data plate.
+        params: a dict or NamedTuple with a value for each parameter site, ``pyro.sample`` or ``pyro.param``. Choose
+            K >= 3 components and D >= 2 features: several faults cannot be seen with fewer. Whole-number parameters
+            are held fixed.
         e_step: ``e_step(params, *data)`` -> responsibilities (N, K), or (N, K, L) for two enumerated sites.
         m_step: ``m_step(resp, *data)`` -> parameters, in the type of ``params``. A step that builds on the current
-        parameters takes
-            them as a further keyword argument, ``params``.
+            parameters takes them as a further keyword argument, ``params``.
         data: the positional arguments of the program, a tuple.
         log_likelihood: ``log_likelihood(params, *data)`` -> the log likelihood the person reports; None if there is
-        none.
+            none.
         seed: seeds the random parameters and responsibilities.
         subject: what the report calls the derivation.
 
     Returns:
         A report whose verdict is ``exact EM`` (the M-step maximises Q), ``MAP-EM`` (Q plus the program's log prior),
-        ``generalised EM`` (it raises Q and stops at stationary points only), ``wrong E-step``, ``wrong M-step``, or
-        ``wrong report``. Agreement at random points to rounding refutes any wrong analytic step with probability one
-        up to the tolerance; it is not a proof.
+        ``generalised EM`` (it raises Q and stops at stationary points only), ``wrong E-step``, ``wrong M-step``,
+        ``wrong report``, or ``undecided`` where the data or the rounding do not let the checks decide. A wrong one
+        comes with the smallest counterexample that was found and, where one change was measured to mend it, with that
+        hint. Agreement at random points to rounding refutes any wrong analytic step with probability one up to the
+        tolerance; it is not a proof.
 
     Raises:
         ValueError: the program has no enumerated site or an unmarked one, or ``params`` do not fit its sites.
+        TypeError: ``data`` is not a tuple, or ``params`` is neither a mapping nor a NamedTuple.
     """
     if not isinstance(data, tuple):
         raise TypeError("data must be a tuple of the program's positional arguments: (x,) for one")
-    own = Subject(model, params, e_step, m_step, data)
+    own = Trial(Subject(model, params, data, e_step, m_step, log_likelihood))
     generator = torch.Generator().manual_seed(seed)
-    checks = [check_e_step(own, generator)]
-    if not checks[-1].passed:
-        return Report(subject, "wrong E-step", tuple(checks), seed)
-    exact = check_m_step(own, generator, with_prior=False)
-    verdict = "exact EM"
-    if not exact.passed:
-        penalised = check_m_step(own, generator, with_prior=True)
-        if penalised.passed:
-            exact, verdict = penalised, "MAP-EM"
-        elif not math.isnan(exact.error):
-            generalised = [check_rise(own, generator), check_fixed_point(own)]
-            checks += generalised
-            if all(check.passed for check in generalised):
-                detail = (
-                    f"{exact.name} fails (error {exact.error:.2g}), as in a step that raises Q without maximising it"
-                )
-                exact, verdict = exact._replace(passed=True, detail=detail), "generalised EM"
-            else:
-                verdict, exact = "wrong M-step", _with_better(own, exact)
-        else:
-            verdict = "wrong M-step"
-    checks.append(exact)
-    if verdict in ("exact EM", "MAP-EM"):
-        checks.append(check_rise(own, generator))
+    judged = [judge_e_step(own, generator)]
+    judged.append(judge_m_step(own, generator, climb=judged[0][0] == "exact EM"))
     if log_likelihood is not None:
-        checks.append(check_log_likelihood(own, log_likelihood, generator))
-        if not checks[-1].passed and verdict != "wrong M-step":
-            verdict = "wrong report"
-    return Report(subject, verdict, tuple(checks), seed)
+        judged.append(judge_report(own, generator))
+    verdict = next(verdict for verdict in GRAVITY if verdict in [found for found, _ in judged])
+    checks = tuple(check for _, made in judged for check in made)
+    if not verdict.startswith("wrong"):
+        return Report(subject, verdict, checks, seed)
+    return Report(
+        subject,
+        verdict,
+        checks,
+        seed,
+        hints=measured_hints(own, verdict, checks, generator),
+        smallest=smallest_counterexample(own, verdict, seed),
+    )
 
 
-def assert_em(*args: Any, **kwargs: Any) -> Report:
-    """Call ``verify_em`` and raise ``Refuted`` unless the derivation survives."""
-    return verify_em(*args, **kwargs).raise_for_refuted()
+assert_em = asserting(verify_em)
 
 
-def check_e_step(own: Subject, generator: torch.Generator) -> Check:
-    """Hold the responsibilities against the normalised enumerated table at the given and at random parameters."""
+def judge_e_step(own: Trial, generator: torch.Generator) -> tuple[str, list[Check]]:
+    """Return what the E-step says of the derivation, and the check."""
+    return _judge("wrong E-step", partial(check_e_step, own, generator))
+
+
+def judge_m_step(own: Trial, generator: torch.Generator, *, climb: bool) -> tuple[str, list[Check]]:
+    """Return what the M-step says of the derivation, and the checks; ``climb`` where the E-step is fit for a pass."""
+    verdict, checks = _judge("wrong M-step", partial(check_m_step, own, generator, with_prior=False))
+    if verdict == "undecided":
+        return verdict, checks
+    kind = verdict
+    if verdict == "wrong M-step" and own.has_prior:
+        kind, penalised = _judge("wrong M-step", partial(check_m_step, own, generator, with_prior=True))
+        if kind == "exact EM":
+            kind, checks = "MAP-EM", penalised
+    if not climb:
+        return kind, checks
+    if kind != "wrong M-step":
+        rises, made = _judge("wrong M-step", partial(check_rise, own, generator))
+        return kind if rises == "exact EM" else rises, checks + made
+    if math.isnan(checks[0].error):
+        return kind, checks
+    rises, made = _judge("wrong M-step", partial(check_rise, own, generator))
+    if rises == "exact EM":
+        stays, stood = _judge("wrong M-step", partial(check_fixed_point, own, generator))
+        made += stood
+        if stays == "undecided":
+            return stays, made + checks
+        if stays == "exact EM":
+            detail = f"fails with error {checks[0].error:.2g}, as in a step that raises Q and does not maximise it"
+            return "generalised EM", [*made, checks[0]._replace(passed=True, counterexample=None, detail=detail)]
+    return kind, made + checks
+
+
+def judge_report(own: Trial, generator: torch.Generator) -> tuple[str, list[Check]]:
+    """Return what the reported log likelihood says of the derivation, and the check."""
+    return _judge("wrong report", partial(check_log_likelihood, own, generator))
+
+
+def _judge(wrong: str, check: Callable[[], Check]) -> tuple[str, list[Check]]:
+    try:
+        made = check()
+    except Undecided as reason:
+        name, text = reason.args
+        return "undecided", [Check(name, False, math.nan, math.nan, detail=f"undecided: {text}")]
+    return "exact EM" if made.passed else wrong, [made]
+
+
+def check_e_step(own: Trial, generator: torch.Generator) -> Check:
+    """Hold the responsibilities against the normalised enumerated table at the given and at random parameters.
+
+    Raises:
+        Undecided: rounding hides too much, or only parameters at the edge of their support are in question.
+    """
     name = "responsibilities = enumeration"
-    worst = Check(name, True, 0.0, 0.0)
-    for point in range(NUM_POINTS):
-        params = own.params if point == 0 else own.random_params(generator)
+    worst = None
+    for params in points(own, generator):
         with torch.no_grad():
-            table, _ = own.table(params)
+            rows = own.joint(params).rows
         try:
-            raw = torch.as_tensor(own.e_step(own.wrap(params), *own.data))
-        except Exception as raised:  # a stranger's code: whatever it raises is its verdict
-            return Check(name, False, math.nan, 0.0, None, params, f"e_step raises {type(raised).__name__}: {raised}")
-        if raw.shape[:1] != table.shape[:1] or raw.numel() != table.numel():
-            detail = (
-                f"e_step returns shape {tuple(raw.shape)}, and the program has {tuple(table.shape)} (rows, components)"
+            found = own.responsibilities(params)
+            if len(found) != len(rows) or found.numel() != rows.numel():
+                shapes = tuple(own.shaped(params).shape), tuple(rows.shape)
+                raise StepError(f"e_step returns shape {shapes[0]}, and the program has {shapes[1]} (rows, components)")
+        except StepError as error:
+            made = Check(name, False, math.nan, math.nan, None, params, str(error))
+        else:
+            made = _compare_rows(own, name, params, found, rows, generator)
+        if not made.passed and own.at_edge and params is own.params:
+            raise Undecided(
+                name, f"right inside the support, but not at its edge, where the given params lie: {made.detail}"
             )
-            return Check(name, False, math.nan, 0.0, None, params, detail)
-        claimed, actual = raw.flatten(1), table.softmax(-1)
-        tolerance = _eps(table) * 64 * (1 + table[torch.isfinite(table)].abs().max().item())
-        gap = (claimed - actual).abs().nan_to_num(nan=math.inf)
-        if gap.max() > worst.error or point == 0:
-            row, k = divmod(int(gap.argmax()), gap.shape[1])
-            passed = bool(gap.max() <= tolerance)
-            counterexample = None
-            if not passed:
-                counterexample = {**params, "row": row, "component": k, "claimed": claimed[row], "actual": actual[row]}
-            worst = Check(name, passed, gap.max().item(), tolerance, None, counterexample)
-        if not worst.passed:
-            break
+        if not made.passed:
+            return made
+        worst = made if worst is None or made.error > worst.error else worst
+    assert worst is not None
     return worst
 
 
-def check_m_step(own: Subject, generator: torch.Generator, *, with_prior: bool) -> Check:
-    """Measure the gradient that the M-step leaves of Q, or of Q plus log prior, at random responsibilities."""
+def points(own: Trial, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """Return the parameters to compare formulas at: the given ones, last where they lie at an edge, and random ones."""
+    random = [own.random_params(generator) for _ in range(NUM_POINTS - 1)]
+    return [*random, own.params] if own.at_edge else [own.params, *random]
+
+
+def _compare_rows(
+    own: Trial, name: str, params: dict[str, Tensor], claimed: Tensor, rows: Tensor, generator: torch.Generator
+) -> Check:
+    """Compare responsibilities (N, K) with the enumerated ones, up to what the E-step's own rounding moves."""
+    actual = rows.softmax(-1)
+    error = claimed - actual
+    tolerance = 64 * _eps(rows) * (1 + rows[torch.isfinite(rows)].abs().max().item())
+    nan = error.isnan().any(1)
+    if nan.any():
+        row = int(nan.int().argmax())
+        underflow = bool((rows[row].exp() == 0).all())
+        reason = ": every density there underflows to 0, work with logarithms" if underflow else ""
+        found = {**params, "row": row, "claimed": claimed[row], "actual": actual[row]}
+        return Check(name, False, math.inf, tolerance, None, found, f"e_step returns NaN in row {row}{reason}")
+    if error.abs().max() > tolerance:
+        tolerance += 16 * _rounding(error, [_e_error(own, nudged) for nudged in _nudged(own, params, generator)])
+        _refuse_to_be_blind(name, "e_step", tolerance)
+    worst = error.abs().max().item()
+    if worst <= tolerance:
+        return Check(name, True, worst, tolerance)
+    row, k = divmod(int(error.abs().argmax()), error.shape[1])
+    found = {**params, "row": row, "component": k, "claimed": claimed[row], "actual": actual[row]}
+    wrong = (error.abs() > tolerance).any(0)
+    only = "" if wrong.all() else f"only in component {', '.join(map(str, wrong.nonzero().flatten().tolist()))}"
+    return Check(name, False, worst, tolerance, None, found, only)
+
+
+def _e_error(own: Trial, params: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return own.responsibilities(params) - own.joint(params).rows.softmax(-1)
+
+
+def check_m_step(own: Trial, generator: torch.Generator, *, with_prior: bool) -> Check:
+    """Measure the gradient that the M-step leaves of Q, or of Q plus log prior, at random responsibilities.
+
+    Raises:
+        Undecided: Q has no maximum at these data, or rounding hides too much.
+    """
     name = "grad (Q + log prior) = 0" if with_prior else "grad Q = 0"
-    worst = Check(name, True, 0.0, 0.0)
+    worst = None
     for _ in range(NUM_POINTS):
         params = own.random_params(generator)
-        resp = own.random_resp(params, generator)
         try:
-            new = own.maximise(resp, params)
-        except Exception as raised:  # a stranger's code: whatever it raises is its verdict
-            return Check(name, False, math.nan, 0.0, None, {"resp": resp}, f"{type(raised).__name__}: {raised}")
-        error, tolerance, coordinate = _residual(own, new, resp.flatten(1), with_prior)
-        if error <= tolerance:
-            error, tolerance, beaten = _beaten(own, new, resp.flatten(1), with_prior, generator, error, tolerance)
-        else:
-            beaten = False
-        if error > worst.error or not worst.passed or worst.tolerance == 0.0:
-            passed = error <= tolerance
-            counterexample, detail = None, ""
-            if not passed:
-                site = own.site_of(coordinate)
-                counterexample = {"resp": resp, "site": site, "claimed": new[site]}
-                detail = f"a nearby or random point beats the claimed {site}" if beaten else f"{site} is not stationary"
-            worst = Check(name, passed, error, tolerance, None, counterexample, detail)
-        if not worst.passed:
-            break
+            new, target, detail = _maximised(own, name, params, generator, with_prior)
+            made = _stationary(own, name, params, new, target, generator)
+        except StepError as error:
+            return Check(name, False, math.nan, math.nan, None, params if own.takes_params else None, str(error))
+        if not made.passed:
+            return made
+        made = made._replace(detail=detail)
+        worst = made if worst is None or made.error / made.tolerance > worst.error / worst.tolerance else worst
+    assert worst is not None
     return worst
 
 
-def check_rise(own: Subject, generator: torch.Generator) -> Check:
+def _maximised(
+    own: Trial, name: str, params: dict[str, Tensor], generator: torch.Generator, with_prior: bool
+) -> tuple[dict[str, Tensor], Target, str]:
+    """Return an M-step's result, what it should maximise, and what to know of the responsibilities it was given."""
+    target = Target(own.random_resp(params, generator), prior=float(with_prior))
+    try:
+        return own.maximise(target.resp, params), target, ""
+    except OutsideSupport as error:
+        if site := own.unbounded(params, own.maximiser(params, target, list(own.spans())), target):
+            reason = f"Q rises without bound as {site} goes to the edge of its support, so that no M-step exists here"
+            raise Undecided(name, f"{reason}: give more rows ({error})") from error
+        near = target._replace(resp=own.random_resp(params, generator, tilt=TILT))
+        try:
+            found = (
+                own.maximise(near.resp, params),
+                near,
+                "at responsibilities near the program's own: unrelated ones lead out of the support",
+            )
+        except OutsideSupport:
+            raise error from None
+        return found
+
+
+def _stationary(
+    own: Trial, name: str, params: dict[str, Tensor], new: dict[str, Tensor], target: Target, generator: torch.Generator
+) -> Check:
+    """Check that an M-step's result maximises its target, and say which site does not."""
+    residual = own.residual(new, target)
+    if not residual.passed:
+        others = [
+            own.residual(own.maximise(resp, params), target._replace(resp=resp)).errors
+            for resp in own.nudges(target.resp, generator)
+        ]
+        noise = torch.stack([(other - residual.errors).abs() for other in others]).amax(0)
+        residual = residual._replace(tolerances=residual.tolerances + 16 * noise)
+        if residual.passed:
+            _refuse_to_be_blind(name, "m_step", residual.tolerances.max().item())
+    error, tolerance = residual.errors[residual.worst].abs().item(), residual.tolerances[residual.worst].item()
+    if residual.passed:
+        gain, rounding = beaten(own, new, target, generator)
+        if gain <= rounding:
+            return Check(name, True, error, tolerance)
+        error, tolerance, detail = gain, rounding, "a nearby or random point has a larger Q"
+        site, better = (
+            own.site_of(residual.worst),
+            own.maximiser(own.coordinates(own.origin), target, list(own.spans())),
+        )
+    else:
+        sites, better = own.blame(new, target, residual)
+        if site := own.unbounded(new, better, target):
+            raise Undecided(name, f"Q rises without bound as {site} goes to the edge of its support: give more rows")
+        site, detail = sites[0], f"{' and '.join(sites)} {'is' if len(sites) == 1 else 'are'} not stationary"
+    where = placed(site, new[site], better[site])
+    found = {
+        "resp": own.in_their_shape(target.resp),
+        **({"params": params} if own.takes_params else {}),
+        "site": site,
+        "where": where,
+        "claimed": new[site],
+        "maximiser of Q": better[site],
+    }
+    return Check(name, False, error, tolerance, None, found, f"{detail}; {where}" if where != site else detail)
+
+
+def placed(site: str, claimed: Tensor, right: Tensor) -> str:
+    """Return the entries of a site that are wrong, as an index: ``locs[1, :]`` where only component 1 is."""
+    gap = (claimed - right).abs()
+    wrong = gap > 1e-3 * gap.max()
+    index = []
+    for axis, size in enumerate(wrong.shape):
+        touched = wrong.movedim(axis, 0).reshape(size, -1).any(1).nonzero().flatten().tolist()
+        index.append(":" if len(touched) == size else str(touched[0]) if len(touched) == 1 else str(touched))
+    return f"{site}[{', '.join(index)}]" if any(part != ":" for part in index) else site
+
+
+def beaten(own: Trial, params: dict[str, Tensor], target: Target, generator: torch.Generator) -> tuple[float, float]:
+    """Return the largest relative gain of other points over a claimed maximiser, and what rounding explains of it."""
+    u, _ = own.unconstrained(params)
+    rounding, best = ROUNDING * _eps(u), 0.0
+    with torch.no_grad():
+        terms = own.terms(u, target)
+        size = terms.abs().sum().item() + 1
+        for radius in RADII:
+            other = u + radius * torch.randn(u.shape, generator=generator, dtype=torch.float64).to(u)
+            gain = ((own.terms(other, target) - terms).sum() / size).item()
+            best = max(best, gain) if math.isfinite(gain) else best
+    return best, rounding
+
+
+def check_rise(own: Trial, generator: torch.Generator) -> Check:
     """Check that one pass raises the log likelihood, or the log posterior, from random parameters."""
     name = "the objective rises"
-    worst = Check(name, True, 0.0, 0.0)
+    worst = None
     for _ in range(NUM_POINTS):
         params = own.random_params(generator)
-        resp = torch.as_tensor(own.e_step(own.wrap(params), *own.data))
         try:
-            new = own.maximise(resp, params)
-        except Exception as raised:  # a stranger's code: whatever it raises is its verdict
-            return Check(name, False, math.nan, 0.0, None, {"resp": resp}, f"{type(raised).__name__}: {raised}")
-        falls = []
-        for with_prior in (False, True):
-            before, after = (_log_density(own, point, with_prior) for point in (params, new))
-            falls.append((before - after) / (abs(before) + abs(after) + 1))
-        fall, tolerance = min(falls), _eps(resp) * 64 * len(resp) ** 0.5
-        if fall > worst.error or worst.tolerance == 0.0:
-            passed = fall <= tolerance
-            worst = Check(
-                name, passed, max(fall, 0.0), tolerance, None, None if passed else {"before": params, "after": new}
-            )
+            new = own.maximise(own.responsibilities(params), params)
+        except OutsideSupport as error:
+            raise Undecided(name, str(error)) from error
+        except StepError as error:
+            return Check(name, False, math.nan, math.nan, None, params, str(error))
+        before, after = (_log_densities(own, point) for point in (params, new))
+        falls = (before - after) / (before.abs() + after.abs() + 1)  # of the likelihood, and of the posterior
+        fall, tolerance = falls.min().item(), 64 * _eps(before) * len(own.joint(params).rows) ** 0.5
+        passed = fall <= tolerance
+        made = Check(
+            name, passed, max(fall, 0.0), tolerance, None, None if passed else {"before": params, "after": new}
+        )
+        if not made.passed:
+            return made
+        worst = made if worst is None or made.error > worst.error else worst
+    assert worst is not None
     return worst
 
 
-def check_fixed_point(own: Subject) -> Check:
+def check_fixed_point(own: Trial, generator: torch.Generator) -> Check:
     """Climb numerically to a mode of the likelihood, or the posterior, and check that a pass of both steps stays there.
 
     The tolerance is how far the mode itself is known: the last Newton step of the climb, and rounding.
+
+    Raises:
+        Undecided: no climb ended at a mode.
     """
     name = "a mode is a fixed point"
-    best = Check(name, False, math.inf, 0.0)
-    for with_prior in (False, True):
-        density = partial(_negative_log_density, own, with_prior=with_prior)
-        mode, uncertainty = _mode(own, density)
-        resp = torch.as_tensor(own.e_step(own.wrap(mode), *own.data))
+    best = None
+    for with_prior in (False, True) if own.has_prior else (False,):
+        mode, known = _mode(own, partial(_negative_log_density, own, with_prior=with_prior), generator)
+        if mode is None:
+            continue
         try:
-            after = own.maximise(resp, mode)
-        except Exception as raised:  # a stranger's code: whatever it raises is its verdict
-            return Check(name, False, math.nan, 0.0, None, None, f"{type(raised).__name__}: {raised}")
+            after = own.maximise(own.responsibilities(mode), mode)
+        except StepError as error:
+            return Check(name, False, math.nan, math.nan, None, mode, str(error))
         moves = _moves(mode, after)
         site = max(moves, key=lambda site: moves[site])
-        tolerance = 64 * uncertainty + 2**12 * _eps(own.origin)
-        if moves[site] < best.error:
-            counterexample = {"site": site, "mode": mode[site], "after a pass": after[site]}
-            passed = moves[site] <= tolerance
-            best = Check(name, passed, moves[site], tolerance, None, None if passed else counterexample)
+        tolerance = 64 * known + ROUNDING * _eps(own.origin)
+        passed = moves[site] <= tolerance
+        found = {"site": site, "mode": mode[site], "after a pass": after[site]}
+        made = Check(name, passed, moves[site], tolerance, None, None if passed else found)
+        best = made if best is None or made.error < best.error else best
+    if best is None:
+        raise Undecided(name, f"no climb from {NUM_STARTS} starts ended at a mode of the likelihood")
     return best
 
 
-def _mode(own: Subject, density: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], float]:
+def _mode(
+    own: Trial, density: Callable[[Tensor], Tensor], generator: torch.Generator
+) -> tuple[dict[str, Tensor] | None, float]:
     """Return a minimum of a function of the unconstrained coordinates as parameters, and how far it is known."""
-    objective = with_gradient(density)
-    u = minimise(objective, own.origin, max_steps=1000, rtol=1e-14).u
-    moved = math.inf
-    for _ in range(4):
-        _, gradient = objective(u)
-        hessian = torch.autograd.functional.hessian(density, u)
-        step = torch.linalg.pinv(hessian, rtol=1e-10, hermitian=True) @ gradient
-        after = u - step
-        if not objective(after)[1].norm() < gradient.norm():
-            break
-        moved = max(_moves(own.coordinates(u), own.coordinates(after)).values())
-        u = after
-    if moved == math.inf:  # the climb had already arrived, or the function has a kink there
-        moved = max(_moves(own.coordinates(u), own.coordinates(u - step)).values())
-    return own.coordinates(u), min(moved, 1e-6)
+    for start in range(NUM_STARTS):
+        noise = torch.randn(own.origin.shape, generator=generator, dtype=torch.float64).to(own.origin)
+        u, step = descend(density, own.origin + 0.3 * start * noise)
+        known = max(_moves(own.coordinates(u + step), own.coordinates(u)).values())
+        if known < BLIND and (u - own.origin).abs().max() < EDGE * (1 + own.origin.abs().max()):
+            return own.coordinates(u), known
+    return None, math.inf
 
 
 def _moves(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, float]:
     """Return the largest relative change at each site."""
-    return {site: ((after[site] - before[site]).abs() / (1 + before[site].abs())).max().item() for site in before}
+    return {
+        site: ((after[site] - before[site]).abs() / (1 + before[site].abs())).max().nan_to_num(nan=math.inf).item()
+        for site in before
+    }
 
 
-def check_log_likelihood(own: Subject, log_likelihood: Callable[..., Any], generator: torch.Generator) -> Check:
+def check_log_likelihood(own: Trial, generator: torch.Generator) -> Check:
     """Hold the reported log likelihood against the enumerated one at the given and at random parameters."""
     name = "log likelihood = enumeration"
-    worst = Check(name, True, 0.0, 0.0)
-    for point in range(NUM_POINTS):
-        params = own.params if point == 0 else own.random_params(generator)
+    worst = None
+    for params in points(own, generator):
         try:
-            claimed = float(log_likelihood(own.wrap(params), *own.data))
-        except Exception as raised:  # a stranger's code: whatever it raises is its verdict
-            return Check(
-                name, False, math.nan, 0.0, None, params, f"log_likelihood raises {type(raised).__name__}: {raised}"
-            )
-        with torch.no_grad():
-            rows = own.table(params)[0].logsumexp(-1)
-        actual, size = rows.sum().item(), rows.abs().sum().item() + 1
-        error, tolerance = abs(claimed - actual) / size, 64 * _eps(rows)
-        if not error <= worst.error or worst.tolerance == 0.0:
-            passed = error <= tolerance
-            values = None if passed else {**params, "claimed": claimed, "actual": actual}
-            worst = Check(name, passed, error, tolerance, None, values)
+            claimed, actual, size = _log_likelihoods(own, params)
+        except StepError as broken:
+            return Check(name, False, math.nan, math.nan, None, params, str(broken))
+        gap, tolerance = (claimed - actual) / size, 64 * _eps(own.origin)
+        if abs(gap) > tolerance and math.isfinite(gap):
+            values = [_log_likelihoods(own, nudged) for nudged in _nudged(own, params, generator)]
+            others = [torch.tensor((c - a) / s) for c, a, s in values]
+            tolerance += 16 * _rounding(torch.tensor(gap), others)
+            _refuse_to_be_blind(name, "log_likelihood", tolerance)
+        error = abs(gap)
+        passed = error <= tolerance
+        made = Check(
+            name, passed, error, tolerance, None, None if passed else {**params, "claimed": claimed, "actual": actual}
+        )
+        if not passed:
+            return made
+        worst = made if worst is None or error > worst.error else worst
+    assert worst is not None
     return worst
+
+
+def _log_likelihoods(own: Trial, params: dict[str, Tensor]) -> tuple[float, float, float]:
+    """Return the claimed log likelihood, the enumerated one, and the sum of its rows' sizes."""
+    with torch.no_grad():
+        joint = own.joint(params)
+    rows = joint.row_weights * joint.rows.logsumexp(-1)
+    return own.reported(params), joint.log_likelihood.item(), rows.abs().sum().item() + 1
+
+
+def _nudged(own: Trial, params: dict[str, Tensor], generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """Return parameters changed in their last places."""
+    free = {name: params[name] for name in own.coordinates.transforms}
+    return [{**params, **{name: nudge(value, generator) for name, value in free.items()}} for _ in range(NUM_NUDGES)]
+
+
+def _rounding(error: Tensor, others: list[Tensor]) -> float:
+    """Return how much an error moves when the arguments change in their last places: what of it is rounding."""
+    return max((other - error).abs().max().nan_to_num(nan=0.0).item() for other in others)
+
+
+def _refuse_to_be_blind(name: str, function: str, tolerance: float) -> None:
+    if tolerance > BLIND:
+        reason = f"rounding inside {function} hides errors up to {tolerance:.1g}: center or scale the data"
+        raise Undecided(name, reason)
 
 
 def _eps(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps
 
 
-def _negative_log_density(own: Subject, u: Tensor, *, with_prior: bool) -> Tensor:
-    table, log_prior = own.table(own.coordinates(u))
-    return -(table.logsumexp(-1).sum() + with_prior * log_prior)
+def _negative_log_density(own: Trial, u: Tensor, *, with_prior: bool) -> Tensor:
+    joint = own.joint(own.coordinates(u))
+    return -(joint.log_likelihood + with_prior * joint.log_prior)
 
 
-def _log_density(own: Subject, params: dict[str, Tensor], with_prior: bool) -> float:
+def _log_densities(own: Trial, params: dict[str, Tensor]) -> Tensor:
+    """Return the log likelihood and the log posterior up to its constant, (2,)."""
     with torch.no_grad():
-        table, log_prior = own.table(params)
-    return (table.logsumexp(-1).sum() + with_prior * log_prior).item()
-
-
-def _q(own: Subject, u: Tensor, resp: Tensor, with_prior: bool) -> Tensor:
-    """Return the terms of Q at u, one for each group of rows and one for the prior: their sum is Q."""
-    table, log_prior = own.table(own.coordinates(u))
-    terms = torch.where(resp > 0, resp * table, 0).sum(-1)
-    groups = torch.arange(len(terms)) % MAX_GROUPS
-    summed = torch.zeros(min(len(terms), MAX_GROUPS), dtype=terms.dtype).index_add(0, groups, terms)
-    return torch.cat([summed, (log_prior if with_prior else torch.zeros_like(terms[0])).reshape(1)])
-
-
-def _terms_gradient(own: Subject, u: Tensor, resp: Tensor, with_prior: bool) -> Tensor:
-    """Return the gradient of each term of Q at u, shape (terms, P)."""
-    u = u.detach().requires_grad_()
-    terms = _q(own, u, resp, with_prior)
-    return torch.autograd.grad(terms, u, torch.eye(len(terms), dtype=terms.dtype), is_grads_batched=True)[0]
-
-
-def _gradient(own: Subject, u: Tensor, resp: Tensor, with_prior: bool) -> Tensor:
-    u = u.detach().requires_grad_()
-    return torch.autograd.grad(_q(own, u, resp, with_prior).sum(), u)[0]
-
-
-def _residual(own: Subject, params: dict[str, Tensor], resp: Tensor, with_prior: bool) -> tuple[float, float, int]:
-    """Return the largest scale-free gradient of Q at params, its tolerance, and the coordinate it belongs to.
-
-    Scale-free: the sum of the terms' gradients over the sum of their sizes, per coordinate. The tolerance is how far
-    it moves when the parameters are rounded. At a kink the gradient need not vanish, only change its sign.
-    """
-    raw = own.coordinates.inverse(params)
-    u = raw.nan_to_num(posinf=EDGE, neginf=-EDGE)
-    terms = _terms_gradient(own, u, resp, with_prior)
-    total, sizes = terms.sum(0), terms.abs().sum(0)
-    scale = sizes.clamp_min(_eps(u) * sizes.max())
-    shift = _eps(u) * (1 + u.abs())
-    moved = [(_gradient(own, u + sign * shift, resp, with_prior) - total).abs() / scale for sign in (1, -1)]
-    noise = torch.maximum(*moved)
-    kinks = noise > math.sqrt(_eps(u))
-    residual = total.abs() / scale
-    tolerance = 2**10 * (_eps(u) + torch.where(kinks, 0.0, noise))
-    residual = torch.where(raw.isinf(), torch.where(total * u.sign() >= 0, 0.0, residual), residual)
-    for i in (kinks & (residual > tolerance)).nonzero().flatten().tolist():
-        step = torch.zeros_like(u)
-        step[i] = 2**10 * shift[i]
-        below, above = (_gradient(own, u + sign * step, resp, with_prior)[i] for sign in (-1, 1))
-        if below >= 0 >= above:
-            residual[i] = 0.0
-    worst = int((residual / tolerance).argmax())
-    return residual[worst].item(), tolerance[worst].item(), worst
-
-
-def _beaten(
-    own: Subject,
-    params: dict[str, Tensor],
-    resp: Tensor,
-    with_prior: bool,
-    generator: torch.Generator,
-    error: float,
-    tolerance: float,
-) -> tuple[float, float, bool]:
-    """Return error and tolerance as they are, or the gain in Q of a point that beats the claimed maximiser."""
-    u = own.coordinates.inverse(params).nan_to_num(posinf=EDGE, neginf=-EDGE)
-    with torch.no_grad():
-        terms = _q(own, u, resp, with_prior)
-        size = terms.abs().sum().item() + 1
-        rounding = 2**10 * _eps(u)
-        for radius in (1e-3, 1e-2, 1e-1, 1.0):
-            other = u + radius * torch.randn(u.shape, generator=generator, dtype=u.dtype)
-            gain = ((_q(own, other, resp, with_prior) - terms).sum() / size).item()
-            if gain > rounding:
-                return gain, rounding, True
-    return error, tolerance, False
-
-
-def _with_better(own: Subject, check: Check) -> Check:
-    """Add to a failed check of the M-step what a numerical maximiser of Q returns for the site it names."""
-    if check.counterexample is None or "site" not in check.counterexample:
-        return check
-    site, resp = check.counterexample["site"], check.counterexample["resp"].flatten(1)
-
-    objective = with_gradient(lambda u: -_q(own, u, resp, with_prior=False).sum())
-    better = own.coordinates(minimise(objective, own.origin, max_steps=200, rtol=1e-12).u)
-    return check._replace(counterexample={**check.counterexample, "maximiser of Q": better[site]})
+        joint = own.joint(params)
+    return torch.stack([joint.log_likelihood, joint.log_likelihood + joint.log_prior])

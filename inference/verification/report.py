@@ -21,6 +21,21 @@ Arguments = ParamSpec("Arguments")
 ACCEPTED = frozenset({"holds", "exact EM", "MAP-EM", "generalised EM"})
 
 
+MEANING = {
+    "exact EM": "both steps agree with the program to rounding, and the M-step maximises Q",
+    "MAP-EM": "both steps agree with the program to rounding, and the M-step maximises Q + the program's log prior",
+    "generalised EM": "the M-step raises Q without maximising it, and rests where the likelihood has a mode",
+    "wrong E-step": "the responsibilities are not p(z | x, params) of this program",
+    "wrong M-step": "the parameters returned do not maximise Q, nor Q + log prior, nor rest at a mode",
+    "wrong report": "the log likelihood reported is not that of the parameters",
+}
+"""What the verdicts on an EM derivation say."""
+PASSED = (
+    "Agreement at random points to rounding refutes any wrong analytic step with probability one, up to the tolerance. "
+    "It is not a proof."
+)
+
+
 class Check(NamedTuple):
     """The outcome of one attempt to refute a claim."""
 
@@ -56,11 +71,21 @@ class Report:
     """Every check that was made, in order."""
     seed: int
     """The seed that reproduces the report."""
+    hints: tuple[str, ...] = ()
+    """Changes that were made, one at a time, and each measured to mend all."""
+    smallest: str = ""
+    """The smallest counterexample that was found, as Python to run; empty where there is none."""
 
     @property
     def ok(self) -> bool:
         """Whether the claim survived every check."""
         return self.verdict in ACCEPTED
+
+    @property
+    def meaning(self) -> str:
+        """What the verdict on an EM derivation says, in one or two sentences; empty for the other verbs."""
+        says = MEANING.get(self.verdict, "")
+        return f"{says}. {PASSED}" if says and self.ok else f"{says}." if says else ""
 
     def raise_for_refuted(self) -> Report:
         """Return the report itself, or raise ``Refuted`` with the whole report unless the claim survived."""
@@ -83,7 +108,10 @@ class Report:
                 lines = [f"  {name} = {_short(value)}" for name, value in check.counterexample.items()]
                 notes.append(Text("\n".join([f"{check.name}, counterexample:", *lines])))
         title = Text.assemble((self.subject, "bold"), ": ", (self.verdict, "green" if self.ok else "bold red"))
-        return Group(title, table, *notes)
+        notes += [Text(f"hint, measured: {hint}", "bold") for hint in self.hints]
+        if self.smallest:
+            notes.append(Text(f"smallest counterexample found, to run:\n\n{self.smallest}"))
+        return Group(title, *([Text(self.meaning)] if self.meaning else []), table, *notes)
 
     def __str__(self) -> str:
         console = Console(width=120, color_system=None, force_terminal=False, force_jupyter=False)
@@ -98,6 +126,9 @@ class Report:
             "verdict": self.verdict,
             "ok": self.ok,
             "seed": self.seed,
+            "meaning": self.meaning,
+            "hints": list(self.hints),
+            "smallest": self.smallest,
             "checks": [{name: plain(value) for name, value in check._asdict().items()} for check in self.checks],
         }
 
@@ -117,8 +148,11 @@ class Report:
         head = "".join(f"<th>{name}</th>" for name in ("check", "result", "error", "tolerance", "p-value", "detail"))
         return (
             f"<section class='report'><h4>{html.escape(self.subject)}: {html.escape(self.verdict)}</h4>"
+            f"{f'<p>{html.escape(self.meaning)}</p>' if self.meaning else ''}"
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-            f"{''.join(_counterexample(check) for check in self.checks if check.counterexample is not None)}</section>"
+            f"{''.join(_counterexample(check) for check in self.checks if check.counterexample is not None)}"
+            f"{''.join(f'<p>Hint, measured: {html.escape(hint)}</p>' for hint in self.hints)}"
+            f"{_runnable(self.smallest)}</section>"
         )
 
     _repr_html_ = to_html
@@ -169,3 +203,7 @@ def _short(value: Any) -> str:
 def _counterexample(check: Check) -> str:
     lines = "\n".join(f"{name} = {_short(value)}" for name, value in (check.counterexample or {}).items())
     return f"<p>{html.escape(check.name)}, counterexample:</p><pre>{html.escape(lines)}</pre>"
+
+
+def _runnable(snippet: str) -> str:
+    return f"<p>Smallest counterexample found, to run:</p><pre>{html.escape(snippet)}</pre>" if snippet else ""

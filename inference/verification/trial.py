@@ -1,0 +1,369 @@
+"""A person's EM run against the program that it is meant for: enumeration, Q, and what is left of its gradient."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from mixproof.inference.bfgs import minimise, with_gradient
+from mixproof.inference.enumeration import Coordinates, LogJoint, log_joint_table
+from mixproof.inference.enumeration import inspect as inspect_program
+from mixproof.inference.verification.subject import Subject
+
+MAX_GROUPS = 256
+EDGE = 36.0
+"""Stands for an infinite logit: beyond it a probability cannot be told from 0 or 1."""
+INSIDE = 3.0
+"""The unconstrained coordinate from which to start where a parameter lies at the edge of its support."""
+ROUNDING = 2.0**10
+"""How many units in the last place a well conditioned formula may lose."""
+NUM_NUDGES = 4
+NEWTON_STEPS = 60
+HALVINGS = 12
+SMALL = 1e-4
+"""A site that, put right, leaves no more than this share of a residual was the cause of all of it."""
+BLIND = 1e-6
+"""Rounding that hides relative errors of this size leaves a derivation undecided."""
+
+
+class StepError(Exception):
+    """A person's function raised, or returned what it must not: that is its verdict."""
+
+
+class OutsideSupport(StepError):
+    """An M-step returned parameters that are no parameters of the program."""
+
+
+class Undecided(Exception):
+    """The data, or the rounding, do not let a check say yes or no: the check's name, and why."""
+
+
+class Target(NamedTuple):
+    """What an M-step maximises: expected log joint + multiples of the log prior and of further terms."""
+
+    resp: Tensor
+    """(N, K)."""
+    prior: float = 0.0
+    """How often log p(params) counts."""
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    """A further term, a function of the parameters."""
+    row_weights: Tensor | None = None
+    """(N,), in place of the program's."""
+
+
+class Residual(NamedTuple):
+    """The scale-free gradient that is left at a claimed maximiser, in unconstrained coordinates."""
+
+    errors: Tensor
+    """(P,), the sum of the terms' gradients over the sum of their sizes."""
+    tolerances: Tensor
+    """(P,), how far they move when the parameters are rounded."""
+
+    @property
+    def worst(self) -> int:
+        """The coordinate with the largest error in units of its tolerance."""
+        return int((self.errors.abs() / self.tolerances).argmax())
+
+    @property
+    def passed(self) -> bool:
+        """Whether rounding explains every error."""
+        return bool((self.errors.abs() <= self.tolerances).all())
+
+
+class Trial:
+    """A subject with its program inspected, and its functions guarded."""
+
+    def __init__(self, subject: Subject):
+        self.subject, self.model, self.data = subject, subject.model, subject.data
+        self.container = None if isinstance(subject.params, Mapping) else type(subject.params)
+        self.params = {name: torch.as_tensor(value).detach() for name, value in as_dict(subject.params).items()}
+        self.program = inspect_program(self.model, self.params, *self.data)
+        self.coordinates = Coordinates(self.program.supports, self.params)
+        if not self.coordinates.transforms:
+            raise ValueError("the program has no continuous parameter: there is nothing for an M-step to find")
+        free = self.coordinates.inverse(self.params)
+        self.at_edge = not bool(torch.isfinite(free).all())
+        self.origin = free.nan_to_num(nan=0.0, posinf=INSIDE, neginf=-INSIDE)
+        self.has_prior = self._has_prior()
+        self.takes_params = "params" in inspect.signature(subject.m_step).parameters
+
+    def _has_prior(self) -> bool:
+        u = self.origin.clone().requires_grad_()
+        log_prior = self.joint(self.coordinates(u)).log_prior
+        return log_prior.requires_grad and bool(torch.autograd.grad(log_prior, u)[0].any())
+
+    def wrap(self, params: Mapping[str, Tensor]) -> Any:
+        """Return parameters in the type the person uses."""
+        return dict(params) if self.container is None else self.container(**params)
+
+    def joint(self, params: Mapping[str, Tensor]) -> LogJoint:
+        """Return the log joint density of data and latents by enumeration."""
+        return log_joint_table(self.model, self.program, params, *self.data)
+
+    def random_params(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return parameters near the given ones, in unconstrained coordinates."""
+        noise = torch.randn(self.origin.shape, generator=generator, dtype=torch.float64)
+        return self.coordinates(self.origin + 0.3 * noise.to(self.origin))
+
+    def random_resp(self, params: Mapping[str, Tensor], generator: torch.Generator, tilt: float = 0.0) -> Tensor:
+        """Return random responsibilities (N, K), 0 where the program's are; ``tilt`` of their logarithms enters."""
+        with torch.no_grad():
+            rows = self.joint(params).rows
+        logits = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
+        possible = torch.isfinite(rows)
+        return torch.where(possible, logits + tilt * torch.where(possible, rows, 0.0), -math.inf).softmax(1)
+
+    def responsibilities(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Return what the person's E-step makes of parameters, as (N, K)."""
+        return self.shaped(params).flatten(1)
+
+    def shaped(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Return what the person's E-step makes of parameters, in the person's shape."""
+        found = guarded("e_step", self.subject.e_step, self.wrap(params), *self.data)
+        if not isinstance(found, Tensor | np.ndarray | list | tuple):
+            raise StepError(f"e_step returns a {type(found).__name__}, and responsibilities are a tensor")
+        return torch.as_tensor(found)
+
+    def in_their_shape(self, resp: Tensor) -> Tensor:
+        """Return responsibilities (N, K) in the shape of the person's own, as (N, K, L) for two sites."""
+        return resp.reshape(len(resp), *self.latent_shape)
+
+    @functools.cached_property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of the person's responsibilities of one row."""
+        with torch.no_grad():
+            rows = self.joint(self.params).rows
+        try:
+            found = self.shaped(self.params).shape
+        except StepError:
+            found = rows.shape
+        return tuple(found[1:]) if found.numel() == rows.numel() and found[:1] == rows.shape[:1] else (rows.shape[1],)
+
+    def reported(self, params: Mapping[str, Tensor]) -> float:
+        """Return the log likelihood that the person reports."""
+        assert self.subject.log_likelihood is not None
+        found = guarded("log_likelihood", self.subject.log_likelihood, self.wrap(params), *self.data)
+        try:
+            return float(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise StepError(f"log_likelihood returns no number: {error}") from error
+
+    def maximise(self, resp: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the person's M-step makes of responsibilities, refusing what is not a set of parameters."""
+        extra = {"params": self.wrap(params)} if self.takes_params else {}
+        new = guarded("m_step", self.subject.m_step, self.in_their_shape(resp.clone()), *self.data, **extra)
+        if not (isinstance(new, Mapping) or hasattr(new, "_asdict")):
+            raise StepError(f"m_step returns a {type(new).__name__}, and parameters are a dict or a NamedTuple")
+        found = {**self.coordinates.fixed, **as_dict(new)}
+        if found.keys() != self.params.keys():
+            raise StepError(f"m_step returns {sorted(found)}, and the program's parameters are {sorted(self.params)}")
+        found = {name: torch.as_tensor(found[name]) for name in self.params}
+        for name, value in found.items():
+            if value.shape != self.params[name].shape:
+                shapes = tuple(value.shape), tuple(self.params[name].shape)
+                raise StepError(f"m_step returns {name} of shape {shapes[0]}, and the program's has {shapes[1]}")
+            if name in self.coordinates.fixed:
+                if not torch.equal(value, self.params[name]):
+                    raise StepError(f"m_step changes {name}, a parameter that is held fixed at {_brief(value)}")
+                continue
+            if not torch.isfinite(value).all():
+                raise OutsideSupport(f"m_step returns {name} with an entry that is not finite: {_brief(value)}")
+            support = self.program.supports[name]
+            if not support.check(value).all():
+                raise OutsideSupport(f"m_step returns {name} outside its support {support}: {_brief(value)}")
+        return found
+
+    def site_of(self, coordinate: int) -> str:
+        """Return the parameter site that an unconstrained coordinate belongs to."""
+        for name, span in self.spans().items():
+            if coordinate in range(span.start, span.stop):
+                return name
+        raise IndexError(coordinate)
+
+    def spans(self) -> dict[str, slice]:
+        """Return where each site's unconstrained coordinates lie in the vector of all."""
+        spans, start = {}, 0
+        for name, shape in self.coordinates.shapes.items():
+            spans[name] = slice(start, start + shape.numel())
+            start += shape.numel()
+        return spans
+
+    def unconstrained(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the coordinates (P,) of parameters, infinite ones moved to where they still compute, and which are."""
+        raw = self.coordinates.inverse(params)
+        return raw.nan_to_num(posinf=EDGE, neginf=-EDGE), raw.isinf()
+
+    def terms(self, u: Tensor, target: Target) -> Tensor:
+        """Return the terms of the target at coordinates u (P,): one for each group of rows, one for all else."""
+        params = self.coordinates(u)
+        joint = self.joint(params)
+        weights = joint.row_weights if target.row_weights is None else target.row_weights
+        rows = weights * torch.where(target.resp > 0, target.resp * joint.rows, 0).sum(-1)
+        groups = torch.arange(len(rows)) % MAX_GROUPS
+        summed = torch.zeros(min(len(rows), MAX_GROUPS), dtype=rows.dtype).index_add(0, groups, rows)
+        rest = target.prior * joint.log_prior if target.prior else torch.zeros_like(rows[0])
+        rest = rest if target.penalty is None else rest + target.penalty(params)
+        return torch.cat([summed, rest.reshape(1).to(rows)])
+
+    def gradient(self, u: Tensor, target: Target) -> Tensor:
+        """Return the gradient of the target at coordinates u (P,)."""
+        u = u.detach().requires_grad_()
+        return torch.autograd.grad(self.terms(u, target).sum(), u)[0]
+
+    def residual(self, params: Mapping[str, Tensor], target: Target) -> Residual:
+        """Return the gradient that a claimed maximiser leaves; 0 at an edge that the target climbs to, and at a kink.
+
+        Scale-free: the sum of the terms' gradients over the sum of their sizes, coordinate by coordinate. At a kink the
+        gradient need not vanish, only change its sign.
+        """
+        u, at_edge = self.unconstrained(params)
+        leaf = u.detach().requires_grad_()
+        terms = self.terms(leaf, target)
+        each = torch.autograd.grad(terms, leaf, torch.eye(len(terms), dtype=terms.dtype), is_grads_batched=True)[0]
+        total, sizes = each.sum(0), each.abs().sum(0)
+        if not torch.isfinite(each).all():
+            raise StepError("Q has no finite gradient at what m_step returns")
+        eps = torch.finfo(u.dtype).eps
+        scale = sizes.clamp_min(eps * sizes.max()).clamp_min(torch.finfo(u.dtype).tiny)
+        shift = eps * (1 + u.abs())
+        moved = [(self.gradient(u + sign * shift, target) - total).abs() / scale for sign in (1, -1)]
+        noise = torch.maximum(*moved)
+        kinks = noise > math.sqrt(eps)
+        errors = total / scale
+        tolerances = ROUNDING * (eps + torch.where(kinks, 0.0, noise))
+        errors = torch.where(at_edge & (total * u.sign() >= 0), 0.0, errors)
+        for i in (kinks & (errors.abs() > tolerances)).nonzero().flatten().tolist():
+            step = torch.zeros_like(u)
+            step[i] = ROUNDING * shift[i]
+            below, above = (self.gradient(u + sign * step, target)[i] for sign in (-1, 1))
+            if below >= 0 >= above:
+                errors[i] = 0.0
+        return Residual(errors, tolerances)
+
+    def maximiser(self, start: Mapping[str, Tensor], target: Target, sites: Sequence[str]) -> dict[str, Tensor]:
+        """Return the parameters with some sites moved to the maximum of the target, the others left where they are."""
+        u, _ = self.unconstrained(start)
+        index = torch.cat([torch.arange(span.start, span.stop) for name, span in self.spans().items() if name in sites])
+
+        def value(free: Tensor) -> Tensor:
+            return -self.terms(u.index_copy(0, index, free), target).sum()
+
+        found, _ = descend(value, u[index].clone())
+        return self.coordinates(u.index_copy(0, index, found))
+
+    def blame(
+        self, params: Mapping[str, Tensor], target: Target, residual: Residual
+    ) -> tuple[list[str], dict[str, Tensor]]:
+        """Return the sites that keep claimed parameters from the maximum, and the parameters with them put right.
+
+        One site is to blame where moving it alone mends all: a scale computed about a wrong location is not stationary
+        either. Else all sites are that are not stationary, the worst first.
+        """
+        worst = {
+            site: (residual.errors[span].abs() / residual.tolerances[span]).max().item()
+            for site, span in self.spans().items()
+            if span.stop > span.start
+        }
+        failed = sorted((site for site in worst if worst[site] > 1), key=lambda site: -worst[site])
+        before = residual.errors.abs().max()
+        for site in failed if len(worst) > 1 else ():
+            better = self.maximiser(params, target, [site])
+            after = self.residual(better, target)
+            left = after.errors.abs()
+            if bool((left <= torch.maximum(16 * after.tolerances, SMALL * before)).all()):
+                return [site], better
+        return failed, self.maximiser(params, target, list(worst))
+
+    def unbounded(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], target: Target) -> str:
+        """Return a constrained site in which the target still rises far from the start of a climb, or nothing."""
+        (before, _), (after, _) = self.unconstrained(start), self.unconstrained(end)
+        slope = self.gradient(after, target).abs()
+        rising = ~((after - before).abs() < EDGE / 4) & ~(slope < SMALL * target.resp.sum())
+        for site, span in self.spans().items():
+            if self.program.supports[site] is not constraints.real and rising[span].any():
+                return site
+        return ""
+
+    def nudges(self, resp: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Return responsibilities changed in their last places, to measure the rounding of an M-step."""
+        return [nudge(resp, generator) for _ in range(NUM_NUDGES)]
+
+
+def nudge(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a tensor changed at random by a few units in its last places."""
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+    return value * (1 + 4 * torch.finfo(value.dtype).eps * noise)
+
+
+def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a minimum (P,) and the last Newton step there, which is how far it is known.
+
+    Newton's method with the curvatures' absolute values, so that it leaves saddles; where it does not arrive, as at
+    kinks, BFGS goes on. A coordinate that runs off to infinity stops the descent once it is far away.
+    """
+    start, (value, gradient, hessian) = u, _derivatives(function, u)
+    first = 1 + gradient.abs().max()
+    step = torch.full_like(u, math.inf)
+    for _ in range(NEWTON_STEPS):
+        if not hessian.isfinite().all() or (u - start).abs().max() > EDGE * (1 + start.abs().max()):
+            return u, step
+        curvatures, axes = torch.linalg.eigh(hessian)
+        curvatures = curvatures.abs().clamp_min(1e-12 * curvatures.abs().max().clamp_min(1e-300))
+        newton = axes @ ((axes.T @ gradient) / curvatures)
+        newton = newton * min(1.0, (4 * (1 + u.abs()) / newton.abs().clamp_min(1e-300)).min().item())
+        for _ in range(HALVINGS):
+            after = _derivatives(function, u - newton)
+            if after[0] < value or (after[0] == value and after[1].norm() < gradient.norm()):
+                break
+            newton = newton / 2
+        else:
+            break
+        u, step, (value, gradient, hessian) = u - newton, newton, after
+        if gradient.abs().max() <= torch.finfo(u.dtype).eps * first:
+            return u, step
+    if gradient.abs().max() <= SMALL * first:
+        return u, torch.where(step.isinf(), 0.0, step)
+    return minimise(with_gradient(function), u, max_steps=300, rtol=1e-14).u, torch.zeros_like(u)
+
+
+def _derivatives(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a function's value, gradient (P,) and Hessian (P, P); an infinite value where it cannot be evaluated."""
+    u = u.detach().requires_grad_()
+    try:
+        value = function(u)
+        (gradient,) = torch.autograd.grad(value, u, create_graph=True)
+    except (ValueError, torch.linalg.LinAlgError):  # a long step leaves the support by rounding
+        return torch.tensor(math.inf), torch.zeros_like(u), torch.full((len(u), len(u)), math.nan).to(u)
+    hessian = torch.zeros(len(u), len(u), dtype=u.dtype)
+    if gradient.requires_grad:
+        eye = torch.eye(len(u), dtype=u.dtype)
+        rows = torch.autograd.grad(gradient, u, eye, is_grads_batched=True, allow_unused=True)[0]
+        hessian = hessian if rows is None else (rows + rows.T) / 2
+    return value.detach(), gradient.detach(), hessian.detach()
+
+
+def as_dict(params: Any) -> dict[str, Any]:
+    """Return parameters, a mapping or a NamedTuple, as a new dict."""
+    if not (isinstance(params, Mapping) or hasattr(params, "_asdict")):
+        raise TypeError(f"parameters are a dict or a NamedTuple keyed by site, got {type(params).__name__}")
+    return dict(params) if isinstance(params, Mapping) else params._asdict()
+
+
+def guarded(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what a person's function returns, and ``StepError`` for whatever it raises."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as raised:
+        raise StepError(f"{name} raises {type(raised).__name__}: {raised}") from raised
+
+
+def _brief(value: Tensor) -> str:
+    return np.array2string(value.detach().numpy(), precision=4, threshold=8, edgeitems=2).replace("\n", "")
