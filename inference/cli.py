@@ -200,7 +200,7 @@ def _settings_of(family: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(family):
         return {}
     found = {field.name: getattr(family, field.name) for field in dataclasses.fields(family)}
-    return {name: value._asdict() if isinstance(value, tuple) else value for name, value in found.items()}
+    return {name: value._asdict() if hasattr(value, "_asdict") else value for name, value in found.items()}
 
 
 def _num_components(text: str, num_rows: int) -> int | tuple[int, ...]:

@@ -278,6 +278,25 @@ def test_known_noise_must_be_a_mixture() -> None:
         gaussian_sum.KnownNoise(good._replace(locs=good.locs[:1]))
 
 
+@pytest.mark.parametrize("num_features", [1, 3])
+def test_known_noise_has_the_features_of_the_data(num_features: int) -> None:
+    """A single feature would be spread over the two of the noise, without a word from torch."""
+    family = gaussian_sum.KnownNoise(check_params(gaussian_full, GOOD))
+    x = torch.randn(20, num_features, generator=seeded(0), dtype=torch.float64)
+    start = gaussian_full.init_params(x, 2, seeded(0))
+    words = says(f"the noise has 2 features, not {num_features}")
+    with pytest.raises(ValueError, match=words):
+        em(family, x, start)
+    with pytest.raises(ValueError, match=words):
+        responsibilities(family, start, x)
+    with pytest.raises(ValueError, match=words):
+        family.init_params(x, 2, seeded(0))
+    with pytest.raises(ValueError, match=words):
+        sample(family, start, 5, generator=seeded(0))
+    with pytest.raises(ValueError, match=words):
+        posterior_mode(partial(family.model, num_components=2), start, x)
+
+
 # Silent wrong numbers behind the front door
 
 
@@ -327,6 +346,33 @@ def test_front_door_draws_what_the_family_draws(case: Case) -> None:
 def test_bad_row_weights_are_refused(weights: Any, words: str) -> None:
     with pytest.raises(ValueError, match=says(words)):
         em(gaussian_full, X, PARAMS, weights=weights)
+
+
+@pytest.mark.parametrize("weights", ["abc", [["a"]] * 20, object()])
+def test_row_weights_must_be_numbers(weights: Any) -> None:
+    with pytest.raises(TypeError, match="weights must hold numbers in the shape of an array"):
+        em(gaussian_full, X, PARAMS, weights=weights)
+
+
+def test_arrays_may_be_read_backwards() -> None:
+    """torch takes no array of negative strides, and a view of one is no bad input."""
+    rows, weights = X.numpy(), np.linspace(1, 2, 20)
+    forwards = few_steps(gaussian_full, rows[::-1].copy(), PARAMS, weights=weights[::-1].copy())
+    start = [value.numpy()[::-1].copy()[::-1] for value in PARAMS]
+    backwards = few_steps(gaussian_full, rows[::-1], start, weights=weights[::-1])
+    assert all(map(torch.equal, backwards.params, forwards.params))
+
+
+def test_posterior_mode_needs_a_value_for_every_site() -> None:
+    program = partial(gaussian_full.model, num_components=2)
+    with pytest.raises(TypeError, match="init must be a dict or a NamedTuple of values by site, not a list"):
+        posterior_mode(program, [*PARAMS], X)
+    start = PARAMS._asdict()
+    for site in start:
+        rest = {name: value for name, value in start.items() if name != site}
+        words = f"a parameter site has no value among those of init: {', '.join(rest)}"
+        with pytest.raises(ValueError, match=says(words)):
+            posterior_mode(program, rest, X)
 
 
 PRIOR: Any = gaussian_full.Prior(

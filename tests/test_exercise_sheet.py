@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from mixproof.inference.cli import app
 from mixproof.inference.verification import exercise_sheet, sheet_report
-from mixproof.inference.verification.claim import Claim, Outcome, Verdict
+from mixproof.inference.verification.claim import Claim, Outcome, Verdict, Verification
 from mixproof.inference.verification.density import verify_density
 from mixproof.inference.verification.domain import positive, reals
 from mixproof.inference.verification.em import verify_em
@@ -137,7 +138,9 @@ def test_the_seed_makes_it_exact_whatever_the_number_of_workers() -> None:
         return [{key: value for key, value in claim.items() if key != "seconds"} for claim in document]
 
     select = ["P1", "P5.7a", "E.em.laplace.faithful"]
+    state = pyro.util.get_rng_state()
     alone = verdicts(exercise_sheet.verify_sheet(7, select, num_workers=1))
+    assert str(pyro.util.get_rng_state()) == str(state)
     assert alone == verdicts(exercise_sheet.verify_sheet(7, select, num_workers=2))
     assert alone != verdicts(exercise_sheet.verify_sheet(8, select, num_workers=1))
 
@@ -218,7 +221,7 @@ FORGOTTEN_WEIGHTS = partial(
     p2_gaussian_e_step.posterior,
     *p2_gaussian_e_step.MIXTURE,
 )
-PLANTS = {
+PLANTS: dict[str, tuple[str, Verification]] = {
     "identity: weights forgotten": ("P2.4a", FORGOTTEN_WEIGHTS),
     "identity: squared mean forgotten": (
         "P5.6a",

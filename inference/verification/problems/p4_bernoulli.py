@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.inference.enumeration import inspect, log_joint_table
+from mixproof.inference.enumeration import log_joint
 from mixproof.inference.verification.claim import Claim, Problem, both, misprinted
 from mixproof.inference.verification.domain import binary, one_hot, simplex, unit_interval
 from mixproof.inference.verification.gradient import verify_gradient
@@ -35,7 +35,7 @@ def enumerated(theta: Tensor, x: Tensor) -> Tensor:
     """Return log p(x_i, z_i = k), shape (N, K), by enumerating the Pyro program."""
     params = {"weights": torch.full((K,), 1 / K, dtype=x.dtype), "probs": theta}
     model = partial(bernoulli.UniformWeights().model, num_components=K)
-    return log_joint_table(model, inspect(model, params, x), params, x)[0]
+    return log_joint(model, params, x).rows
 
 
 def likelihood(theta: Tensor, x: Tensor) -> Tensor:

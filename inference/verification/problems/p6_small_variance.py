@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mixproof.inference.enumeration import inspect, log_joint_table
+from mixproof.inference.enumeration import log_joint
 from mixproof.inference.lloyd import SQUARED_EUCLIDEAN, assign, update
 from mixproof.inference.verification.claim import Claim, Problem, both, misprinted
 from mixproof.inference.verification.domain import positive, reals, simplex
@@ -40,7 +40,7 @@ def posterior(weights: Tensor, locs: Tensor, variance: Tensor, x: Tensor) -> Ten
     """Return p(z_i = k | x_i), shape (N, K), by enumerating the Pyro program."""
     params = {"weights": weights, "locs": locs}
     model = partial(GaussianIsotropic(variance.item()).model, num_components=len(weights))
-    return log_joint_table(model, inspect(model, params, x), params, x)[0].softmax(-1)
+    return log_joint(model, params, x).rows.softmax(-1)
 
 
 def densities(locs: Tensor, variance: Tensor, x: Tensor) -> Tensor:
