@@ -41,7 +41,7 @@ def worst(outcome: Outcome) -> Check | None:
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """Return how many claims got which verdict, and whether that was expected."""
-    counts = Counter(outcome.verdict for outcome in outcomes)
+    counts: Counter[str] = Counter(outcome.verdict for outcome in outcomes)
     unexpected = [outcome.claim.id for outcome in outcomes if not outcome.ok]
     order = [verdict for verdict in COLOURS if verdict in counts] + sorted(counts.keys() - COLOURS.keys())
     parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in order)
