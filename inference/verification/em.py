@@ -24,8 +24,8 @@ from mixproof.inference.verification.smallest import smallest_counterexample
 from mixproof.inference.verification.subject import Subject
 from mixproof.inference.verification.trial import (
     BLIND,
-    EDGE,
     NUM_NUDGES,
+    PENALISED,
     ROUNDING,
     OutsideSupport,
     StepError,
@@ -42,6 +42,8 @@ NUM_POINTS = 3
 NUM_STARTS = 4
 TILT = 1.0
 """How much of the program's own log responsibilities enters where unrelated ones lead an M-step out of its support."""
+SOFT = 1e-3
+"""A responsibility so near to 0 or 1 counts as hard."""
 RADII = (1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -103,7 +105,7 @@ def verify_em(
         checks,
         seed,
         hints=measured_hints(own, verdict, checks, generator),
-        smallest=smallest_counterexample(own, verdict, seed),
+        smallest=smallest_counterexample(own, verdict, checks, seed),
     )
 
 
@@ -117,31 +119,36 @@ def judge_e_step(own: Trial, generator: torch.Generator) -> tuple[str, list[Chec
 
 def judge_m_step(own: Trial, generator: torch.Generator, *, climb: bool) -> tuple[str, list[Check]]:
     """Return what the M-step says of the derivation, and the checks; ``climb`` where the E-step is fit for a pass."""
-    verdict, checks = _judge("wrong M-step", partial(check_m_step, own, generator, with_prior=False))
-    if verdict == "undecided":
-        return verdict, checks
-    kind = verdict
-    if verdict == "wrong M-step" and own.has_prior:
-        kind, penalised = _judge("wrong M-step", partial(check_m_step, own, generator, with_prior=True))
-        if kind == "exact EM":
+    kind, checks = _judge("wrong M-step", partial(check_m_step, own, generator, with_prior=False))
+    if kind != "exact EM" and own.has_prior:
+        found, penalised = _judge("wrong M-step", partial(check_m_step, own, generator, with_prior=True))
+        if found == "exact EM":
             kind, checks = "MAP-EM", penalised
+        elif found == "undecided" or _nearer(penalised[0], checks[0]):
+            kind, checks = found, penalised
+    if kind == "undecided":
+        return kind, checks
     if not climb:
         return kind, checks
     if kind != "wrong M-step":
-        rises, made = _judge("wrong M-step", partial(check_rise, own, generator))
-        return kind if rises == "exact EM" else rises, checks + made
-    if math.isnan(checks[0].error):
-        return kind, checks
-    rises, made = _judge("wrong M-step", partial(check_rise, own, generator))
-    if rises == "exact EM":
-        stays, stood = _judge("wrong M-step", partial(check_fixed_point, own, generator))
-        made += stood
-        if stays == "undecided":
-            return stays, made + checks
-        if stays == "exact EM":
-            detail = f"fails with error {checks[0].error:.2g}, as in a step that raises Q and does not maximise it"
-            return "generalised EM", [*made, checks[0]._replace(passed=True, counterexample=None, detail=detail)]
-    return kind, made + checks
+        rises, rose = _judge("wrong M-step", partial(check_rise, own, generator))
+        return kind if rises == "exact EM" else rises, checks + rose
+    if math.isnan(checks[0].error) or not own.takes_params:
+        return kind, checks  # a step that sees responsibilities alone can only climb by maximising
+    made: list[Check] = []
+    for check in (check_rise, check_moves, check_fixed_point):
+        found, one = _judge("wrong M-step", partial(check, own, generator))
+        made += one
+        if found != "exact EM":
+            return found if found == "undecided" else kind, made + checks
+    detail = f"fails with error {checks[0].error:.2g}, as in a step that raises Q and does not maximise it"
+    return "generalised EM", [*made, checks[0]._replace(passed=True, counterexample=None, detail=detail)]
+
+
+def _nearer(check: Check, other: Check) -> bool:
+    """Whether fewer sites are wrong in one failed check of the M-step than in another, or as many by less."""
+    sizes = [len((found.counterexample or {}).get("not stationary", ())) for found in (check, other)]
+    return sizes[0] < sizes[1] or (sizes[0] == sizes[1] and check.error < other.error)
 
 
 def judge_report(own: Trial, generator: torch.Generator) -> tuple[str, list[Check]]:
@@ -233,13 +240,15 @@ def check_m_step(own: Trial, generator: torch.Generator, *, with_prior: bool) ->
     Raises:
         Undecided: Q has no maximum at these data, or rounding hides too much.
     """
-    name = "grad (Q + log prior) = 0" if with_prior else "grad Q = 0"
+    name = PENALISED if with_prior else "grad Q = 0"
     worst = None
     for _ in range(NUM_POINTS):
         params = own.random_params(generator)
         try:
             new, target, detail = _maximised(own, name, params, generator, with_prior)
             made = _stationary(own, name, params, new, target, generator)
+        except OutsideSupport as error:
+            return Check(name, False, math.nan, math.nan, None, {"params": params, "site": error.args[1]}, str(error))
         except StepError as error:
             return Check(name, False, math.nan, math.nan, None, params if own.takes_params else None, str(error))
         if not made.passed:
@@ -263,14 +272,10 @@ def _maximised(
             raise Undecided(name, f"{reason}: give more rows ({error})") from error
         near = target._replace(resp=own.random_resp(params, generator, tilt=TILT))
         try:
-            found = (
-                own.maximise(near.resp, params),
-                near,
-                "at responsibilities near the program's own: unrelated ones lead out of the support",
-            )
+            found = own.maximise(near.resp, params)
         except OutsideSupport:
             raise error from None
-        return found
+        return found, near, "at responsibilities near the program's own: unrelated ones lead out of the support"
 
 
 def _stationary(
@@ -293,20 +298,20 @@ def _stationary(
         if gain <= rounding:
             return Check(name, True, error, tolerance)
         error, tolerance, detail = gain, rounding, "a nearby or random point has a larger Q"
-        site, better = (
-            own.site_of(residual.worst),
-            own.maximiser(own.coordinates(own.origin), target, list(own.spans())),
-        )
+        sites = [own.site_of(residual.worst)]
+        better = own.maximiser(own.coordinates(own.origin), target, list(own.spans()))
     else:
         sites, better = own.blame(new, target, residual)
         if site := own.unbounded(new, better, target):
             raise Undecided(name, f"Q rises without bound as {site} goes to the edge of its support: give more rows")
-        site, detail = sites[0], f"{' and '.join(sites)} {'is' if len(sites) == 1 else 'are'} not stationary"
+        detail = f"{' and '.join(sites)} {'is' if len(sites) == 1 else 'are'} not stationary"
+    site = sites[0]
     where = placed(site, new[site], better[site])
     found = {
         "resp": own.in_their_shape(target.resp),
         **({"params": params} if own.takes_params else {}),
         "site": site,
+        "not stationary": sites,
         "where": where,
         "claimed": new[site],
         "maximiser of Q": better[site],
@@ -365,6 +370,28 @@ def check_rise(own: Trial, generator: torch.Generator) -> Check:
     return worst
 
 
+def check_moves(own: Trial, generator: torch.Generator) -> Check:
+    """Check that a pass from random parameters moves each coordinate in which it leaves Q, or Q + log prior, rising."""
+    name = "every parameter moves"
+    params = own.random_params(generator)
+    try:
+        resp = own.responsibilities(params)
+        new = own.maximise(resp, params)
+    except StepError as error:
+        return Check(name, False, math.nan, math.nan, None, params, str(error))
+    before, after = own.unconstrained(params)[0], own.unconstrained(new)[0]
+    still = (after - before).abs() <= ROUNDING * _eps(before) * (1 + before.abs())
+    residual = own.residual(new, Target(resp, prior=float(own.has_prior)))
+    stuck = still & (residual.errors.abs() > residual.tolerances)
+    if not stuck.any():
+        return Check(name, True, 0.0, 0.0)
+    worst = int(torch.where(stuck, residual.errors.abs() / residual.tolerances, 0.0).argmax())
+    site = own.site_of(worst)
+    found = {**params, "site": site, "after a pass": new[site]}
+    left, tolerance = residual.errors[worst].abs().item(), residual.tolerances[worst].item()
+    return Check(name, False, left, tolerance, None, found, f"{site} stays where it is, and Q still rises in it")
+
+
 def check_fixed_point(own: Trial, generator: torch.Generator) -> Check:
     """Climb numerically to a mode of the likelihood, or the posterior, and check that a pass of both steps stays there.
 
@@ -391,7 +418,8 @@ def check_fixed_point(own: Trial, generator: torch.Generator) -> Check:
         made = Check(name, passed, moves[site], tolerance, None, None if passed else found)
         best = made if best is None or made.error < best.error else best
     if best is None:
-        raise Undecided(name, f"no climb from {NUM_STARTS} starts ended at a mode of the likelihood")
+        reason = f"no climb from {NUM_STARTS} starts ended at a mode whose responsibilities are soft and differ"
+        raise Undecided(name, f"{reason}: give more rows, or components that overlap")
     return best
 
 
@@ -403,9 +431,18 @@ def _mode(
         noise = torch.randn(own.origin.shape, generator=generator, dtype=torch.float64).to(own.origin)
         u, step = descend(density, own.origin + 0.3 * start * noise)
         known = max(_moves(own.coordinates(u + step), own.coordinates(u)).values())
-        if known < BLIND and (u - own.origin).abs().max() < EDGE * (1 + own.origin.abs().max()):
-            return own.coordinates(u), known
+        mode = own.coordinates(u)
+        if known < BLIND and _is_informative(own, mode):
+            return mode, known
     return None, math.inf
+
+
+def _is_informative(own: Trial, params: dict[str, Tensor]) -> bool:
+    """Whether responsibilities are soft and differ between rows: where not, many wrong steps rest."""
+    with torch.no_grad():
+        resp = own.joint(params).rows.softmax(1)
+    soft = (resp > SOFT) & (resp < 1 - SOFT)
+    return bool(soft.any()) and bool((resp - resp[0]).abs().max() > SOFT or len(resp) == 1)
 
 
 def _moves(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, float]:

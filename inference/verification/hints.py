@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.inference.verification.report import Check
-from mixproof.inference.verification.trial import StepError, Target, Trial
+from mixproof.inference.verification.trial import PENALISED, StepError, Target, Trial
 
 NUM_FRESH = 2
 MAX_ORDERS = 24
@@ -27,6 +28,13 @@ POWERS = {
     "reciprocal of {site} for {site}": torch.reciprocal,
 }
 """What is written for what, and the change that undoes it."""
+POWERS_OF_COUNTS = {
+    1.0: "",
+    0.5: " under the root",
+    -1.0: " in the reciprocal",
+    -0.5: " under the root of the reciprocal",
+}
+"""How a site may depend on its denominator: a variance, a standard deviation, a precision, its root."""
 
 
 class Point(NamedTuple):
@@ -39,11 +47,15 @@ class Point(NamedTuple):
     """What it should have made, by a numerical maximiser; meaningful at the first point only."""
 
 
+Values = Callable[[Point], Mapping[str, Tensor]]
+Term = Callable[[Mapping[str, Tensor]], Tensor]
+
+
 class Mend(NamedTuple):
     """A change to an M-step's result, or to what it is taken to maximise."""
 
     says: str
-    values: Callable[[Point], Mapping[str, Tensor]] = lambda point: point.new
+    values: Values = lambda point: point.new
     target: Callable[[Point], Target] = lambda point: point.target
     only: str = ""
     """A site whose own gradient alone must vanish; all must otherwise."""
@@ -63,10 +75,10 @@ def measured_hints(own: Trial, verdict: str, checks: Sequence[Check], generator:
             return _e_step_hints(own, generator)
         if verdict == "wrong report":
             return _report_hints(own, generator)
-        failed = next(
-            (check.counterexample for check in checks if check.name.startswith("grad") and not check.passed), None
-        )
-        return _m_step_hints(own, failed["site"], generator) if failed and "site" in failed else ()
+        failed = next((check for check in checks if check.name.startswith("grad") and not check.passed), None)
+        if failed is None or failed.counterexample is None or "site" not in failed.counterexample:
+            return ()
+        return _m_step_hints(own, failed.counterexample["site"], float(failed.name == PENALISED), generator)
     except StepError:
         return ()
 
@@ -99,22 +111,19 @@ def _e_step_hints(own: Trial, generator: torch.Generator) -> tuple[str, ...]:
         found.append("hard assignments in place of responsibilities: it is right without the argmax")
     if hold(lambda i: joints[i].rows.softmax(0)):
         found.append("the softmax runs over the rows: it is right over the components")
-    if all((claim > 0).all() for claim in claims) and not found:
-        sums = [claim.sum(1, keepdim=True) for claim in claims]
-        if all(_same(claim / total, right) for claim, total, right in zip(claims, sums, rights, strict=True)):
-            found.append(
-                "the responsibilities are not normalised: divided by their sum over the components they are right"
-            )
-        exponent = _constant(_slope(claims[0].log(), rights[0].log())) or 1.0
-        if exponent != 1 and hold(lambda i: (exponent * joints[i].rows).softmax(1)):
-            found.append(f"a power of the densities, exponent {exponent:g}: it is right with exponent 1")
+    sums = [claim.sum(1, keepdim=True) for claim in claims]
+    exponent = _constant(_slope(claims[0].clamp_min(0).log(), rights[0].log())) or 1.0
+    if not found and all(_same(claim / total, right) for claim, total, right in zip(claims, sums, rights, strict=True)):
+        found.append("the responsibilities are not normalised: divided by their sum over the components they are right")
+    elif not found and exponent != 1 and hold(lambda i: (exponent * joints[i].rows).softmax(1)):
+        found.append(f"a power of the densities, exponent {exponent:g}: it is right with exponent 1")
     if all((claim <= 0).all() for claim in claims) and hold(lambda i: joints[i].rows.log_softmax(1)):
         found.append("logarithms of the responsibilities: it is right once exponentiated")
     weights = [joint.row_weights[:, None] for joint in joints]
     if (weights[0] != 1).any() and hold(lambda i: weights[i] * rights[i]):
         found.append("the row weights are in the responsibilities: they belong to the sums of the M-step")
     for order in _orders(num):
-        if hold(lambda i, order=order: rights[i][:, order]):
+        if all(_same(claim, right[:, list(order)]) for claim, right in zip(claims, rights, strict=True)):
             found.append(f"components in another order: column k is that of component {list(order)}[k]")
     for site, says, change in _substitutions(own):
         try:
@@ -161,8 +170,8 @@ def _report_hints(own: Trial, generator: torch.Generator) -> tuple[str, ...]:
     found = []
     if hold((rights / totals).tolist()):
         found.append("the mean for sum over the rows: it is right times the number of rows")
-    elif (factor := _constant(claims / rights)) and hold((rights * factor).tolist()):
-        found.append(f"a factor of {factor:g}: it is right divided by it")
+    elif not hold(rights.tolist()) and hold((rights * (claims / rights)[0]).tolist()):
+        found.append(f"a factor of {claims[0] / rights[0]:.3g}: it is right divided by it")
     if hold([log_lik(joint, joint.rows - joint.latent) for joint in joints]):
         found.append("the weights are missing: it is right with each component's log weight added")
     if hold([log_lik(joint, joint.rows + joint.latent) for joint in joints]):
@@ -184,13 +193,13 @@ def _report_hints(own: Trial, generator: torch.Generator) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _m_step_hints(own: Trial, site: str, generator: torch.Generator) -> tuple[str, ...]:
+def _m_step_hints(own: Trial, site: str, prior: float, generator: torch.Generator) -> tuple[str, ...]:
     points = []
     for fresh in range(NUM_FRESH + 1):
         params = own.random_params(generator)
-        target = Target(own.random_resp(params, generator))
-        new = own.maximise(target.resp, params)
-        better = new if fresh else own.maximiser(new, target, [site])
+        target = Target(own.random_resp(params, generator), prior=prior)
+        new = own.returned(target.resp, params)
+        better = new if fresh else _better(own, params, new, target, site)
         points.append(Point(params, target, new, better))
     found: list[str] = []
     for mend in _mends(own, site, points[0]):
@@ -199,6 +208,18 @@ def _m_step_hints(own: Trial, site: str, generator: torch.Generator) -> tuple[st
             if len(found) == 1 and not mend.says.startswith("mean"):
                 break
     return tuple(found)
+
+
+def _better(
+    own: Trial, params: dict[str, Tensor], new: dict[str, Tensor], target: Target, site: str
+) -> dict[str, Tensor]:
+    """Return what the M-step should have made of a site, the others as it made them where it could."""
+    supports = own.program.supports
+    start = {
+        name: new[name] if name != site and supports[name].check(new[name]).all() else params[name]
+        for name in own.coordinates.transforms
+    }
+    return own.maximiser({**new, **start}, target, [site])
 
 
 def _mends_all(own: Trial, mend: Mend, point: Point) -> bool:
@@ -216,149 +237,95 @@ def _mends_all(own: Trial, mend: Mend, point: Point) -> bool:
 
 def _mends(own: Trial, site: str, first: Point) -> Iterator[Mend]:
     """Yield the known changes to an M-step that is wrong in a site, likelier ones first."""
-    value, support = first.new[site], own.program.supports[site]
-    num = first.target.resp.shape[1]
+    value = first.new[site]
+    num_rows, num = first.target.resp.shape
 
-    def set_to(change: Callable[[Point, Tensor], Tensor]) -> Callable[[Point], Mapping[str, Tensor]]:
-        return lambda point: {site: change(point, point.new[site])}
+    def put(change: Callable[[Tensor], Tensor]) -> Values:
+        return lambda point: {site: change(point.new[site])}
 
-    def counts(point: Point) -> Tensor:
-        """Return the soft counts of the components, to multiply the site with."""
-        weights = own.joint(point.params).row_weights if point.target.row_weights is None else point.target.row_weights
-        soft = (weights[:, None] * point.target.resp).sum(0)
-        return soft.reshape(num, *[1] * (value.ndim - 1)) if value.shape[:1] == (num,) else soft.sum()
+    def times(ratio: Callable[[Tensor], Tensor], power: float) -> Values:
+        """Multiply the site with a power of a function of the soft counts."""
 
-    for power, of in (
-        (1.0, ""),
-        (0.5, " under the root"),
-        (-1.0, " in the reciprocal"),
-        (-0.5, " under the root of the reciprocal"),
-    ):
+        def change(point: Point) -> dict[str, Tensor]:
+            soft = (own.joint(point.params).row_weights[:, None] * point.target.resp).sum(0)
+            counts = soft.reshape(num, *[1] * (value.ndim - 1)) if value.shape[:1] == (num,) else soft.sum()
+            return {site: point.new[site] * ratio(counts) ** power}
+
+        return change
+
+    def about_old(other: str) -> Values:
+        return lambda point: {other: point.params[other]}
+
+    def reordered(order: tuple[int, ...]) -> Values:
+        return put(lambda value: value[list(order)])
+
+    def resp(change: Callable[[Tensor], Tensor]) -> Callable[[Point], Target]:
+        return lambda point: point.target._replace(resp=change(point.target.resp))
+
+    for power, of in POWERS_OF_COUNTS.items():
+        yield Mend(f"n - 1 for n{of}: {site} is right with n", times(lambda n: (n - 1) / n, power))
+        says = f"N for n{of}: {site} is right with the component's soft count in place of the number of rows"
+        yield Mend(says, times(lambda n: num_rows / n, power))
         yield Mend(
-            f"n - 1 for n{of}: {site} is right with n in the denominator",
-            set_to(lambda p, v, power=power: v * ((counts(p) - 1) / counts(p)) ** power),
-        )
-        yield Mend(f"n for n - 1{of}", set_to(lambda p, v, power=power: v * (counts(p) / (counts(p) - 1)) ** power))
-        yield Mend(
-            f"N for n{of}: {site} is right with the component's soft count in place of the number of rows",
-            set_to(lambda p, v, power=power: v * (len(p.target.resp) / counts(p)) ** power),
-        )
-        yield Mend(
-            f"undivided{of}: {site} is right divided by the component's soft count",
-            set_to(lambda p, v, power=power: v / counts(p) ** power),
+            f"undivided{of}: {site} is right divided by the component's soft count", times(lambda n: 1 / n, power)
         )
     for says, change in POWERS.items():
-        yield Mend(
-            f"{says.format(site=site)}: with the other it is right", set_to(lambda p, v, change=change: change(v))
-        )
+        yield Mend(f"{says.format(site=site)}: with the other it is right", put(change))
     if value.ndim >= 2 and value.shape[-1] == value.shape[-2]:
-        yield Mend(f"{site} is transposed", set_to(lambda p, v: v.mT))
-    yield Mend(f"{site} has the other sign", set_to(lambda p, v: -v))
-    others = [other for other in own.coordinates.transforms if other != site]
-    for other in others:
-        yield Mend(
-            f"about the old {other}: {site} is right about the new one",
-            lambda point, other=other: {other: point.params[other]},
-            only=site,
-        )
-    yield Mend(
-        f"hard assignments: {site} maximises Q at the argmax of the responsibilities",
-        target=lambda point: point.target._replace(resp=_hardened(point.target.resp)),
-        only=site,
-    )
-    yield Mend(
-        f"unweighted: {site} maximises Q with all responsibilities equal",
-        target=lambda point: point.target._replace(resp=torch.full_like(point.target.resp, 1 / num)),
-        only=site,
-    )
+        yield Mend(f"{site} is transposed", put(lambda value: value.mT))
+    yield Mend(f"{site} has the other sign", put(torch.neg))
+    for other in own.coordinates.transforms:
+        if other != site:
+            yield Mend(f"about the old {other}: {site} is right about the new one", about_old(other), only=site)
+    says = f"hard assignments: {site} maximises Q at the argmax of the responsibilities"
+    yield Mend(says, target=resp(_hardened), only=site)
+    says = f"unweighted: {site} maximises Q with all responsibilities equal"
+    yield Mend(says, target=resp(lambda resp: torch.full_like(resp, 1 / num)), only=site)
     if (own.joint(first.params).row_weights != 1).any():
-        yield Mend(
-            f"the row weights are missing: {site} maximises Q with each row counted once",
-            target=lambda point: point.target._replace(row_weights=torch.ones_like(point.target.resp[:, 0])),
-            only=site,
-        )
+        ones = torch.ones(num_rows, dtype=value.dtype)
+        says = f"the row weights are missing: {site} maximises Q with each row counted once"
+        yield Mend(says, target=lambda point: point.target._replace(row_weights=ones), only=site)
     if value.shape[:1] == (num,):
         for order in _orders(num):
-            yield Mend(
-                f"components in another order: {site}[{list(order)}] is right",
-                set_to(lambda p, v, order=order: v[list(order)]),
-            )
-    yield from _estimated(own, site, first, set_to)
+            yield Mend(f"components in another order: {site}[{list(order)}] is right", reordered(order))
+    yield from _constants(own, site, first, put)
     yield from _of_the_data(own, site, first)
-    if support is not constraints.simplex and value.ndim >= 1:
-        for axis in range(value.ndim):
-            if value.shape[axis] > 1:
-                yield Mend(f"{site} is reversed along axis {axis}", set_to(lambda p, v, axis=axis: v.flip(axis)))
 
 
-def _estimated(own: Trial, site: str, first: Point, set_to: Callable[..., Any]) -> Iterator[Mend]:
+def _constants(
+    own: Trial, site: str, first: Point, put: Callable[[Callable[[Tensor], Tensor]], Values]
+) -> Iterator[Mend]:
     """Yield the changes by a constant that the first point determines."""
-    value, right, support = first.new[site], first.better[site], own.program.supports[site]
-    if factor := _constant(value / right):
-        yield Mend(f"a factor of {factor:g}: {site} is right divided by it", set_to(lambda p, v: v / factor))
+    value, right, has_prior = first.new[site], first.better[site], own.has_prior
+    if rounded := _constant(value / right):
+        for factor in (rounded, (value / right).median().item()):
+            yield Mend(
+                f"a factor of {factor:.3g}: {site} is right divided by it", put(partial(torch.mul, other=1 / factor))
+            )
     if added := _constant(value - right):
-        yield Mend(f"{added:g} is added to {site}: without it, it is right", set_to(lambda p, v: v - added))
-    if (
-        value.ndim >= 2
-        and value.shape[-1] == value.shape[-2]
-        and (added := _constant((value - right).diagonal(dim1=-2, dim2=-1)))
-    ):
+        yield Mend(f"{added:g} is added to {site}: without it, it is right", put(lambda value: value - added))
+    if value.ndim >= 2 and value.shape[-1] == value.shape[-2]:
         eye = torch.eye(value.shape[-1], dtype=value.dtype)
-        yield Mend(
-            f"{added:g} is added to the diagonal of {site}: without it, it is right",
-            set_to(lambda p, v: v - added * eye),
-        )
-    if own.has_prior and (times := _multiplier(own, first, lambda target, c: target._replace(prior=c), site)):
-        yield Mend(
-            f"the prior counted {times:g} times: with the prior once it is MAP-EM, without it exact EM",
-            target=lambda point: point.target._replace(prior=times),
-            only=site,
-        )
-    for base in [own.has_prior] if own.has_prior else [False]:
-        for says, penalty in _pseudo_counts(site, support):
-            for prior in (1.0, 0.0) if base else (0.0,):
-                start = first._replace(target=first.target._replace(prior=prior))
-                count = _multiplier(
-                    own,
-                    start,
-                    lambda target, c, penalty=penalty: target._replace(penalty=lambda params: c * penalty(params)),
-                    site,
-                )
-                if count:
-                    yield Mend(
-                        says.format(site=site, count=f"{count:g}"),
-                        target=lambda point, count=count, penalty=penalty, prior=prior: point.target._replace(
-                            prior=prior, penalty=lambda params: count * penalty(params)
-                        ),
-                        only=site,
-                    )
+        if floor := _constant((value - right).diagonal(dim1=-2, dim2=-1)):
+            says = f"{floor:g} is added to the diagonal of {site}: without it, it is right"
+            yield Mend(says, put(lambda value: value - floor * eye))
+    if has_prior and (times := _multiplier(own, first, site, lambda target, c: target._replace(prior=c))):
+        says = f"the prior counted {times:g} times: once is MAP-EM, never is exact EM"
+        yield Mend(says, target=lambda point: point.target._replace(prior=times), only=site)
+    for prior, (says, term) in itertools.product((1.0, 0.0) if has_prior else (0.0,), _pseudo_counts(own, site)):
+
+        def smoothed(target: Target, count: float, prior: float = prior, term: Term = term) -> Target:
+            return target._replace(prior=prior, penalty=lambda params: count * term(params))
+
+        if count := _multiplier(own, first, site, smoothed):
+            yield Mend(says.format(count=f"{count:g}"), target=_with_count(smoothed, count), only=site)
 
 
-def _pseudo_counts(site: str, support: Any) -> Iterator[tuple[str, Callable[[Mapping[str, Tensor]], Tensor]]]:
-    base = support
-    while isinstance(base, constraints.independent):
-        base = base.base_constraint
-    if base is constraints.simplex:
-        yield (
-            "smoothed by {count}: {site} is right without that pseudo-count in each cell",
-            lambda params: params[site].log().sum(),
-        )
-    elif base is constraints.unit_interval:
-        yield (
-            "smoothed by {count}: {site} is right without that pseudo-count of each outcome",
-            lambda params: params[site].log().sum() + (1 - params[site]).log().sum(),
-        )
-        yield (
-            "smoothed by {count} of ones: {site} is right without that pseudo-count",
-            lambda params: params[site].log().sum(),
-        )
-        yield (
-            "smoothed by {count} of zeros: {site} is right without that pseudo-count",
-            lambda params: (1 - params[site]).log().sum(),
-        )
+def _with_count(smoothed: Callable[[Target, float], Target], count: float) -> Callable[[Point], Target]:
+    return lambda point: smoothed(point.target, count)
 
 
-def _multiplier(own: Trial, point: Point, with_constant: Callable[[Target, float], Target], site: str) -> float | None:
+def _multiplier(own: Trial, point: Point, site: str, with_constant: Callable[[Target, float], Target]) -> float | None:
     """Return the constant c at which Q + c term is stationary in a site, to two digits, or None where there is none."""
     u, edge = own.unconstrained(point.new)
     span = own.spans()[site]
@@ -371,6 +338,27 @@ def _multiplier(own: Trial, point: Point, with_constant: Callable[[Target, float
     constant = -(base @ term) / (term @ term)
     left = (base + constant * term).norm() / base.norm().clamp_min(1e-300)
     return _rounded(constant.item()) if left < 1e-4 else None
+
+
+def _pseudo_counts(own: Trial, site: str) -> Iterator[tuple[str, Term]]:
+    """Yield the terms that pseudo-counts add to Q at a site of probabilities, and what they are called."""
+    support = own.program.supports[site]
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+
+    def ones(params: Mapping[str, Tensor]) -> Tensor:
+        return params[site].log().sum()
+
+    def zeros(params: Mapping[str, Tensor]) -> Tensor:
+        return (1 - params[site]).log().sum()
+
+    if support is constraints.simplex:
+        yield f"smoothed by {{count}}: {site} is right without that pseudo-count in each cell", ones
+    elif support is constraints.unit_interval:
+        says = f"smoothed by {{count}}: {site} is right without that pseudo-count of each outcome"
+        yield says, lambda params: ones(params) + zeros(params)
+        yield f"smoothed by {{count}} of ones: {site} is right without that pseudo-count", ones
+        yield f"smoothed by {{count}} of zeros: {site} is right without that pseudo-count", zeros
 
 
 def _of_the_data(own: Trial, site: str, first: Point) -> Iterator[Mend]:
@@ -387,10 +375,12 @@ def _of_the_data(own: Trial, site: str, first: Point) -> Iterator[Mend]:
         ):
             if _same(value, wrong(x, resp)):
                 yield Mend(
-                    f"{says}: {site} is right as the weighted {says.split()[-1]}",
-                    lambda point, x=x, right=right: {site: right(x, point.target.resp)},
-                    only=site,
+                    f"{says}: {site} is right as the weighted {says.split()[-1]}", _taken(site, right, x), only=site
                 )
+
+
+def _taken(site: str, statistic: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Values:
+    return lambda point: {site: statistic(x, point.target.resp)}
 
 
 def _weighted_mean(x: Tensor, resp: Tensor) -> Tensor:
@@ -419,8 +409,7 @@ def _orders(num: int) -> list[tuple[int, ...]]:
 def _slope(claimed: Tensor, right: Tensor) -> Tensor:
     """Return the ratio of the differences between neighbouring components, of two tables of logarithms."""
     a, b = claimed.diff(dim=1), right.diff(dim=1)
-    clear = b.abs() > 1e-3
-    return (a / b)[clear]
+    return (a / b)[(b.abs() > 1e-3) & a.isfinite() & b.isfinite()]
 
 
 def _constant(values: Tensor) -> float | None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.inference.verification.report import Check
 from mixproof.inference.verification.subject import Subject
-from mixproof.inference.verification.trial import BLIND, ROUNDING, Residual, StepError, Target, Trial
+from mixproof.inference.verification.trial import BLIND, PENALISED, ROUNDING, OutsideSupport, Target, Trial
 
 MOST_ROWS = 6
 NUM_DRAWS = 3
@@ -30,17 +32,18 @@ class Found(NamedTuple):
 
     own: Trial
     params: dict[str, Tensor]
-    resp: Tensor
-    site: str
-    better: dict[str, Tensor]
-    prior: bool
+    target: Target
+    site: str = ""
+    """Of a wrong M-step: the site to blame."""
+    better: Mapping[str, Tensor] = MappingProxyType({})
+    """Of a wrong M-step: parameters that the target prefers to those returned."""
 
 
 Slicing = dict[str, tuple[int, int]]
 """Which axis of a site counts the values of which latent."""
 
 
-def smallest_counterexample(own: Trial, verdict: str, seed: int) -> str:
+def smallest_counterexample(own: Trial, verdict: str, checks: Sequence[Check], seed: int) -> str:
     """Return the smallest counterexample that was found to a wrong step, as Python to run; empty where none was.
 
     Components come first, then rows: one component and one row are tried before two rows, and two components last.
@@ -49,13 +52,15 @@ def smallest_counterexample(own: Trial, verdict: str, seed: int) -> str:
     Args:
         own: the derivation.
         verdict: ``wrong E-step``, ``wrong M-step`` or ``wrong report``.
+        checks: those that led to it.
         seed: of the rows, responsibilities and parameters that are tried.
     """
     fails, write = FAULTS[verdict]
+    prior = float(any(check.name == PENALISED and not check.passed for check in checks))
     for instance, params, resp in _instances(own, torch.Generator().manual_seed(seed)):
         try:
-            found = fails(instance, params, resp)
-        except (StepError, ValueError, RuntimeError):  # too small for this program or for this step
+            found = fails(instance, params, Target(resp.to(instance.origin), prior=prior))
+        except Exception:  # too small for this program or for this step
             continue
         if found is not None:
             return write(found)
@@ -84,7 +89,7 @@ def _instances(own: Trial, generator: torch.Generator) -> Iterator[tuple[Trial, 
                         params = tidied(instance, params) if tidy else params
                         with torch.no_grad():
                             possible = torch.isfinite(instance.joint(params).rows)
-                    except (ValueError, RuntimeError, StepError):  # the program does not follow
+                    except Exception:  # a program run at sizes that it was not written for
                         continue
                     if possible.any(1).all():
                         yield instance, params, _short_resp(possible, generator)
@@ -115,7 +120,7 @@ def component_axes(own: Trial) -> Slicing | None:
             sliced = restricted(own, torch.arange(len(whole)), chosen, slicing, tidy=False)
             with torch.no_grad():
                 rows = sliced.joint(sliced.params).rows
-        except (ValueError, RuntimeError, StepError):
+        except Exception:  # a program run at sizes that it was not written for
             continue
         columns = torch.arange(whole.shape[1]).reshape(sizes)
         for latent, index in enumerate(chosen):
@@ -201,62 +206,57 @@ def _short(value: Tensor, digits: int = 2) -> Tensor:
     )
 
 
+def _neat(value: Tensor, support: constraints.Constraint) -> Tensor:
+    """Return a numerical maximiser without its last digits, where it stays inside its support."""
+    rounded = value.round(decimals=12)
+    return rounded if support.check(rounded).all() else _short(value, 12)
+
+
 def _short_resp(possible: Tensor, generator: torch.Generator) -> Tensor:
     """Return random responsibilities (N, K) in tenths where K is small; 0 where a component is impossible."""
     num = possible.shape[1]
     parts = max(10, 2 * num)
-    extra = (
-        torch.multinomial(torch.ones(possible.shape), parts - num, replacement=True, generator=generator)
-        if parts > num
-        else None
-    )
-    counts = 1 + torch.zeros(possible.shape, dtype=torch.float64).scatter_add(
-        1, extra, torch.ones(extra.shape).double()
-    )
+    extra = torch.multinomial(torch.ones(possible.shape), parts - num, replacement=True, generator=generator)
+    counts = torch.ones(possible.shape, dtype=torch.float64)
+    counts.scatter_add_(1, extra, torch.ones(extra.shape, dtype=torch.float64))
     counts = torch.where(possible, counts, 0.0)
     return counts / counts.sum(1, keepdim=True)
 
 
-def _wrong_e_step(own: Trial, params: dict[str, Tensor], resp: Tensor) -> Found | None:
+def _wrong_e_step(own: Trial, params: dict[str, Tensor], target: Target) -> Found | None:
     with torch.no_grad():
         rows = own.joint(params).rows
     claimed, right = own.responsibilities(params), rows.softmax(1)
     if claimed.shape != right.shape:
         return None
     tolerance = CLEAR * 64 * torch.finfo(rows.dtype).eps * (1 + rows[torch.isfinite(rows)].abs().max())
-    wrong = not bool(((claimed - right).abs() <= tolerance).all())
-    return Found(own, params, right, "", {}, False) if wrong else None
+    return None if bool(((claimed - right).abs() <= tolerance).all()) else Found(own, params, target)
 
 
-def _wrong_report(own: Trial, params: dict[str, Tensor], resp: Tensor) -> Found | None:
+def _wrong_report(own: Trial, params: dict[str, Tensor], target: Target) -> Found | None:
     with torch.no_grad():
         joint = own.joint(params)
     size = 1 + (joint.row_weights * joint.rows.logsumexp(1)).abs().sum()
-    wrong = not abs(own.reported(params) - joint.log_likelihood) <= ROUNDING * torch.finfo(size.dtype).eps * size
-    return Found(own, params, joint.log_likelihood, "", {}, False) if wrong else None
+    tolerance = ROUNDING * torch.finfo(size.dtype).eps * size
+    return None if abs(own.reported(params) - joint.log_likelihood) <= tolerance else Found(own, params, target)
 
 
-def _wrong_m_step(own: Trial, params: dict[str, Tensor], resp: Tensor) -> Found | None:
-    resp = resp.to(own.origin)
-    new = own.maximise(resp, params)
-    best: tuple[float, Target, Residual] | None = None
-    for prior in (0.0, 1.0) if own.has_prior else (0.0,):
-        target = Target(resp, prior=prior)
-        residual = own.residual(new, target)
+def _wrong_m_step(own: Trial, params: dict[str, Tensor], target: Target) -> Found | None:
+    try:
+        new = own.maximise(target.resp, params)
+    except OutsideSupport as error:
+        better = own.maximiser(params, target, list(own.spans()))
+        return None if own.unbounded(params, better, target) else Found(own, params, target, error.args[1], better)
+    for prior in (0.0, 1.0) if own.has_prior else (0.0,):  # a MAP step leaves a gradient of Q, and is right
+        residual = own.residual(new, target._replace(prior=prior))
         if bool((residual.errors.abs() <= CLEAR * residual.tolerances).all()):
             return None
-        size = residual.errors.abs().max().item()
-        best = (size, target, residual) if best is None or size < best[0] else best
-    assert best is not None
-    _, target, residual = best
-    sites, better = own.blame(new, target, residual)
-    with torch.no_grad():
-        gain = (
-            own.terms(own.unconstrained(better)[0], target).sum() - own.terms(own.unconstrained(new)[0], target).sum()
-        )
-    if own.unbounded(new, better, target) or not gain > 0:
+    sites, better = own.blame(new, target, own.residual(new, target))
+    if own.unbounded(new, better, target):
         return None
-    return Found(own, params, resp, sites[0], better, bool(target.prior))
+    with torch.no_grad():
+        heights = [own.terms(own.unconstrained(at)[0], target).sum() for at in (new, better)]
+    return Found(own, params, target, sites[0], better) if heights[1] > heights[0] else None
 
 
 def _write_e_step(found: Found) -> str:
@@ -285,33 +285,38 @@ def _write_report(found: Found) -> str:
 def _write_m_step(found: Found) -> str:
     own, site = found.own, found.site
     mapping = own.container is None
-    new = own.maximise(found.resp, found.params)
-    moved = {
-        name: _literal(_short(value, 12)) for name, value in found.better.items() if not torch.equal(value, new[name])
-    }
+    new = own.returned(found.target.resp, found.params)
+    changed = [name for name, value in found.better.items() if name == site or not torch.equal(value, new[name])]
+    moved = {name: _literal(_neat(found.better[name], own.program.supports[name])) for name in changed}
     if mapping:
         better = "{**claimed, " + ", ".join(f'"{name}": {value}' for name, value in moved.items()) + "}"
     else:
         better = "claimed._replace(" + ", ".join(f"{name}={value}" for name, value in moved.items()) + ")"
-    value = f'found["{site}"]' if mapping else f"found.{site}"
+    value = f'["{site}"]' if mapping else f".{site}"
     extra = ", params=params" if own.takes_params else ""
-    objective = "Q + log prior" if found.prior else "Q"
+    objective = "Q + log prior" if found.target.prior else "Q"
+    support = own.program.supports[site]
     lines = [
         *_preamble(own.subject, "model", "m_step"),
         *_assign(own, found.params if own.takes_params else None),
-        f"resp = {_literal(own.in_their_shape(found.resp))}",
+        f"resp = {_literal(own.in_their_shape(found.target.resp))}",
         "",
         f"claimed = m_step(resp, {_names(own)}{extra})",
         f"better = {better}",
+    ]
+    if not (torch.isfinite(new[site]).all() and support.check(new[site]).all()):
+        says = f"{site} outside its support {support}, and the maximiser of {objective}:"
+        return "\n".join([*lines, f'print("{says}", claimed{value}, better{value}, sep="\\n")'])
+    lines += [
         'for name, found in (("claimed", claimed), ("better", better)):',
         f"    joint = log_joint(model, found, {_names(own)})",
-        f"    q = joint.expected(resp){' + joint.log_prior' if found.prior else ''}",
-        f'    print(f"{{name}}: {objective} = {{q.item()!r}} at {site} =", {value}, sep="\\n")',
+        f"    q = joint.expected(resp){' + joint.log_prior' if found.target.prior else ''}",
+        f'    print(f"{{name}}: {objective} = {{q.item()!r}} at {site} =", found{value}, sep="\\n")',
     ]
     return "\n".join(lines)
 
 
-FAULTS: dict[str, tuple[Callable[[Trial, dict[str, Tensor], Tensor], Found | None], Callable[[Found], str]]] = {
+FAULTS: dict[str, tuple[Callable[[Trial, dict[str, Tensor], Target], Found | None], Callable[[Found], str]]] = {
     "wrong E-step": (_wrong_e_step, _write_e_step),
     "wrong M-step": (_wrong_m_step, _write_m_step),
     "wrong report": (_wrong_report, _write_report),
@@ -324,18 +329,14 @@ def _preamble(subject: Subject, *roles: str) -> list[str]:
     lines = ["import torch", "", "from mixproof.inference.enumeration import log_joint"]
     bindings, missing = [], []
     container = None if isinstance(subject.params, Mapping) else type(subject.params)
-    wanted = [(role, getattr(subject, role)) for role in roles]
+    wanted: list[tuple[str, Any]] = [(role, getattr(subject, role)) for role in roles]
     if container is not None and "m_step" not in roles:
         wanted.append((container.__name__, container))
     for role, value in wanted:
-        keywords = {}
-        function = value
-        if (
-            isinstance(function, partial)
-            and not function.args
-            and all(_is_plain(v) for v in function.keywords.values())
-        ):
-            function, keywords = function.func, function.keywords
+        function: Any = value
+        keywords: dict[str, Any] = {}
+        if isinstance(value, partial) and not value.args and all(map(_is_plain, value.keywords.values())):
+            function, keywords = value.func, dict(value.keywords)
         module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<")
         if (
             module in (None, "__main__")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -23,3 +26,40 @@ class Subject:
     """``m_step(resp, *data)`` -> params; with a keyword ``params`` where it builds on the current ones."""
     log_likelihood: Callable[..., Any] | None = None
     """``log_likelihood(params, *data)`` -> log p(data | params), the number that the person reports."""
+
+
+def load_subject(reference: str) -> Subject:
+    """Return the subject that a file holds.
+
+    Args:
+        reference: ``my_model.py:subject``, a file and the name of an object in it with the attributes ``model``,
+            ``params``, ``data``, ``e_step``, ``m_step`` and, if wanted, ``log_likelihood``; ``my_model.py`` alone where
+            the file itself has them. The file is run.
+
+    Raises:
+        ValueError: there is no such file or name, the file raises, or an attribute is missing.
+    """
+    file, _, name = reference.partition(".py:")
+    path = Path(file if file.endswith(".py") else f"{file}.py")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: name a subject as my_model.py:subject")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # so that it finds its neighbours, as a script does
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path} raises {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if name and not hasattr(module, name):
+        raise ValueError(f"{path} has no {name}")
+    found = getattr(module, name) if name else module
+    fields = ("model", "params", "data", "e_step", "m_step")
+    if missing := [field for field in fields if not hasattr(found, field)]:
+        raise ValueError(f"{reference} has no {', '.join(missing)}: a subject has {', '.join(fields)}")
+    log_likelihood = getattr(found, "log_likelihood", None)
+    return Subject(**{field: getattr(found, field) for field in fields}, log_likelihood=log_likelihood)

@@ -34,12 +34,19 @@ BLIND = 1e-6
 """Rounding that hides relative errors of this size leaves a derivation undecided."""
 
 
+PENALISED = "grad (Q + log prior) = 0"
+"""The name of the check of a MAP step."""
+
+
 class StepError(Exception):
     """A person's function raised, or returned what it must not: that is its verdict."""
 
 
 class OutsideSupport(StepError):
-    """An M-step returned parameters that are no parameters of the program."""
+    """An M-step returned parameters that are no parameters of the program: what of it, and the site."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Undecided(Exception):
@@ -157,7 +164,18 @@ class Trial:
             raise StepError(f"log_likelihood returns no number: {error}") from error
 
     def maximise(self, resp: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the person's M-step makes of responsibilities, refusing what is not a set of parameters."""
+        """Return what the person's M-step makes of responsibilities, refusing what lies outside the supports."""
+        found = self.returned(resp, params)
+        for name in self.coordinates.transforms:
+            value, support = found[name], self.program.supports[name]
+            if not torch.isfinite(value).all():
+                raise OutsideSupport(f"m_step returns {name} with an entry that is not finite: {_brief(value)}", name)
+            if not support.check(value).all():
+                raise OutsideSupport(f"m_step returns {name} outside its support {support}: {_brief(value)}", name)
+        return found
+
+    def returned(self, resp: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the person's M-step makes of responsibilities, refusing other sites and shapes."""
         extra = {"params": self.wrap(params)} if self.takes_params else {}
         new = guarded("m_step", self.subject.m_step, self.in_their_shape(resp.clone()), *self.data, **extra)
         if not (isinstance(new, Mapping) or hasattr(new, "_asdict")):
@@ -170,15 +188,9 @@ class Trial:
             if value.shape != self.params[name].shape:
                 shapes = tuple(value.shape), tuple(self.params[name].shape)
                 raise StepError(f"m_step returns {name} of shape {shapes[0]}, and the program's has {shapes[1]}")
-            if name in self.coordinates.fixed:
-                if not torch.equal(value, self.params[name]):
-                    raise StepError(f"m_step changes {name}, a parameter that is held fixed at {_brief(value)}")
-                continue
-            if not torch.isfinite(value).all():
-                raise OutsideSupport(f"m_step returns {name} with an entry that is not finite: {_brief(value)}")
-            support = self.program.supports[name]
-            if not support.check(value).all():
-                raise OutsideSupport(f"m_step returns {name} outside its support {support}: {_brief(value)}")
+            if name in self.coordinates.fixed and not torch.equal(value, self.params[name]):
+                given = _brief(self.params[name])
+                raise StepError(f"m_step changes {name}, a whole number that is held fixed at {given}")
         return found
 
     def site_of(self, coordinate: int) -> str:
@@ -256,7 +268,9 @@ class Trial:
         def value(free: Tensor) -> Tensor:
             return -self.terms(u.index_copy(0, index, free), target).sum()
 
-        found, _ = descend(value, u[index].clone())
+        slope = self.gradient(u, target)[index]  # 0 at a minimum too, which a small shift leaves
+        shift = torch.where(slope.abs() <= SMALL * target.resp.sum(), SMALL * (1 + u[index].abs()), 0.0)
+        found, _ = descend(value, u[index] + shift)
         return self.coordinates(u.index_copy(0, index, found))
 
     def blame(
@@ -265,7 +279,8 @@ class Trial:
         """Return the sites that keep claimed parameters from the maximum, and the parameters with them put right.
 
         One site is to blame where moving it alone mends all: a scale computed about a wrong location is not stationary
-        either. Else all sites are that are not stationary, the worst first.
+        either, and a location at a minimum is. Of several such the one that gains most is. Else all sites are that are
+        not stationary, the worst first.
         """
         worst = {
             site: (residual.errors[span].abs() / residual.tolerances[span]).max().item()
@@ -273,13 +288,16 @@ class Trial:
             if span.stop > span.start
         }
         failed = sorted((site for site in worst if worst[site] > 1), key=lambda site: -worst[site])
-        before = residual.errors.abs().max()
-        for site in failed if len(worst) > 1 else ():
+        before, mended = residual.errors.abs().max(), {}
+        for site in worst if len(worst) > 1 else ():
             better = self.maximiser(params, target, [site])
             after = self.residual(better, target)
-            left = after.errors.abs()
-            if bool((left <= torch.maximum(16 * after.tolerances, SMALL * before)).all()):
-                return [site], better
+            if bool((after.errors.abs() <= torch.maximum(16 * after.tolerances, SMALL * before)).all()):
+                with torch.no_grad():
+                    mended[self.terms(self.unconstrained(better)[0], target).sum().item()] = site, better
+        if mended:
+            site, better = mended[max(mended)]
+            return [site], better
         return failed, self.maximiser(params, target, list(worst))
 
     def unbounded(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], target: Target) -> str:
@@ -304,34 +322,45 @@ def nudge(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a minimum (P,) and the last Newton step there, which is how far it is known.
+    """Return a minimum (P,) and the Newton step that is left there, which is how far it is known.
 
     Newton's method with the curvatures' absolute values, so that it leaves saddles; where it does not arrive, as at
     kinks, BFGS goes on. A coordinate that runs off to infinity stops the descent once it is far away.
     """
     start, (value, gradient, hessian) = u, _derivatives(function, u)
     first = 1 + gradient.abs().max()
-    step = torch.full_like(u, math.inf)
     for _ in range(NEWTON_STEPS):
-        if not hessian.isfinite().all() or (u - start).abs().max() > EDGE * (1 + start.abs().max()):
-            return u, step
-        curvatures, axes = torch.linalg.eigh(hessian)
-        curvatures = curvatures.abs().clamp_min(1e-12 * curvatures.abs().max().clamp_min(1e-300))
-        newton = axes @ ((axes.T @ gradient) / curvatures)
-        newton = newton * min(1.0, (4 * (1 + u.abs()) / newton.abs().clamp_min(1e-300)).min().item())
-        for _ in range(HALVINGS):
-            after = _derivatives(function, u - newton)
-            if after[0] < value or (after[0] == value and after[1].norm() < gradient.norm()):
-                break
-            newton = newton / 2
-        else:
+        if (u - start).abs().max() > EDGE * (1 + start.abs().max()):
+            return u, torch.full_like(u, math.inf)
+        if not hessian.isfinite().all():
             break
-        u, step, (value, gradient, hessian) = u - newton, newton, after
+        step = _newton_step(gradient, hessian)
         if gradient.abs().max() <= torch.finfo(u.dtype).eps * first:
             return u, step
-    if gradient.abs().max() <= SMALL * first:
-        return u, torch.where(step.isinf(), 0.0, step)
-    return minimise(with_gradient(function), u, max_steps=300, rtol=1e-14).u, torch.zeros_like(u)
+        shorter = step * min(1.0, (4 * (1 + u.abs()) / step.abs().clamp_min(1e-300)).min().item())
+        for _ in range(HALVINGS):
+            after = _derivatives(function, u - shorter)
+            if after[0] < value or (after[0] == value and after[1].norm() < gradient.norm()):
+                break
+            shorter = shorter / 2
+        else:
+            break
+        u, (value, gradient, hessian) = u - shorter, after
+    if gradient.abs().max() <= SMALL * first and hessian.isfinite().all():
+        return u, _newton_step(gradient, hessian)
+    if not value.isfinite():
+        return u, torch.full_like(u, math.inf)
+    u = minimise(with_gradient(function), u, max_steps=300, rtol=1e-14).u
+    _, gradient, hessian = _derivatives(function, u)
+    known = BLIND / 2  # at a kink, or without curvatures, the Newton step says nothing
+    return u, _newton_step(gradient, hessian).clamp(-known, known) if hessian.isfinite().all() else torch.zeros_like(u)
+
+
+def _newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
+    """Return the step (P,) to subtract, with the curvatures' absolute values."""
+    curvatures, axes = torch.linalg.eigh(hessian)
+    curvatures = curvatures.abs().clamp_min(1e-12 * curvatures.abs().max().clamp_min(1e-300))
+    return axes @ ((axes.T @ gradient) / curvatures)
 
 
 def _derivatives(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
