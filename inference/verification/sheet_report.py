@@ -6,6 +6,8 @@ import html
 import json
 import platform
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -39,9 +41,10 @@ def worst(outcome: Outcome) -> Check | None:
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """Return how many claims got which verdict, and whether that was expected."""
-    counts = {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in COLOURS}
+    counts: Counter[str] = Counter(outcome.verdict for outcome in outcomes)
     unexpected = [outcome.claim.id for outcome in outcomes if not outcome.ok]
-    parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    order = [verdict for verdict in COLOURS if verdict in counts] + sorted(counts.keys() - COLOURS.keys())
+    parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in order)
     end = f"; NOT AS EXPECTED: {', '.join(unexpected)}" if unexpected else "; every verdict is the expected one"
     return f"{len(outcomes)} claims: {parts}{end}"
 
@@ -172,7 +175,14 @@ TEXT = _plain_text()
 def to_mathml(latex: str, display: str = "block") -> str:
     """Return LaTeX as MathML."""
     known = re.sub(r"\\arg\\(min|max)", r"\\mathrm{arg\\,\1}", latex)
-    return convert(known, display=display)
+    return re.sub(r'<mi mathvariant="bold-italic">(.*?)</mi>', _bold_letter, convert(known, display=display))
+
+
+def _bold_letter(element: re.Match[str]) -> str:
+    """Return a bold letter as a character of its own, as LaTeX sets it: browsers ignore the attribute."""
+    script, size, _, letter = unicodedata.name(html.unescape(element[1])).split()
+    slant = "" if (script, size) == ("GREEK", "CAPITAL") else "ITALIC "
+    return f"<mi>{unicodedata.lookup(f'MATHEMATICAL BOLD {slant}{size} {letter}')}</mi>"
 
 
 def prose(text: str) -> str:
@@ -233,7 +243,7 @@ def _row(outcome: Outcome) -> str:
 
 
 STYLE = """
-body { font-family: system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.45; }
+body { font-family: system-ui, sans-serif; max-width: 90rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.45; }
 body { color: #1b1b1b; background: #fff; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 .summary { font-weight: 600; }
@@ -241,7 +251,8 @@ table { border-collapse: collapse; width: 100%; }
 th { text-align: left; border-bottom: 2px solid #888; padding: .3rem .5rem; }
 td { vertical-align: top; border-bottom: 1px solid #ddd; padding: .4rem .5rem; }
 td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.claims > tbody > tr > td > div { max-width: 42rem; overflow-x: auto; }
+section { overflow-x: auto; }
+.says, .note { max-width: 42rem; }
 .number { white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; }
 .verdict { font-weight: 600; white-space: nowrap; }
 .holds .verdict { color: #16692f; }
@@ -251,8 +262,8 @@ td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .unexpected .verdict, .failed td:nth-child(2) { color: #b00020; }
 .says { margin: 0; color: #444; }
 .note { color: #555; font-size: .92em; }
-math[display=block] { margin: .35rem 0; text-align: left; }
+math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", "DejaVu Math TeX Gyre", math; }
+math[display=block] { margin: .35rem 0; width: fit-content; }
 details { margin-top: .3rem; font-size: .88em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 38rem; }
-@media (max-width: 70rem) { .claims > tbody > tr > td > div { max-width: 55vw; } }
 """
