@@ -41,7 +41,13 @@ pdf: $(VENV)/installed
 
 # Changes the families' mathematics node by node: the tests must notice.
 mutants: $(VENV)/installed
+	mkdir -p build
 	$(BIN)/python benchmarks/mutants.py --json build/mutants.json
+
+# Every derivation of the fault bank by every check: what each sees alone.
+power: $(VENV)/installed
+	mkdir -p build
+	$(BIN)/python benchmarks/power.py --json build/power.json
 
 clean:
 	rm -rf build $(VENV)

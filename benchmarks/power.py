@@ -3,8 +3,8 @@
 Prints a line for each faulty derivation and the share of the faults that each check sees alone, with the two usual
 tests as a baseline: monotone ascent (50 passes from the given parameters, the reported log likelihood must not fall)
 and parameter recovery (30 passes on simulated rows from the truth, no parameter further than 4 standard errors from
-it). Then the alarms on right derivations, and how long a verdict takes. Exit status 1 if ``verify_em`` misses or misplaces a fault or
-alarms on a right derivation.
+it). Then the alarms on right derivations, and how long a verdict takes. Exit status 1 if ``verify_em`` misses or
+misplaces a fault, or alarms on a right derivation.
 
     python benchmarks/power.py [--family poisson] [--workers 2] [--json FILE]
 """
@@ -12,6 +12,7 @@ alarms on a right derivation.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -29,10 +30,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from mixproof.inference.verification.em import verify_em
+from mixproof.inference.enumeration import bind
+from mixproof.inference.verification.em import verify_subject
 from mixproof.inference.verification.fault_bank import entries
-from mixproof.inference.verification.fault_bank.entry import Entry
-from mixproof.inference.verification.report import Report, blamed
+from mixproof.inference.verification.report import blamed
 from mixproof.inference.verification.subject import Subject
 from mixproof.inference.verification.trial import StepError, Trial
 
@@ -72,9 +73,8 @@ def main() -> int:
     console.print(matrix(rows))
     console.print(summary(rows))
     good = all(row["verdict"] and row["blind"] is not False for row in rows)
-    console.print(
-        f"{len(rows)} derivations in {seconds:.0f} s by {options.workers} processes; {'all' if good else 'NOT ALL'} judged right"
-    )
+    judged = "all judged right" if good else "NOT ALL JUDGED RIGHT"
+    console.print(f"{len(rows)} derivations in {seconds:.0f} s by {options.workers} processes; {judged}")
     return 0 if good else 1
 
 
@@ -95,7 +95,7 @@ def outcome(family: str, index: int) -> dict[str, Any]:
     """Return what every check says of one derivation: True where it sees a fault, None where it was not run."""
     entry = entries()[family][index]
     start = time.perf_counter()
-    report = verify(entry.subject)
+    report = verify_subject(entry.subject, seed=SEED)
     seconds = time.perf_counter() - start
     failed = {check.name: not check.passed for check in report.checks}
     site = blamed(report.checks)
@@ -110,33 +110,14 @@ def outcome(family: str, index: int) -> dict[str, Any]:
         "snippet": bool(report.smallest),
         "seconds": seconds,
         "E": failed.get("responsibilities = enumeration"),
-        "Q": not any(check.passed for check in report.checks if check.name.startswith("grad"))
-        if any(check.name.startswith("grad") for check in report.checks)
-        else None,
+        "Q": next((not check.passed for check in report.checks if check.name.startswith("grad")), None),
         "fix": failed.get("a maximum is a fixed point"),
         "log p": failed.get("log likelihood = enumeration"),
         "ascent": falls(entry.subject),
         "recovery": strays(entry.subject),
-        "verdict": judged_right(entry, report),
-        "blind": None if entry.blind is None else verify(entry.blind).ok,
+        "verdict": entry.agrees(report),
+        "blind": None if entry.blind is None else verify_subject(entry.blind, seed=SEED).ok,
     }
-
-
-def verify(subject: Subject) -> Report:
-    """Return the verdict of ``verify_em`` on a subject."""
-    steps = {"e_step": subject.e_step, "m_step": subject.m_step, "log_likelihood": subject.log_likelihood}
-    return verify_em(subject.model, subject.params, data=subject.data, seed=SEED, **steps)
-
-
-def judged_right(entry: Entry, report: Report) -> bool:
-    """Whether a report gives an entry's verdict, blames one of its sites, and has its hint."""
-    if report.verdict != entry.verdict:
-        return False
-    check = blamed(report.checks)
-    site = (check.counterexample or {}).get("site") if check is not None else None
-    return (not entry.sites or site in entry.sites) and any(
-        entry.hint in hint for hint in (*report.hints, "")[: None if entry.hint == "" else len(report.hints)]
-    )
 
 
 def falls(subject: Subject) -> bool:
@@ -149,7 +130,7 @@ def falls(subject: Subject) -> bool:
             params = own.maximise(own.responsibilities(params), params)
     except (StepError, ValueError, RuntimeError):
         return True
-    drops = [before - after for before, after in zip(trace, trace[1:], strict=False)]
+    drops = [before - after for before, after in itertools.pairwise(trace)]
     return not all(drop <= 1e-9 * (1 + abs(trace[0])) for drop in drops)
 
 
@@ -180,8 +161,6 @@ def simulated(subject: Subject) -> tuple[Any, ...] | None:
         else argument
         for argument in subject.data
     )
-    from mixproof.inference.enumeration import bind
-
     with pyro.get_param_store().scope(), torch.random.fork_rng():
         torch.manual_seed(SEED)
         program = bind(subject.model, own.params)
@@ -190,8 +169,9 @@ def simulated(subject: Subject) -> tuple[Any, ...] | None:
     found = list(tiled)
     for name, site in observed.nodes.items():
         for i, argument in enumerate(tiled):
+            assert isinstance(argument, Tensor)
             if site["type"] == "sample" and site["is_observed"] and site["value"] is argument:
-                found[i] = drawn.nodes[name]["value"].to(argument)
+                found[i] = drawn.nodes[name]["value"].to(argument.dtype)
     changed = any(new is not old for new, old in zip(found, tiled, strict=True))
     return tuple(found) if changed else None
 

@@ -26,7 +26,7 @@ from mixproof.inference.em import em
 from mixproof.inference.sampling import sample as draw
 from mixproof.inference.validation import as_floating, check_data, check_params
 from mixproof.inference.verification import exercise_sheet, sheet_report
-from mixproof.inference.verification.em import verify_em
+from mixproof.inference.verification.em import verify_subject
 from mixproof.inference.verification.report import Report, plain
 from mixproof.inference.verification.subject import load_subject
 from mixproof.models import families
@@ -101,23 +101,9 @@ def verify(
 
 
 def _verify_subjects(references: list[str], seed: int) -> list[Report]:
-    reports = []
     with _progress() as progress:
-        for reference in progress.track(references, description="verifying"):
-            own = load_subject(reference)
-            reports.append(
-                verify_em(
-                    own.model,
-                    own.params,
-                    e_step=own.e_step,
-                    m_step=own.m_step,
-                    data=own.data,
-                    log_likelihood=own.log_likelihood,
-                    seed=seed,
-                    subject=reference,
-                )
-            )
-    return reports
+        tracked = progress.track(references, description="verifying")
+        return [verify_subject(load_subject(reference), seed=seed, name=reference) for reference in tracked]
 
 
 @app.command()

@@ -13,19 +13,21 @@ from mixproof.inference.verification.domain import (
     symmetric,
     unit_interval,
 )
-from mixproof.inference.verification.em import assert_em, verify_em
+from mixproof.inference.verification.em import assert_em, verify_em, verify_subject
 from mixproof.inference.verification.gradient import assert_gradient, verify_gradient
 from mixproof.inference.verification.identity import assert_identity, verify_identity
 from mixproof.inference.verification.limit import assert_limit, verify_limit
 from mixproof.inference.verification.maximiser import assert_maximiser, verify_maximiser
 from mixproof.inference.verification.moments import assert_moments, verify_moments
 from mixproof.inference.verification.report import Check, Refuted, Report
+from mixproof.inference.verification.subject import Subject, load_subject
 
 __all__ = [
     "Check",
     "Domain",
     "Refuted",
     "Report",
+    "Subject",
     "assert_density",
     "assert_em",
     "assert_gradient",
@@ -34,6 +36,7 @@ __all__ = [
     "assert_maximiser",
     "assert_moments",
     "binary",
+    "load_subject",
     "one_hot",
     "positive",
     "positive_definite",
@@ -49,4 +52,5 @@ __all__ = [
     "verify_limit",
     "verify_maximiser",
     "verify_moments",
+    "verify_subject",
 ]

@@ -27,6 +27,8 @@ ROUNDING = 2.0**10
 """How many units in the last place a well conditioned formula may lose."""
 NUM_NUDGES = 4
 NEWTON_STEPS = 60
+MOST_FOR_NEWTON = 128
+"""Beyond so many coordinates Hessians cost more than they give."""
 HALVINGS = 12
 BRACKET = 1e-4
 """How near to a kink a descent without curvatures ends, relative to the coordinate."""
@@ -345,6 +347,8 @@ def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Te
     Newton's method with the curvatures' absolute values, so that it leaves saddles; where it does not arrive, as at
     kinks, BFGS goes on. A coordinate that runs off to infinity stops the descent once it is far away.
     """
+    if len(u) > MOST_FOR_NEWTON:
+        return minimise(with_gradient(function), u, max_steps=300, rtol=1e-14).u, torch.full_like(u, BLIND)
     start, (value, gradient, hessian) = u, _derivatives(function, u)
     first, flat = 1 + gradient.abs().max(), 64 * torch.finfo(u.dtype).eps  # near the minimum only slopes still tell
     for _ in range(NEWTON_STEPS):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mixproof.inference.verification.report import Report, blamed
 from mixproof.inference.verification.subject import Subject
 
 RIGHT = frozenset({"exact EM", "MAP-EM", "generalised EM"})
@@ -36,6 +37,16 @@ class Entry(NamedTuple):
     def is_right(self) -> bool:
         """Whether the derivation is right."""
         return self.verdict in RIGHT
+
+    def agrees(self, report: Report) -> bool:
+        """Whether a report gives this verdict, blames one of the sites, and has the hint."""
+        check = blamed(report.checks)
+        site = "" if check is None or check.counterexample is None else check.counterexample["site"]
+        return (
+            report.verdict == self.verdict
+            and (not self.sites or site in self.sites)
+            and (not self.hint or any(self.hint in hint for hint in report.hints))
+        )
 
 
 def wrong_e_steps(subject: Subject, log_joint: LogJoint) -> tuple[Entry, ...]:
