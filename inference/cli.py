@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,16 +24,22 @@ from rich.table import Table
 from mixproof.inference import tables
 from mixproof.inference.em import em
 from mixproof.inference.sampling import sample as draw
-from mixproof.inference.validation import check_data, check_num_components, check_params
+from mixproof.inference.validation import as_floating, check_data, check_params
 from mixproof.inference.verification import exercise_sheet, sheet_report
-from mixproof.inference.verification.report import plain
+from mixproof.inference.verification.em import verify_em
+from mixproof.inference.verification.report import Report, plain
+from mixproof.inference.verification.subject import load_subject
 from mixproof.models import families
+from mixproof.models.initial import check_num_components
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 ROWS_AT_ONCE = 1_000_000
 
-Seed = Annotated[int, typer.Option(help="Seeds every random point and draw; the same seed gives the same result.")]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Seeds every random point and draw; the same seed gives the same result."),
+]
 Device = Annotated[str, typer.Option(help="The torch device to compute on, cpu or cuda.")]
 
 
@@ -43,6 +50,13 @@ def main() -> None:
 
 @app.command()
 def verify(
+    subjects: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Your own derivations, as my_model.py:subject: objects with model, params, data, e_step, m_step "
+            "(and log_likelihood). Without one, Exercise Sheet 12 is verified.",
+        ),
+    ] = None,
     problem: Annotated[
         list[str] | None, typer.Option(help="A problem (P3) or a claim (P3.12a); may be repeated.")
     ] = None,
@@ -51,12 +65,25 @@ def verify(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core by default.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Check every formula of Exercise Sheet 12 and print a verdict for each. Exit code 1 if one is not as expected."""
+    """Check every formula of Exercise Sheet 12, or your own EM. Exit code 1 if a verdict is not as it should be."""
     with _errors():
-        total = len(exercise_sheet.claims(problem or ()))
         for file in (json_file, html_file):
             if file is not None and not file.parent.is_dir():
                 raise ValueError(f"there is no folder {file.parent} to write {file.name} to: make it first")
+        if subjects:
+            if problem:
+                raise ValueError("--problem selects from the exercise sheet: leave it out beside a subject of your own")
+            reports = _verify_subjects(subjects, seed)
+            if json_file is not None:
+                document = [report.to_dict() for report in reports]
+                json_file.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
+            if html_file is not None:
+                html_file.write_text(sheet_report.reports_to_html(reports, seed), encoding="utf-8")
+    if subjects:
+        _stdout().print(*reports, sep="\n\n")
+        raise typer.Exit(0 if all(report.ok for report in reports) else 1)
+    with _errors():
+        total = len(exercise_sheet.claims(problem or ()))
         with _progress() as progress:
             task = progress.add_task("verifying", total=total)
             outcomes = exercise_sheet.verify_sheet(
@@ -73,6 +100,26 @@ def verify(
     raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
 
 
+def _verify_subjects(references: list[str], seed: int) -> list[Report]:
+    reports = []
+    with _progress() as progress:
+        for reference in progress.track(references, description="verifying"):
+            own = load_subject(reference)
+            reports.append(
+                verify_em(
+                    own.model,
+                    own.params,
+                    e_step=own.e_step,
+                    m_step=own.m_step,
+                    data=own.data,
+                    log_likelihood=own.log_likelihood,
+                    seed=seed,
+                    subject=reference,
+                )
+            )
+    return reports
+
+
 @app.command()
 def sample(
     family: Annotated[str, typer.Argument(help="A family, such as gaussian_full.")],
@@ -86,8 +133,9 @@ def sample(
     with _errors():
         chosen, values = _family(family, tables.read_params(params))
         checked = check_params(chosen, values)
-        checked = type(checked)(*(value.to(device) for value in checked))
-        generator = torch.Generator(device).manual_seed(seed)
+        target = _device(device)
+        checked = type(checked)(*(value.to(target) for value in checked))
+        generator = torch.Generator(target).manual_seed(seed)
         first = draw(chosen, checked, min(num_samples, ROWS_AT_ONCE), generator=generator)
         with tables.writer(out) as write, _progress() as progress:
             task = progress.add_task("sampling", total=num_samples)
@@ -115,9 +163,8 @@ def fit(
         chosen, rest = _family(family, tables.read_params(settings) if settings else {})
         if rest:
             raise ValueError(f"{settings} names {', '.join(rest)}, which are no settings of {family}")
-        x = check_data(tables.read_rows(data)).to(device)
-        sizes = [check_num_components(int(size), len(x)) for size in components.split(",")]
-        num_components = sizes[0] if len(sizes) == 1 else tuple(sizes)
+        x = check_data(tables.read_rows(data)).to(_device(device))
+        num_components = _num_components(components, len(x))
         generator = torch.Generator().manual_seed(seed)
         best, failures = None, []
         with _progress() as progress, warnings.catch_warnings(record=True) as caught:
@@ -134,6 +181,7 @@ def fit(
             raise ValueError(f"none of {starts} starts survived; the last: {failures[-1]}")
         result = {
             "family": family,
+            "settings": plain(_settings_of(chosen)),
             "params": plain(best.params._asdict()),
             "log_lik": best.log_lik[-1].item(),
             "converged": best.converged,
@@ -141,7 +189,8 @@ def fit(
             "failed_starts": len(failures),
         }
         if out is not None:
-            tables.write_params(out, {name: value.cpu() for name, value in best.params._asdict().items()})
+            found_params = {name: value.cpu() for name, value in best.params._asdict().items()}
+            tables.write_params(out, {**_settings_of(chosen), **found_params})
     if not best.converged and caught:
         Console(stderr=True).print(f"warning: {caught[-1].message}", style="yellow", highlight=False)
     if failures:
@@ -172,11 +221,44 @@ def _family(name: str, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     for field in (field.name for field in dataclasses.fields(found)):
         if field not in rest:
             raise ValueError(f"{name} needs its setting {field} beside the parameters in the file")
-        value = rest.pop(field)
-        if isinstance(value, dict):
-            value = hints[field](**{key: torch.tensor(part, dtype=torch.float64) for key, part in value.items()})
-        settings[field] = value
+        settings[field] = _setting(field, rest.pop(field), hints[field])
     return found(**settings), rest
+
+
+def _setting(name: str, value: Any, kind: Any) -> Any:
+    """Return a setting as the family annotates it, a number or the parameters of another family."""
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"the setting {name} must be a number, not {value!r}")
+        return float(value)
+    fields = ", ".join(kind._fields)
+    if not isinstance(value, dict) or value.keys() != set(kind._fields):
+        raise TypeError(f"the setting {name} must be an object with the fields {fields}, not {value!r}")
+    return kind(**{field: as_floating(part, f"{field} of {name}") for field, part in value.items()})
+
+
+def _settings_of(family: Any) -> dict[str, Any]:
+    """Return the settings of a family by name, numbers and dicts of tensors; empty where it has none."""
+    if not dataclasses.is_dataclass(family):
+        return {}
+    found = {field.name: getattr(family, field.name) for field in dataclasses.fields(family)}
+    return {name: value._asdict() if hasattr(value, "_asdict") else value for name, value in found.items()}
+
+
+def _num_components(text: str, num_rows: int) -> int | tuple[int, ...]:
+    """Return K as it stands on the command line: a number, or one for each of several latents."""
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise ValueError(f"-k takes a number, or of two latents both, as 3,2, and not {text!r}")
+    sizes = tuple(check_num_components(int(size), num_rows) for size in text.split(","))
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def _device(name: str) -> torch.device:
+    """Return a torch device after a first tensor on it, or say that there is none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"torch cannot compute on {name!r} here: {str(error).splitlines()[0]}") from error
 
 
 def _stdout() -> Console:

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.inference.validation import (
-    check_data,
-    check_num_components,
+    as_floating,
     check_params,
     check_prior,
+    check_rows,
     data_support,
-    num_components,
 )
+from mixproof.models.initial import check_num_components
 
 
 class Fit(NamedTuple):
@@ -64,12 +64,13 @@ def em(
         ArithmeticError: a step lowered the objective by more than rounding, so that ``m_step`` does not belong to
             ``log_joint``.
     """
-    x = check_data(x, data_support(family))
+    x = check_rows(family, x)
     try:
         params = family.Params(*(value.to(x) for value in check_params(family, init, x.shape[1])))
     except ValueError as error:
         raise ValueError(f"EM cannot start: {error}.{_no_spread(x)}") from error
-    check_num_components(num_components(params), len(x))
+    for value in (value for name, value in params._asdict().items() if name.endswith("weights")):
+        check_num_components(len(value), len(x))
     row_weights = check_row_weights(weights, x)
     prior = check_prior(family, prior, params)
     if max_steps < 1:
@@ -123,7 +124,7 @@ def responsibilities(family: Any, params: Any, x: Any) -> Tensor:
     Raises:
         TypeError, ValueError: the data or the parameters are not what they must be, or a row is impossible under them.
     """
-    x = check_data(x, data_support(family))
+    x = check_rows(family, x)
     params = family.Params(*(value.to(x) for value in check_params(family, params, x.shape[1])))
     table = family.log_joint(params, x)
     _objective(family, params, table, step=0)
@@ -131,10 +132,15 @@ def responsibilities(family: Any, params: Any, x: Any) -> Tensor:
 
 
 def check_row_weights(weights: Any, x: Tensor) -> Tensor | None:
-    """Return row weights (N,) in the type of the data x (N, D), or say what is wrong with them."""
+    """Return row weights (N,) in the type of the data x (N, D), or say what is wrong with them.
+
+    Raises:
+        TypeError: they are not numbers.
+        ValueError: there is not one for each row, one is negative or not finite, or all are 0.
+    """
     if weights is None:
         return None
-    weights = torch.as_tensor(weights).to(x)
+    weights = as_floating(weights, "weights").to(x)
     if weights.shape != x.shape[:1]:
         raise ValueError(f"weights must have shape ({len(x)},), one for each row, not {tuple(weights.shape)}")
     bad = ~(torch.isfinite(weights) & (weights >= 0))
@@ -177,7 +183,7 @@ def _objective(
 
 def _raise_for_collapse(family: Any, params: Any, x: Tensor, table: Tensor, step: int) -> None:
     """Raise if a component is so narrow that its density at its own rows changes with the rounding of the data."""
-    support = data_support(family)
+    support = data_support(family, x.shape[1])
     if getattr(support, "base_constraint", support) is not constraints.real:
         return
     nudged = x + torch.finfo(x.dtype).eps * x.abs().amax(0)

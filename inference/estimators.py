@@ -24,9 +24,9 @@ from torch import Tensor
 
 from mixproof.inference.em import check_row_weights, em, responsibilities
 from mixproof.inference.sampling import sample
-from mixproof.inference.validation import check_data, check_num_components, check_prior, data_support
+from mixproof.inference.validation import check_prior, check_rows
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied, laplace
-from mixproof.models.initial import partition
+from mixproof.models.initial import check_num_components, partition
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -208,7 +208,7 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
         )
 
     def _rows(self, X: ArrayLike, *, reset: bool) -> Tensor:
-        x = check_data(torch.from_numpy(self._matrix(X, reset=reset)), data_support(self._family))
+        x = check_rows(self._family, torch.from_numpy(self._matrix(X, reset=reset)))
         return x if reset else x.to(self.params_.weights)
 
     def _check_settings(self) -> None:

@@ -21,7 +21,8 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
-from mixproof.inference.validation import check_data, check_num_components
+from mixproof.inference.validation import check_data
+from mixproof.models.initial import check_num_components
 
 
 class Metric(NamedTuple):

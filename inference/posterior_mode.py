@@ -45,12 +45,18 @@ def posterior_mode(
         The mode as density over the constrained parameters: no Jacobian of a change of variables enters.
 
     Raises:
+        TypeError: ``init`` names no sites.
         ValueError: the program has no enumerated site or an unmarked one, a parameter has no value, or the start has
             density 0.
     """
+    if not (isinstance(init, Mapping) or hasattr(init, "_asdict")):
+        raise TypeError(f"init must be a dict or a NamedTuple of values by site, not a {type(init).__name__}")
     start: Mapping[str, Tensor] = init if isinstance(init, Mapping) else init._asdict()
     start = {name: torch.as_tensor(value).detach() for name, value in start.items()}
-    program = inspect(model, start, *args)
+    try:
+        program = inspect(model, start, *args)
+    except NotImplementedError as error:  # an improper prior, which cannot be drawn from
+        raise ValueError(f"a parameter site has no value among those of init: {', '.join(start) or 'none'}") from error
     coordinates = Coordinates(program.supports, start)
 
     objective = with_gradient(lambda u: -log_density(model, program, coordinates(u), *args))

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 
 import torch
-from sklearn.cluster import kmeans_plusplus as sklearn_kmeans_plusplus
 from torch import Tensor
 
-from mixproof.inference.validation import check_data, check_num_components
+from mixproof.inference.validation import check_data
+from mixproof.models.initial import check_num_components, spread_rows
 
 
 def kmeans_plusplus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Return k rows of x, drawn one after another by their squared distance to the nearest row drawn before.
 
-    The drawing is scikit-learn's, on the CPU, seeded from the generator. Rows repeat only if fewer than k are distinct.
+    The drawing is scikit-learn's, on the CPU, seeded from the generator, and loses nothing far from zero.
 
     Args:
         x: (N, D), the data.
@@ -27,7 +27,7 @@ def kmeans_plusplus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         generator: the only source of randomness; it may live on another device than x.
 
     Returns:
-        centers: (K, D), rows of x.
+        centers: (K, D), rows of x. Rows repeat only if fewer than k are distinct.
 
     Raises:
         TypeError: x does not hold numbers, or k is not an integer.
@@ -35,14 +35,7 @@ def kmeans_plusplus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """
     x = check_data(x)
     k = check_num_components(k, len(x))
-    # scikit-learn expands the square here, which cancels far from zero and may overflow. The draw depends on neither
-    # location nor scale, so both are taken out.
-    scaled = x.detach().cpu().double()
-    scaled = scaled / scaled.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    scaled = scaled - scaled.mean(0)
-    seed = torch.randint(2**31, (), generator=generator, device=generator.device).item()
-    _, rows = sklearn_kmeans_plusplus(scaled.numpy(), k, random_state=seed)
-    return x[torch.as_tensor(rows, device=x.device)]
+    return x[spread_rows(x, k, generator).to(x.device)]
 
 
 def kmedians_plusplus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from pyro.optim import ClippedAdam, PyroOptim
 from torch import Tensor
 
 from mixproof.inference.enumeration import bind, default_dtype_of
+from mixproof.inference.random_state import seeded
 
 _NAMES = itertools.count()
 
@@ -48,7 +49,7 @@ def svi(
             ``AutoDelta(pyro.poutine.block(model, hide=["z"]))``.
         args: the positional arguments of the program.
         num_steps: the number of gradient steps.
-        seed: seeds Pyro's random draws for the run; the state of the global generator is put back afterwards.
+        seed: seeds Pyro's random draws for the run; the states of the global generators are put back afterwards.
         max_plate_nesting: the largest number of plates inside one another in the program.
         learning_rate: the step of Adam at the start, in unconstrained coordinates.
         final_learning_rate: the step at the end; it decays geometrically in between.
@@ -63,22 +64,23 @@ def svi(
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
     decay = (final_learning_rate / learning_rate) ** (1 / num_steps)
     losses = []
-    with pyro.get_param_store().scope(), torch.random.fork_rng(), default_dtype_of(*args):
+    with pyro.get_param_store().scope(), default_dtype_of(*args):
         if isinstance(guide, PyroModule):
             # Outside this store a guide reads the global one by name, and would find what another of its class left.
             guide._pyro_set_supermodule(f"svi_{next(_NAMES)}_{type(guide).__name__}", guide._pyro_context)
-        pyro.set_rng_seed(seed)
-        with torch.no_grad():
+        with seeded(seed), torch.no_grad():
             guide(*args)
         for _, parameter in pyro.get_param_store().named_parameters():
             parameter.data = parameter.data.clone()  # Pyro would update the tensors that a guide starts from, in place
-        pyro.set_rng_seed(seed)
         adam = ClippedAdam({"lr": learning_rate, "lrd": decay, "clip_norm": float("inf")})
         inference = SVI(model, guide, optimiser or adam, TraceEnum_ELBO(max_plate_nesting=max_plate_nesting))
-        for step in range(num_steps):
-            losses.append(inference.step(*args))
-            if not math.isfinite(losses[-1]):
-                raise ValueError(f"the loss is {losses[-1]} at step {step}: lower the learning rate, or start nearer")
+        with seeded(seed):
+            for step in range(num_steps):
+                losses.append(inference.step(*args))
+                if not math.isfinite(losses[-1]):
+                    raise ValueError(
+                        f"the loss is {losses[-1]} at step {step}: lower the learning rate, or start nearer"
+                    )
         found = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
     fitted = guide if isinstance(guide, PyroModule) else bind(guide, found)
     return Variational(fitted, torch.tensor(losses, dtype=torch.float64))

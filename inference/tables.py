@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,14 +22,14 @@ Write = Callable[[Tensor, Tensor], None]
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """Return the parameters and settings of a JSON or safetensors file by name.
+    """Return the parameters and settings of a JSON or safetensors file by name, a setting with fields as a dict.
 
     Raises:
-        ValueError: the file has another ending, or does not hold a JSON object.
+        ValueError: the file has another ending, or does not hold what the ending says.
         OSError: it cannot be read.
     """
     if path.suffix == ".safetensors":
-        return dict(load_file(path))
+        return _nested(_tensors(path))
     if path.suffix != ".json":
         raise ValueError(f"parameters are read from .json or .safetensors, not from {path.name}")
     try:
@@ -39,15 +41,70 @@ def read_params(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_params(path: Path, params: dict[str, Tensor]) -> None:
-    """Write parameters by name to a JSON or safetensors file."""
+def write_params(path: Path, values: dict[str, Any]) -> None:
+    """Write parameters and settings by name to a JSON or safetensors file, as ``read_params`` reads them.
+
+    Args:
+        path: where to.
+        values: tensors, numbers, and dicts of them for settings with fields.
+
+    Raises:
+        ValueError: the file has another ending.
+        OSError: it cannot be written.
+    """
     if path.suffix == ".safetensors":
-        save_file({name: value.contiguous() for name, value in params.items()}, path)
+        save_file({name: torch.as_tensor(value).contiguous() for name, value in _flat(values)}, path)
     elif path.suffix == ".json":
-        text = json.dumps({name: value.tolist() for name, value in params.items()}, indent=1)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(json.dumps(_lists(values), indent=1), encoding="utf-8")
     else:
         raise ValueError(f"parameters are written to .json or .safetensors, not to {path.name}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the entries of nested dicts, their names joined by dots."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _nested(values: dict[str, Tensor]) -> dict[str, Any]:
+    """Return dicts for names joined by a dot, and numbers for tensors that are one."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        owner, _, field = name.rpartition(".")
+        (found.setdefault(owner, {}) if owner else found)[field] = value if value.ndim else value.item()
+    return found
+
+
+def _lists(value: Any) -> Any:
+    """Return tensors as nested lists, in dicts too."""
+    if isinstance(value, dict):
+        return {name: _lists(part) for name, part in value.items()}
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _arrays(path: Path) -> Any:
+    """Return the array of an .npy file or the arrays by name of an .npz file."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path} is not a NumPy file: {error}") from error
+
+
+def _rows(arrays: Any, path: Path) -> Any:
+    """Return the entry x of what a file holds by name."""
+    if "x" not in arrays:
+        raise ValueError(f"{path} must hold the rows under the name x, and holds {', '.join(arrays) or 'nothing'}")
+    return arrays["x"]
 
 
 def read_rows(path: Path) -> np.ndarray:
@@ -55,7 +112,7 @@ def read_rows(path: Path) -> np.ndarray:
 
     Raises:
         TypeError: a column does not hold numbers.
-        ValueError: the file has another ending.
+        ValueError: the file has another ending, or does not hold what the ending says.
         OSError: it cannot be read.
     """
     match path.suffix:
@@ -64,11 +121,11 @@ def read_rows(path: Path) -> np.ndarray:
         case ".parquet":
             table = pa.parquet.read_table(path)
         case ".npy":
-            return np.load(path, allow_pickle=False)
+            return _arrays(path)
         case ".npz":
-            return np.load(path, allow_pickle=False)["x"]
+            return _rows(_arrays(path), path)
         case ".safetensors":
-            return load_file(path)["x"].numpy()
+            return _rows(_tensors(path), path).numpy()
         case _:
             raise ValueError(f"rows are read from .csv, .parquet, .npy, .npz or .safetensors, not from {path.name}")
     names = [name for name in table.column_names if not (name == "z" and "x1" in table.column_names)]

@@ -26,7 +26,7 @@ def check_data(x: Any, support: constraints.Constraint | None = None) -> Tensor:
     """
     if not isinstance(x, Tensor):
         try:
-            array = np.asarray(x)
+            array = np.asarray(x, order="C")  # torch takes no negative strides
         except ValueError as error:
             raise TypeError(f"x must be a matrix of numbers: {error}") from error
         if array.dtype.kind not in "buif":
@@ -49,22 +49,16 @@ def check_data(x: Any, support: constraints.Constraint | None = None) -> Tensor:
     return x
 
 
-def check_num_components(num_components: Any, num_rows: int) -> Any:
-    """Return the number of components as an int, of several latents as a tuple, or say why the data cannot carry it.
+def check_rows(family: Any, x: Any) -> Tensor:
+    """Return the data (N, D) of a family as a floating tensor, or say what is wrong with them.
 
     Raises:
-        TypeError: it is not an integer.
-        ValueError: it is below 1 or above the number of rows.
+        TypeError: the data are not numbers.
+        ValueError: the shape is not (N, D) with N, D >= 1, D is not that of the family's settings, or an entry is not
+            finite or outside the support of the family.
     """
-    if isinstance(num_components, tuple):
-        return tuple(check_num_components(number, num_rows) for number in num_components)
-    if isinstance(num_components, bool) or not isinstance(num_components, int | np.integer):
-        raise TypeError(f"the number of components must be an integer, not {num_components!r}")
-    if num_components < 1:
-        raise ValueError(f"the number of components must be at least 1, not {num_components}")
-    if num_components > num_rows:
-        raise ValueError(f"{num_components} components need at least as many rows, and x has {num_rows}")
-    return int(num_components)
+    x = check_data(x)
+    return check_data(x, data_support(family, x.shape[1]))
 
 
 def check_params(family: Any, params: Any, num_features: int | None = None) -> Any:
@@ -94,7 +88,7 @@ def check_params(family: Any, params: Any, num_features: int | None = None) -> A
         )
     tensors = {}
     for name in fields:
-        tensors[name] = _as_floating(values[name], name)
+        tensors[name] = as_floating(values[name], name)
         if 0 in tensors[name].shape:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}: it needs at least one entry")
         bad = ~torch.isfinite(tensors[name])
@@ -150,10 +144,14 @@ def check_prior(family: Any, prior: Any, params: Any) -> Any:
     return prior
 
 
-def _as_floating(value: Any, name: str) -> Tensor:
-    """Return a parameter as a floating tensor, or say that it is not made of real numbers."""
+def as_floating(value: Any, name: str) -> Tensor:
+    """Return a tensor, or what numpy reads as one, as a floating tensor; integers and booleans become float64.
+
+    Raises:
+        TypeError: it does not hold real numbers; the message calls it by its name.
+    """
     try:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, order="C"))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must hold numbers in the shape of an array: {error}") from error
     if tensor.is_complex():
@@ -172,7 +170,7 @@ def _convert(prior: Any, expected: Any, like: Tensor) -> Any:
         if isinstance(value, tuple):  # the prior of a part
             values[name] = type(value)(*_convert(value, type(value), like))
             continue
-        values[name] = _as_floating(value, f"{name} of the prior").to(like)
+        values[name] = as_floating(value, f"{name} of the prior").to(like)
         if not torch.isfinite(values[name]).all():
             raise ValueError(f"{name} of the prior must be finite, and is {value}")
     return expected(**values)
@@ -184,12 +182,12 @@ def num_components(params: Any) -> int | tuple[int, ...]:
     return sizes[0] if len(sizes) == 1 else sizes
 
 
-def data_support(family: Any) -> constraints.Constraint:
-    """Return the torch constraint on one row of data: the support of the site ``x`` of the family's program."""
-    sizes = [1 if name.endswith("weights") else 0 for name in family.Params._fields]
-    num_weights = sum(sizes)
-    with torch.no_grad(), InitMessenger(_feasible), poutine.trace() as tape:
-        family.model(num_components=1 if num_weights == 1 else (1,) * num_weights, num_data=1, num_features=1)
+def data_support(family: Any, num_features: int) -> constraints.Constraint:
+    """Return the torch constraint on one row of D features: the support of the site ``x`` of the family's program."""
+    num_weights = sum(name.endswith("weights") for name in family.Params._fields)
+    sizes = 1 if num_weights == 1 else (1,) * num_weights
+    with torch.no_grad(), InitMessenger(feasible), poutine.trace() as tape:
+        family.model(num_components=sizes, num_data=1, num_features=num_features)
     program: Any = tape.trace
     return program.nodes["x"]["fn"].support
 
@@ -203,14 +201,14 @@ def _parameter_sites(
         if value.ndim < least:
             raise ValueError(f"{name} must have at least {least} axis, and is the number {value.item()}")
     features = num_features if num_features is not None else (params[1].shape[-1] if params[1].ndim else 1)
-    with torch.no_grad(), InitMessenger(_feasible), poutine.trace() as tape:
+    with torch.no_grad(), InitMessenger(feasible), poutine.trace() as tape:
         family.model(num_components=num_components(params), prior=prior, num_data=1, num_features=features)
     nodes: Any = tape.trace.nodes
     known = {name for name in params._fields if nodes[name]["infer"].get("_deterministic")}
     return {name: (nodes[name]["fn"], nodes[name]["value"] if name in known else None) for name in params._fields}
 
 
-def _feasible(site: dict[str, Any]) -> Tensor:
+def feasible(site: dict[str, Any]) -> Tensor:
     """Return a value in the support of a site, for tracing a program whose priors are flat and cannot be drawn from."""
     distribution = site["fn"]
     if distribution.support.is_discrete:

@@ -190,8 +190,8 @@ def init_params(
     """
     if not isinstance(num_components, tuple) or len(num_components) != 2:
         raise TypeError(f"the number of components must be a pair (K_x, K_y), not {num_components!r}")
-    check_num_components(num_components[1])
     start = gaussian_full.init_params(x, num_components[0], generator, method)
+    check_num_components(num_components[1], len(x))
     half = start.covariances[0] / 2
     noise = torch.randn(num_components[1], x.shape[1], generator=generator, dtype=x.dtype, device=x.device)
     y_locs = noise @ cholesky(half).mT
@@ -222,6 +222,13 @@ class KnownNoise:
         if not (torch.isfinite(locs).all() and constraints.positive_definite.check(covariances).all()):
             raise ValueError("the noise needs finite locs and symmetric positive definite covariances")
 
+    def _check_num_features(self, num_features: int | None) -> int:
+        """Return D of the noise, or raise where another is asked for."""
+        own = self.noise.locs.shape[-1]
+        if num_features not in (None, own):
+            raise ValueError(f"the noise has {own} features, not {num_features}")
+        return own
+
     def model(
         self,
         x: Tensor | None = None,
@@ -232,8 +239,8 @@ class KnownNoise:
         num_features: int | None = None,
     ) -> Tensor:
         """Draw the parameters of x, then each row of x (N, D) plus noise from the collapsed mixture."""
-        num_data = num_data if x is None else x.shape[0]
-        num_features = self.noise.locs.shape[-1] if num_features is None else num_features
+        num_data, num_features = (num_data, num_features) if x is None else x.shape
+        num_features = self._check_num_features(num_features)
         if prior is None:
             weights = pyro.sample("weights", dist.ImproperUniform(constraints.simplex, (), (num_components,)))
             with pyro.plate("components", num_components):
@@ -287,4 +294,5 @@ class KnownNoise:
     ) -> gaussian_full.Params:
         """Return a start for EM: the partition of the noisy rows x (N, D) without their mean noise."""
         start = gaussian_full.init_params(x, num_components, generator, method)
+        self._check_num_features(x.shape[1])
         return start._replace(locs=start.locs - gaussian_full.moments(self.noise)[0])

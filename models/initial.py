@@ -1,7 +1,11 @@
-"""A first guess for EM: a hard partition of the rows around seeds."""
+"""A first guess for EM: a hard partition of the rows around seeds, and what every start checks and draws."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
 import torch
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
@@ -27,25 +31,49 @@ def partition(x: Tensor, num_components: int, generator: torch.Generator, method
     if not torch.isfinite(x).all():
         row, column = (~torch.isfinite(x)).nonzero()[0].tolist()
         raise ValueError(f"x[{row}, {column}] is {x[row, column].item()}: drop or impute the row")
-    check_num_components(num_components)
-    if num_components > len(x):
-        raise ValueError(f"{num_components} components need at least as many rows, and x has {len(x)}")
+    num_components = check_num_components(num_components, len(x))
     if method == "k-means++":
-        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        _, rows = kmeans_plusplus(x.detach().cpu().numpy(), num_components, random_state=seed)
-        seeds = x[torch.as_tensor(rows, device=x.device)]
+        rows = spread_rows(x, num_components, generator)
     elif method == "random":
         rows = torch.randperm(len(x), generator=generator, device=generator.device)[:num_components]
-        seeds = x[rows.to(x.device)]
     else:
         raise ValueError(f'method must be "k-means++" or "random", not {method!r}')
-    labels = torch.cdist(x, seeds, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+    scaled = rescale(x)
+    labels = torch.cdist(scaled, scaled[rows.to(x.device)], compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
     return torch.nn.functional.one_hot(labels, num_components).to(x.dtype)
 
 
-def check_num_components(num_components: int) -> None:
-    """Raise unless the number of components is an integer of at least 1."""
-    if isinstance(num_components, bool) or not isinstance(num_components, int):
+def spread_rows(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Return the numbers (k,) of k rows of finite x (N, D), drawn by k-means++ (Arthur and Vassilvitskii 2007).
+
+    The drawing is scikit-learn's, on the CPU, seeded from the generator. Rows repeat only if fewer than k are distinct.
+    """
+    rows = rescale(x.detach().cpu().double())
+    # scikit-learn expands the square, which cancels far from zero; the draw does not depend on the location
+    rows = rows - rows.mean(0)
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    return torch.as_tensor(kmeans_plusplus(rows.numpy(), k, random_state=seed)[1])
+
+
+def rescale(x: Tensor) -> Tensor:
+    """Return x (N, D) with its largest entry between 1 and 2, so that no square overflows or vanishes.
+
+    The divisor is a power of two, which rounds nothing.
+    """
+    return x / math.ldexp(1.0, math.frexp(x.abs().max().item())[1] - 1)
+
+
+def check_num_components(num_components: Any, num_rows: int) -> int:
+    """Return the number of components as an int, or say why data of so many rows cannot carry it.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is below 1 or above the number of rows.
+    """
+    if isinstance(num_components, bool) or not isinstance(num_components, int | np.integer):
         raise TypeError(f"the number of components must be an integer, not {num_components!r}")
     if num_components < 1:
         raise ValueError(f"the number of components must be at least 1, not {num_components}")
+    if num_components > num_rows:
+        raise ValueError(f"{num_components} components need at least as many rows, and x has {num_rows}")
+    return int(num_components)

@@ -7,7 +7,8 @@ r"""Mixture of products of Laplace laws; as their scale goes to 0, EM becomes K-
 Sizes: N observations, D features, K components; b is the scale, the standard deviation is b sqrt(2). The location of
 the M-step is a weighted median, so it needs the data: the statistics are the rows themselves, and chunks of them are
 joined, not added. The prior is Dirichlet on the weights, inverse-gamma on each scale and, given it, Laplace on each
-location: it acts as ``strength`` further rows at ``loc``.
+location: in the median and in the sum of deviations it acts as ``strength`` further rows at ``loc``, which neither the
+weights nor the divisor of the scales count.
 """
 
 from __future__ import annotations

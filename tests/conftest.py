@@ -7,9 +7,7 @@ settings, and the shape comment beside each hyperparameter. A new family needs n
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
-import pkgutil
 import re
 import sys
 from collections.abc import Iterator
@@ -28,7 +26,8 @@ from sklearn.datasets import load_digits, load_iris, load_sample_image
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-import mixproof.models
+from mixproof.inference.validation import feasible
+from mixproof.models import families
 
 # The instances are tiny: a second thread costs each operation more than it saves, twentyfold on a busy machine.
 torch.set_num_threads(1)
@@ -72,7 +71,7 @@ class Case:
     def sites(self, k: int = 3, num_features: int = NUM_FEATURES) -> dict[str, Any]:
         """Return the program's sites, run at an arbitrary point of its supports."""
         program = partial(self.program(k), num_data=2, num_features=num_features)
-        with torch.no_grad(), InitMessenger(_any_value), poutine.trace() as tape:
+        with torch.no_grad(), InitMessenger(feasible), poutine.trace() as tape:
             program()
         nodes: Any = tape.trace.nodes
         return {name: site for name, site in nodes.items() if site["type"] == "sample"}
@@ -154,14 +153,6 @@ def num_features_of(params: Any) -> int:
     return params[1].shape[-1]
 
 
-def _any_value(site: dict[str, Any]) -> Tensor:
-    distribution = site["fn"]
-    if distribution.support.is_discrete:
-        return torch.zeros(distribution.shape(), dtype=torch.long)
-    transform = transform_to(distribution.support)
-    return transform(torch.zeros(transform.inverse_shape(distribution.shape()), dtype=torch.float64))
-
-
 def _random_prior(prior: Any, num_components: Any, num_features: int, generator: torch.Generator) -> Any:
     """Return hyperparameters of the shapes that the source states, all above D + 1.
 
@@ -193,17 +184,14 @@ def _random_setting(hint: Any, seed: int) -> Any:
 
 
 def walk_families() -> Iterator[Case]:
-    """Yield every family in ``mixproof.models``: modules, and frozen dataclasses in them, with the contract's names."""
-    for info in pkgutil.iter_modules(mixproof.models.__path__):
-        module = importlib.import_module(f"mixproof.models.{info.name}")
-        if hasattr(module, "model") and hasattr(module, "log_joint"):
-            yield Case(info.name, module)
-        for name, value in vars(module).items():
-            own = isinstance(value, type) and value.__module__ == module.__name__ and dataclasses.is_dataclass(value)
-            if own and hasattr(value, "model") and hasattr(value, "log_joint"):
-                hints = get_type_hints(value)
-                settings = {field.name: _random_setting(hints[field.name], 7) for field in dataclasses.fields(value)}
-                yield Case(name, value(**settings))
+    """Yield every family in ``mixproof.models``, those with settings at some value of each."""
+    for name, family in families().items():
+        if not isinstance(family, type):
+            yield Case(name, family)
+        elif "." in name:  # a class that is alone in its module goes by the module's name too
+            hints = get_type_hints(family)
+            settings = {field.name: _random_setting(hints[field.name], 7) for field in dataclasses.fields(family)}
+            yield Case(family.__name__, family(**settings))
 
 
 FAMILIES = list(walk_families())

@@ -22,6 +22,7 @@ from mixproof.inference.sampling import sample
 from mixproof.inference.validation import check_params
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_sum, laplace
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
+from mixproof.models.initial import partition
 
 if TYPE_CHECKING:
     from tests.conftest import Case
@@ -277,6 +278,25 @@ def test_known_noise_must_be_a_mixture() -> None:
         gaussian_sum.KnownNoise(good._replace(locs=good.locs[:1]))
 
 
+@pytest.mark.parametrize("num_features", [1, 3])
+def test_known_noise_has_the_features_of_the_data(num_features: int) -> None:
+    """A single feature would be spread over the two of the noise, without a word from torch."""
+    family = gaussian_sum.KnownNoise(check_params(gaussian_full, GOOD))
+    x = torch.randn(20, num_features, generator=seeded(0), dtype=torch.float64)
+    start = gaussian_full.init_params(x, 2, seeded(0))
+    words = says(f"the noise has 2 features, not {num_features}")
+    with pytest.raises(ValueError, match=words):
+        em(family, x, start)
+    with pytest.raises(ValueError, match=words):
+        responsibilities(family, start, x)
+    with pytest.raises(ValueError, match=words):
+        family.init_params(x, 2, seeded(0))
+    with pytest.raises(ValueError, match=words):
+        sample(family, start, 5, generator=seeded(0))
+    with pytest.raises(ValueError, match=words):
+        posterior_mode(partial(family.model, num_components=2), start, x)
+
+
 # Silent wrong numbers behind the front door
 
 
@@ -326,6 +346,33 @@ def test_front_door_draws_what_the_family_draws(case: Case) -> None:
 def test_bad_row_weights_are_refused(weights: Any, words: str) -> None:
     with pytest.raises(ValueError, match=says(words)):
         em(gaussian_full, X, PARAMS, weights=weights)
+
+
+@pytest.mark.parametrize("weights", ["abc", [["a"]] * 20, object()])
+def test_row_weights_must_be_numbers(weights: Any) -> None:
+    with pytest.raises(TypeError, match="weights must hold numbers in the shape of an array"):
+        em(gaussian_full, X, PARAMS, weights=weights)
+
+
+def test_arrays_may_be_read_backwards() -> None:
+    """torch takes no array of negative strides, and a view of one is no bad input."""
+    rows, weights = X.numpy(), np.linspace(1, 2, 20)
+    forwards = few_steps(gaussian_full, rows[::-1].copy(), PARAMS, weights=weights[::-1].copy())
+    start = [value.numpy()[::-1].copy()[::-1] for value in PARAMS]
+    backwards = few_steps(gaussian_full, rows[::-1], start, weights=weights[::-1])
+    assert all(map(torch.equal, backwards.params, forwards.params))
+
+
+def test_posterior_mode_needs_a_value_for_every_site() -> None:
+    program = partial(gaussian_full.model, num_components=2)
+    with pytest.raises(TypeError, match="init must be a dict or a NamedTuple of values by site, not a list"):
+        posterior_mode(program, [*PARAMS], X)
+    start = PARAMS._asdict()
+    for site in start:
+        rest = {name: value for name, value in start.items() if name != site}
+        words = f"a parameter site has no value among those of init: {', '.join(rest)}"
+        with pytest.raises(ValueError, match=says(words)):
+            posterior_mode(program, rest, X)
 
 
 PRIOR: Any = gaussian_full.Prior(
@@ -573,3 +620,14 @@ def test_offset_of_a_million_changes_no_start(real_case: Case) -> None:
     for name, value in far._asdict().items():
         moved = value - 1e6 if name == real_case.location else value
         assert torch.allclose(moved, getattr(near, name), rtol=1e-8, atol=1e-8), name
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-1000, 2.0**990])
+@pytest.mark.parametrize("method", ["k-means++", "random"])
+def test_offset_and_scale_change_no_partition(method: str, scale: float) -> None:
+    """On a grid on which both are exact, every row keeps its part; its distances squared may overflow or vanish."""
+    x = (torch.randn(60, 3, generator=seeded(0), dtype=torch.float64) * 1024).round() / 1024
+    assert torch.equal(x + 1e9 - 1e9, x)
+    for seed in range(5):
+        near = partition(x, 4, seeded(seed), method)
+        assert torch.equal(partition((x + 1e9) * scale, 4, seeded(seed), method), near)

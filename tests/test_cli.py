@@ -11,6 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mixproof.inference.cli import app
@@ -95,6 +96,28 @@ def test_a_fit_finds_what_was_sampled_and_goes_back_into_sample(tmp_path: Path) 
     assert again.exit_code == 0, again.output
 
 
+@pytest.mark.parametrize("ending", ["json", "safetensors"])
+@pytest.mark.parametrize("family", ["gaussian_isotropic", "gaussian_sum.KnownNoise", "bernoulli.UniformWeights"])
+def test_a_fit_with_settings_goes_back_into_sample(family: str, ending: str, tmp_path: Path) -> None:
+    params = write(tmp_path / "params.json", PARAMS[family])
+    names = [] if family.startswith("bernoulli") else ["variance" if family == "gaussian_isotropic" else "noise"]
+    settings = write(tmp_path / "settings.json", {name: PARAMS[family][name] for name in names})
+    rows, found = tmp_path / "rows.csv", tmp_path / f"found.{ending}"
+    assert run("sample", family, "--params", params, "-n", 400, "--out", rows, "--seed", 1).exit_code == 0
+    table = pyarrow.csv.read_csv(rows).drop(["z"])
+    pyarrow.csv.write_csv(table, rows)
+    command = ["fit", rows, "--family", family, "-k", 2, "--settings", settings, "--starts", 3, "--json"]
+    fit = run(*command, "--max-steps", 3, "--out", found)
+    assert fit.exit_code == 0, fit.output
+    by_file, by_stdout = tmp_path / "by_file.csv", tmp_path / "by_stdout.csv"
+    assert run("sample", family, "--params", found, "-n", 20, "--out", by_file, "--seed", 2).exit_code == 0
+    printed = json.loads(fit.stdout)
+    assert set(printed["settings"]) == set(names)
+    everything = write(tmp_path / "printed.json", {**printed["settings"], **printed["params"]})
+    assert run("sample", family, "--params", everything, "-n", 20, "--out", by_stdout, "--seed", 2).exit_code == 0
+    assert by_file.read_text() == by_stdout.read_text()
+
+
 def test_old_faithful_is_fitted_from_its_table() -> None:
     result = run("fit", DATA / "faithful.csv", "--family", "gaussian_full", "-k", 2, "--json")
     assert result.exit_code == 0, result.output
@@ -113,6 +136,11 @@ def test_old_faithful_is_fitted_from_its_table() -> None:
         ("laplace", {"scales": [[1, float("nan")], [3, 4]]}, "finite"),
         ("bernoulli", {"probs": [[0, 1.5], [0.5, 0.5]]}, "probs"),
         ("gaussian_isotropic", {"variance": -1.0}, "known variance must be positive"),
+        ("gaussian_isotropic", {"variance": "abc"}, "the setting variance must be a number, not 'abc'"),
+        ("gaussian_isotropic", {"variance": [1.0]}, "the setting variance must be a number, not [1.0]"),
+        ("gaussian_sum.KnownNoise", {"noise": [1.0, 2.0]}, "noise must be an object with the fields weights, locs"),
+        ("gaussian_sum.KnownNoise", {"noise": {"weights": [1.0]}}, "noise must be an object with the fields weights"),
+        ("gaussian_sum.KnownNoise", {"noise": {**PARAMS["gaussian_full"], "locs": ["a", "b"]}}, "locs of noise must"),
     ],
 )
 def test_bad_parameters_get_a_sentence_and_exit_code_2(
@@ -135,7 +163,13 @@ def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None
     missing.write_text("a,b\n1,2\n,4\n")
     bits = tmp_path / "bits.csv"
     bits.write_text("a,b\n1,0\n0.5,1\n")
-    out = tmp_path / "rows.csv"
+    garbage = {ending: tmp_path / f"rows.{ending}" for ending in ("npz", "npy", "parquet", "safetensors")}
+    for file in garbage.values():
+        file.write_bytes(b"no such format")
+    unnamed, unnamed_tensors = tmp_path / "unnamed.npz", tmp_path / "unnamed.safetensors"
+    np.savez(unnamed, y=np.zeros((3, 2)))
+    save_file({"y": torch.zeros(3, 2)}, unnamed_tensors)
+    out = tmp_path / "out.csv"
     for command, words in [
         (("sample", "gaussian", "--params", params, "-n", 5, "--out", out), "there is no family 'gaussian'"),
         (("sample", "gaussian_isotropic", "--params", no_setting, "-n", 5, "--out", out), "needs its setting variance"),
@@ -147,11 +181,31 @@ def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None
         (("fit", bits, "--family", "bernoulli", "-k", 1), "x[1, 0] is 0.5"),
         (("fit", bits, "--family", "gaussian_full", "-k", 3), "3 components need at least as many rows"),
         (("fit", bits, "--family", "gaussian_full", "-k", 0), "at least 1"),
-        (("fit", bits, "--family", "gaussian_full", "-k", "two"), "two"),
+        (("fit", bits, "--family", "gaussian_full", "-k", "two"), "-k takes a number, or of two latents both"),
+        (("fit", bits, "--family", "gaussian_full", "-k", "1,1"), "must be an integer, not (1, 1)"),
+        (("fit", garbage["npz"], "--family", "gaussian_full", "-k", 1), "rows.npz is not a NumPy file"),
+        (("fit", garbage["npy"], "--family", "gaussian_full", "-k", 1), "rows.npy is not a NumPy file"),
+        (("fit", garbage["parquet"], "--family", "gaussian_full", "-k", 1), "Parquet"),
+        (("fit", garbage["safetensors"], "--family", "gaussian_full", "-k", 1), "is not a safetensors file"),
+        (("fit", unnamed, "--family", "gaussian_full", "-k", 1), "must hold the rows under the name x, and holds y"),
+        (("fit", unnamed_tensors, "--family", "gaussian_full", "-k", 1), "rows under the name x, and holds y"),
+        (
+            ("sample", "gaussian_full", "--params", garbage["safetensors"], "-n", 5, "--out", out),
+            "is not a safetensors",
+        ),
+        (("sample", "gaussian_full", "--params", params, "-n", 5, "--out", out, "--device", "warp"), "torch cannot"),
+        (
+            ("fit", bits, "--family", "gaussian_full", "-k", 1, "--device", "cuda:99"),
+            "torch cannot compute on 'cuda:99'",
+        ),
+        (("fit", bits, "--family", "gaussian_full", "-k", 1, "--seed", 2**70), "--seed"),
+        (("sample", "gaussian_full", "--params", params, "-n", 5, "--out", out, "--seed", 2**64), "--seed"),
+        (("verify", "--problem", "P1", "--seed", 2**32), "--seed"),
         (("verify", "--problem", "P9"), "no claim or problem is called P9"),
         (("verify", "--problem", "P1", "--json", tmp_path / "no" / "report.json"), "there is no folder"),
     ]:
         result = run(*command)
         assert result.exit_code == 2, (command, result.output)
         assert words in " ".join(result.stderr.split()), result.stderr
+        assert "Traceback" not in result.stderr
     assert not out.exists()

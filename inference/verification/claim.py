@@ -85,6 +85,21 @@ def both(claim: Claim) -> list[Claim]:
     return [replace(claim, id=f"{claim.id}{source}") for source in "ab"]
 
 
+def misprinted(claim: Claim, formula: str, check: Verification, note: str) -> list[Claim]:
+    """Return a claim of transcription a, and transcription b's misprint of it, which the former corrects.
+
+    Args:
+        claim: transcription a's, which holds.
+        formula: as transcription b prints it, LaTeX.
+        check: tries to refute that.
+        note: what is lost or odd there, and whether it matters to the end result; markdown.
+    """
+    wrong = replace(
+        claim, id=f"{claim.id[:-1]}b", formula=formula, check=check, note=note, expected="refuted as printed"
+    )
+    return [claim, replace(wrong, condition="", without=None, correction=claim.formula, corrected=claim.check)]
+
+
 def all_of(*verifications: Verification) -> Verification:
     """Return the verification that makes several and holds if all do."""
 

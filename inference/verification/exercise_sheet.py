@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+from mixproof.inference.random_state import seeded
 from mixproof.inference.verification import problems as package
 from mixproof.inference.verification.claim import Claim, Outcome, Problem, Verdict, Verification
 from mixproof.inference.verification.report import Report
@@ -93,6 +94,8 @@ def verify_sheet(
 ) -> list[Outcome]:
     """Judge the claims of the sheet, in the order of the sheet.
 
+    With several processes, a script must call it under ``if __name__ == "__main__"``, since each process imports it.
+
     Args:
         seed: seeds every random point and draw; the same seed gives the same report, whatever the number of workers.
         select: problem ids (``P3``) or claim ids (``P3.12a``); all if there are none.
@@ -139,11 +142,10 @@ def _judge_group(ids: list[str], seed: int) -> bytes:
     memory: dict[Verification, Report] = {}
     results = []
     try:
-        with torch.random.fork_rng(devices=[]):
-            for claim in claims(ids):
-                torch.manual_seed(seed)
+        for claim in claims(ids):
+            with seeded(seed):
                 outcome = judge(claim, seed, memory)
-                results.append((claim.id, outcome.verdict, outcome.reports, outcome.seconds))
+            results.append((claim.id, outcome.verdict, outcome.reports, outcome.seconds))
     finally:
         torch.set_num_threads(threads)
     return pickle.dumps(results)  # by value: torch would send tensors between processes as open files

@@ -6,6 +6,8 @@ import html
 import json
 import platform
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -17,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixproof.inference.verification.claim import Outcome, Problem
-from mixproof.inference.verification.report import Check, plain
+from mixproof.inference.verification.report import Check, Report, plain
 
 COLOURS = {"holds": "green", "holds if": "cyan", "refuted as printed": "yellow", "illegible": "magenta"}
 
@@ -39,9 +41,10 @@ def worst(outcome: Outcome) -> Check | None:
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """Return how many claims got which verdict, and whether that was expected."""
-    counts = {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in COLOURS}
+    counts: Counter[str] = Counter(outcome.verdict for outcome in outcomes)
     unexpected = [outcome.claim.id for outcome in outcomes if not outcome.ok]
-    parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    order = [verdict for verdict in COLOURS if verdict in counts] + sorted(counts.keys() - COLOURS.keys())
+    parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in order)
     end = f"; NOT AS EXPECTED: {', '.join(unexpected)}" if unexpected else "; every verdict is the expected one"
     return f"{len(outcomes)} claims: {parts}{end}"
 
@@ -105,14 +108,25 @@ def to_html(outcomes: Sequence[Outcome], problems: Sequence[Problem], seed: int)
     used = [problem for problem in problems if any(outcome.claim.problem == problem.id for outcome in outcomes)]
     links = "".join(f"<a href='#{problem.id}'>{problem.id} {html.escape(problem.title)}</a>" for problem in used)
     sections = "".join(_section(problem, outcomes) for problem in used)
+    return _page(
+        "Exercise Sheet 12: a verdict for each formula",
+        f"<p class='summary'>{html.escape(summary(outcomes))}.</p><p>{CAVEAT}</p><nav>{links}</nav>{sections}",
+        seed,
+    )
+
+
+def reports_to_html(reports: Sequence[Report], seed: int) -> str:
+    """Return a self-contained page of reports on one's own derivations."""
+    return _page("EM derivations: a verdict on each", "".join(report.to_html() for report in reports), seed)
+
+
+def _page(title: str, body: str, seed: int) -> str:
     made = ", ".join(f"{name} {number}" for name, number in versions().items())
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>Exercise Sheet 12: verdicts</title><style>{STYLE}</style></head><body>"
-        "<h1>Exercise Sheet 12: a verdict for each formula</h1>"
-        f"<p class='summary'>{html.escape(summary(outcomes))}.</p>"
-        f"<p>{CAVEAT} Seed {seed}; {html.escape(made)}.</p><nav>{links}</nav>{sections}</body></html>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"{body}<p class='note'>Seed {seed}; {html.escape(made)}.</p></body></html>"
     )
 
 
@@ -161,7 +175,14 @@ TEXT = _plain_text()
 def to_mathml(latex: str, display: str = "block") -> str:
     """Return LaTeX as MathML."""
     known = re.sub(r"\\arg\\(min|max)", r"\\mathrm{arg\\,\1}", latex)
-    return convert(known, display=display)
+    return re.sub(r'<mi mathvariant="bold-italic">(.*?)</mi>', _bold_letter, convert(known, display=display))
+
+
+def _bold_letter(element: re.Match[str]) -> str:
+    """Return a bold letter as a character of its own, as LaTeX sets it: browsers ignore the attribute."""
+    script, size, _, letter = unicodedata.name(html.unescape(element[1])).split()
+    slant = "" if (script, size) == ("GREEK", "CAPITAL") else "ITALIC "
+    return f"<mi>{unicodedata.lookup(f'MATHEMATICAL BOLD {slant}{size} {letter}')}</mi>"
 
 
 def prose(text: str) -> str:
@@ -222,7 +243,7 @@ def _row(outcome: Outcome) -> str:
 
 
 STYLE = """
-body { font-family: system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.45; }
+body { font-family: system-ui, sans-serif; max-width: 90rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.45; }
 body { color: #1b1b1b; background: #fff; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 .summary { font-weight: 600; }
@@ -230,7 +251,8 @@ table { border-collapse: collapse; width: 100%; }
 th { text-align: left; border-bottom: 2px solid #888; padding: .3rem .5rem; }
 td { vertical-align: top; border-bottom: 1px solid #ddd; padding: .4rem .5rem; }
 td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.claims > tbody > tr > td > div { max-width: 42rem; overflow-x: auto; }
+section { overflow-x: auto; }
+.says, .note { max-width: 42rem; }
 .number { white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; }
 .verdict { font-weight: 600; white-space: nowrap; }
 .holds .verdict { color: #16692f; }
@@ -240,8 +262,8 @@ td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .unexpected .verdict, .failed td:nth-child(2) { color: #b00020; }
 .says { margin: 0; color: #444; }
 .note { color: #555; font-size: .92em; }
-math[display=block] { margin: .35rem 0; text-align: left; }
+math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", "DejaVu Math TeX Gyre", math; }
+math[display=block] { margin: .35rem 0; width: fit-content; }
 details { margin-top: .3rem; font-size: .88em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 38rem; }
-@media (max-width: 70rem) { .claims > tbody > tr > td > div { max-width: 55vw; } }
 """

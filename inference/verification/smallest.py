@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -58,10 +59,9 @@ def smallest_counterexample(own: Trial, verdict: str, checks: Sequence[Check], s
     fails, write = FAULTS[verdict]
     failed = next((check for check in checks if check.name.startswith("grad") and not check.passed), None)
     prior = float(failed is not None and failed.name == PENALISED)
-    site = (failed.counterexample or {}).get("site", "") if failed is not None else ""
     for instance, params, resp in _instances(own, torch.Generator().manual_seed(seed)):
         try:
-            found = fails(instance, params, Target(resp.to(instance.origin), prior=prior), site)
+            found = fails(instance, params, Target(resp.to(instance.origin), prior=prior), failed)
         except Exception:  # too small for this program or for this step
             continue
         if found is not None:
@@ -222,7 +222,7 @@ def _short_resp(possible: Tensor, generator: torch.Generator) -> Tensor:
     return counts / counts.sum(1, keepdim=True)
 
 
-def _wrong_e_step(own: Trial, params: dict[str, Tensor], target: Target, site: str) -> Found | None:
+def _wrong_e_step(own: Trial, params: dict[str, Tensor], target: Target, failed: Check | None) -> Found | None:
     with torch.no_grad():
         rows = own.joint(params).rows
     claimed, right = own.responsibilities(params), rows.softmax(1)
@@ -232,7 +232,7 @@ def _wrong_e_step(own: Trial, params: dict[str, Tensor], target: Target, site: s
     return None if bool(((claimed - right).abs() <= tolerance).all()) else Found(own, params, target)
 
 
-def _wrong_report(own: Trial, params: dict[str, Tensor], target: Target, site: str) -> Found | None:
+def _wrong_report(own: Trial, params: dict[str, Tensor], target: Target, failed: Check | None) -> Found | None:
     with torch.no_grad():
         joint = own.joint(params)
     size = 1 + (joint.row_weights * joint.rows.logsumexp(1)).abs().sum()
@@ -240,9 +240,14 @@ def _wrong_report(own: Trial, params: dict[str, Tensor], target: Target, site: s
     return None if abs(own.reported(params) - joint.log_likelihood) <= tolerance else Found(own, params, target)
 
 
-def _wrong_m_step(own: Trial, params: dict[str, Tensor], target: Target, site: str) -> Found | None:
-    new = own.returned(target.resp, params)
-    if own.is_inside(site, new[site]):
+def _wrong_m_step(own: Trial, params: dict[str, Tensor], target: Target, failed: Check | None) -> Found | None:
+    if failed is None or failed.counterexample is None or "site" not in failed.counterexample:
+        return None
+    site, new = failed.counterexample["site"], own.returned(target.resp, params)
+    leaves_support = math.isnan(failed.error)
+    if leaves_support == own.is_inside(site, new[site]):
+        return None  # a small instance of another fault, such as a division by 1 - 1
+    if not leaves_support:
         for prior in (0.0, 1.0) if own.has_prior else (0.0,):  # a MAP step leaves a gradient of Q, and is right
             residual = own.residual(new, target._replace(prior=prior))
             blurred = residual.tolerances.max() > torch.finfo(own.origin.dtype).eps ** 0.5
@@ -315,7 +320,9 @@ def _write_m_step(found: Found) -> str:
     return "\n".join(lines)
 
 
-FAULTS: dict[str, tuple[Callable[[Trial, dict[str, Tensor], Target, str], Found | None], Callable[[Found], str]]] = {
+FAULTS: dict[
+    str, tuple[Callable[[Trial, dict[str, Tensor], Target, Check | None], Found | None], Callable[[Found], str]]
+] = {
     "wrong E-step": (_wrong_e_step, _write_e_step),
     "wrong M-step": (_wrong_m_step, _write_m_step),
     "wrong report": (_wrong_report, _write_report),

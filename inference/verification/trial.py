@@ -268,6 +268,12 @@ class Trial:
 
     def maximiser(self, start: Mapping[str, Tensor], target: Target, sites: Sequence[str]) -> dict[str, Tensor]:
         """Return the parameters with some sites moved to the maximum of the target, the others left where they are."""
+        return self.maximum(start, target, sites)[0]
+
+    def maximum(
+        self, start: Mapping[str, Tensor], target: Target, sites: Sequence[str]
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return what ``maximiser`` returns, and how far it is known: the largest relative change by a Newton step."""
         u, _ = self.unconstrained(start)
         index = torch.cat([torch.arange(span.start, span.stop) for name, span in self.spans().items() if name in sites])
 
@@ -276,8 +282,9 @@ class Trial:
 
         slope = self.gradient(u, target)[index]  # 0 at a minimum too, which a small shift leaves
         shift = torch.where(slope.abs() <= SMALL * target.resp.sum(), SMALL * (1 + u[index].abs()), 0.0)
-        found, _ = descend(value, u[index] + shift)
-        return self.coordinates(u.index_copy(0, index, found))
+        found, step = descend(value, u[index] + shift)
+        best, next_best = (self.coordinates(u.index_copy(0, index, v)) for v in (found, found - step))
+        return best, max(changes(best, next_best).values())
 
     def blame(
         self, params: Mapping[str, Tensor], target: Target, residual: Residual
@@ -369,6 +376,9 @@ def _onto_kinks(function: Callable[[Tensor], Tensor], u: Tensor, first: Tensor) 
     smooth = (~kinked).nonzero().flatten()
     for i in kinked.nonzero().flatten().tolist():
         low, high = u[i] - BRACKET * (1 + u[i].abs()), u[i] + BRACKET * (1 + u[i].abs())
+        slopes = [objective(u.index_fill(0, torch.tensor(i), end.item()))[1][i] for end in (low, high)]
+        if not slopes[0] < 0 < slopes[1]:
+            return u, torch.full_like(u, math.inf)  # no kink: the descent has not arrived
         for _ in range(64):
             middle = (low + high) / 2
             rising = objective(u.index_fill(0, torch.tensor(i), middle.item()))[1][i] > 0
@@ -402,6 +412,14 @@ def _derivatives(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tenso
         rows = torch.autograd.grad(gradient, u, eye, is_grads_batched=True, allow_unused=True)[0]
         hessian = hessian if rows is None else (rows + rows.T) / 2
     return value.detach(), gradient.detach(), hessian.detach()
+
+
+def changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the largest relative change at each site; infinite where it is not finite."""
+    return {
+        site: ((after[site] - value).abs() / (1 + value.abs())).max().nan_to_num(nan=math.inf).item()
+        for site, value in before.items()
+    }
 
 
 def as_dict(params: Any) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Beside the formulas, the four results the sheet leads to, for every family on simulated and on real data."""
+"""Beside the formulas, what the sheet leads to, on simulated and on real data.
+
+For every family: both EM steps, the mode, SVI's end and the moments. For the sum of two mixtures also its density.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +44,16 @@ from mixproof.models.gaussian_isotropic import GaussianIsotropic
 PROBLEM = Problem(
     "E",
     "End to end",
-    "EM derived by hand finds the mode that Pyro finds on the enumerated program, SVI's optimum is the same mode, the closed-form "
-    "moments are those of the program's draws, and the density of the sum is that of its generative process.",
+    "For every family, the E-step and the M-step derived by hand are those of the Pyro program; EM, the mode that Pyro finds on the "
+    "enumerated program and SVI reach the same local maximum from the same start; the closed-form moments are those of the program's "
+    "draws. For the sum of two mixtures, the density is that of its generative process.",
 )
 
-SVI_STEPS, NEAR = 300, 1e-4
+AGREEMENT = 1e-9
+"""The relative agreement of the log density at EM's fixed point and at Pyro's mode that the project promises."""
+SVI_STEPS = 300
+SMALLEST_STEP = 1e-6
+"""Of resilient backpropagation in each unconstrained coordinate: as near as it comes to rest."""
 
 
 def table(name: str) -> Tensor:
@@ -74,12 +82,13 @@ def real_data(name: str) -> Tensor:
             raise ValueError(name)
 
 
-def normal_inverse_wishart(x: Tensor, num_components: int, *, strength: float, df: float, share: float) -> Any:
-    """Return a weak prior about the mean of x, or about 0 for noise, its scale a share of the covariance of x."""
-    noise = strength > 1
+def normal_inverse_wishart(
+    x: Tensor, num_components: int, *, loc: Tensor, strength: float, df: float, share: float
+) -> gaussian_full.Prior:
+    """Return a prior of the components about a location (D,), its scale a share of the covariance of x (N, D)."""
     return gaussian_full.Prior(
         torch.full((num_components,), 2.0, dtype=x.dtype),
-        torch.zeros_like(x[0]) if noise else x.mean(0),
+        loc,
         torch.tensor(strength, dtype=x.dtype),
         torch.tensor(df, dtype=x.dtype),
         share * x.mT.cov(),
@@ -97,9 +106,10 @@ def known_noise() -> gaussian_full.Params:
 
 
 def sum_prior(x: Tensor) -> gaussian_sum.Prior:
+    """Return a weak prior of one part about the mean of x, and a strong one of the other about 0, as of noise."""
     return gaussian_sum.Prior(
-        normal_inverse_wishart(x, 2, strength=0.01, df=6.0, share=0.2),
-        normal_inverse_wishart(x, 2, strength=20.0, df=40.0, share=0.5),
+        normal_inverse_wishart(x, 2, loc=x.mean(0), strength=0.01, df=6.0, share=0.2),
+        normal_inverse_wishart(x, 2, loc=torch.zeros_like(x[0]), strength=20.0, df=40.0, share=0.5),
     )
 
 
@@ -174,23 +184,23 @@ def verify_same_mode(case: Case, *, seed: int) -> Report:
     mode = posterior_mode(program(case, prior), start, x)
     error = abs(mode.log_density - fit.log_lik[-1].item()) / abs(mode.log_density)
     detail = f"{mode.log_density:.6f} after {fit.num_steps} EM steps and {mode.num_steps} quasi-Newton steps"
-    values = None if error <= 1e-9 else {"EM": fit.params, "Pyro": mode.params}
-    return conclude(
-        case.id, [Check("log density of both modes", error <= 1e-9, error, 1e-9, None, values, detail)], seed
-    )
+    values = None if error <= AGREEMENT else {"EM": fit.params, "Pyro": mode.params}
+    check = Check("log density of both modes", error <= AGREEMENT, error, AGREEMENT, None, values, detail)
+    return conclude(case.id, [check], seed)
 
 
 def verify_svi_optimum(case: Case, *, seed: int) -> Report:
     """Compare the end of SVI with a delta guide with EM's fixed point.
 
-    The same mode means within 1e-4 of it in each unconstrained coordinate: the tolerance is the largest fall of the log density that
-    such a displacement causes, among 32 random ones.
+    It ends where its steps are smallest: the tolerance is the largest fall of the log density that such a step in every coordinate
+    causes, among 32 random directions, and beside it the agreement that EM's own end is held to.
     """
     x, prior, start, fit = data_and_fit(case, seed)
     model = program(case, prior)
     hidden = pyro.poutine.block(model, hide=["z", "k", "l"])
     guide = AutoDelta(hidden, init_loc_fn=init_to_value(values=start._asdict()))
-    found = svi(model, guide, x, num_steps=SVI_STEPS, seed=seed, optimiser=PyroOptim(torch.optim.Rprop, {"lr": 0.01}))
+    rprop = PyroOptim(torch.optim.Rprop, {"lr": 0.01, "step_sizes": (SMALLEST_STEP, 50.0)})
+    found = svi(model, guide, x, num_steps=SVI_STEPS, seed=seed, optimiser=rprop)
     best = fit.log_lik[-1].item()
     mode = fit.params._asdict()
     site = inspect(model, mode, x)
@@ -200,8 +210,8 @@ def verify_svi_optimum(case: Case, *, seed: int) -> Report:
     falls = []
     for _ in range(32):
         signs = 2 * torch.randint(2, u.shape, generator=generator) - 1
-        falls.append(best - log_density(model, site, coordinates(u + NEAR * signs), x).item())
-    error, tolerance = abs(best + found.losses[-1].item()) / abs(best), max(falls) / abs(best)
+        falls.append(best - log_density(model, site, coordinates(u + SMALLEST_STEP * signs), x).item())
+    error, tolerance = abs(best + found.losses[-1].item()) / abs(best), AGREEMENT + max(falls) / abs(best)
     detail = f"{-found.losses[-1].item():.6f} after {SVI_STEPS} steps of SVI, {best:.6f} by EM"
     values = None if error <= tolerance else {"EM": best, "SVI": -found.losses[-1].item()}
     return conclude(
@@ -260,15 +270,16 @@ def claim(kind: str, case: Case, says: str, formula: str, check: Callable[..., R
     return Claim(f"E.{kind}.{case.id}", says, formula, "holds", partial(check, case))
 
 
-SAME_MODE = r"\theta_{\text{EM}} = \arg\max_\theta \log p(\mathbf{X}, \theta)"
-SAME_OPTIMUM = r"\theta_{\text{SVI}} = \theta_{\text{EM}}"
+SAME_MODE = r"\log p(\mathbf{X}, \theta_{\text{EM}}) = \log p(\mathbf{X}, \theta_{\text{Pyro}})"
+SAME_OPTIMUM = r"\log p(\mathbf{X}, \theta_{\text{EM}}) = \log p(\mathbf{X}, \theta_{\text{SVI}})"
+REACH = "EM and {} reach the same local maximum from the same start."
 SAME_STEPS = r"\gamma = p(\mathbf{Z} \mid \mathbf{X}, \theta), \quad \nabla_\theta Q = 0"
 SAME_MOMENTS = r"\mathbb{E}[\mathbf{x}], \text{Cov}[\mathbf{x}]"
 SAME_DENSITY = r"p(\mathbf{z}) = \sum_{k,l} \pi_k^x \pi_l^y \mathcal{N}(\mathbf{z} \mid \cdot)"
 
 CLAIMS = [
-    *(claim("map", case, "EM and Pyro's MAP find the same mode.", SAME_MODE, verify_same_mode) for case in CASES),
-    *(claim("svi", case, "SVI's optimum is the same mode.", SAME_OPTIMUM, verify_svi_optimum) for case in CASES),
+    *(claim("map", case, REACH.format("Pyro's MAP"), SAME_MODE, verify_same_mode) for case in CASES),
+    *(claim("svi", case, REACH.format("SVI"), SAME_OPTIMUM, verify_svi_optimum) for case in CASES),
     *(claim("em", case, "Both steps belong to the program.", SAME_STEPS, verify_steps) for case in CASES),
     *(claim("moments", case, "The moments are the program's.", SAME_MOMENTS, verify_program_moments) for case in CASES),
     *(

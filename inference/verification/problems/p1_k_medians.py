@@ -81,6 +81,19 @@ def verify_medians(sizes: tuple[int, ...], *, seed: int) -> Report:
 
 NOT_AT_A_POINT = r"$\mu_{kd}$ differs from every $x_{id}$ of the cluster"
 KINK = torch.tensor(2.0, dtype=torch.float64)
+ASSIGNMENT = partial(
+    verify_identity,
+    lambda x, m: objective(x, printed_assignment(x, m), m),
+    lambda x, m: distances(x, m).min(-1).values.sum(),
+)
+COUNT_SLOPE = partial(
+    verify_gradient,
+    lambda m, x, z: count_difference(x, z[:, 0], m),
+    lambda m, x, z: single_objective(x, z[:, 0], m),
+    reals(2),
+    ROWS,
+    one_hot(9, 3),
+)
 
 CLAIMS = [
     *both(
@@ -100,18 +113,10 @@ CLAIMS = [
             r"z_{ik}^{\text{new}} = \begin{cases} 1 & \text{if } k = \arg\min_j \|\mathbf{x}_i - \boldsymbol{\mu}_j\|_1 \\ "
             r"0 & \text{else} \end{cases}",
             "holds if",
-            partial(
-                verify_identity,
-                lambda x, m: objective(x, printed_assignment(x, m), m),
-                lambda x, m: distances(x, m).min(-1).values.sum(),
-                ROWS,
-                CENTRES,
-            ),
+            partial(ASSIGNMENT, ROWS, CENTRES),
             condition="the nearest centre is unique, or a tie is broken for one of the nearest",
             without=partial(
-                verify_identity,
-                lambda x, m: objective(x, printed_assignment(x, m), m),
-                lambda x, m: distances(x, m).min(-1).values.sum(),
+                ASSIGNMENT,
                 torch.zeros(1, 1, dtype=torch.float64),
                 torch.tensor([[-1.0], [1.0], [3.0]], dtype=torch.float64),
             ),
@@ -192,15 +197,9 @@ CLAIMS = [
         correction=r"\frac{\partial}{\partial \mu_{kd}} \mathcal{J}(\mathbf{X}, \mathbf{Z}, \boldsymbol{\mu}) = \sum_{i=1}^N "
         r"z_{ik} \frac{\partial}{\partial \mu_{kd}} |x_{id} - \mu_{kd}| = \sum_{i=1}^N z_{ik} \mathbb{I}[\mu_{kd} > x_{id}] - "
         r"\sum_{i=1}^N z_{ik} \mathbb{I}[\mu_{kd} < x_{id}]",
-        corrected=partial(
-            verify_gradient,
-            lambda m, x, z: count_difference(x, z[:, 0], m),
-            lambda m, x, z: single_objective(x, z[:, 0], m),
-            reals(2),
-            ROWS,
-            one_hot(9, 3),
-        ),
-        note="The derivative sign is missing behind the sum in the middle; harmless to the end result.",
+        corrected=COUNT_SLOPE,
+        note="The derivative sign is missing behind the sum in the middle; harmless to the end result. Like P1.6b the correction "
+        rf"holds if {NOT_AT_A_POINT}.",
     ),
     Claim(
         "P1.6b",
@@ -208,14 +207,7 @@ CLAIMS = [
         r"\frac{\partial}{\partial \mu_{kd}} \sum_{i=1}^N z_{ik} |x_{id} - \mu_{kd}| = \sum_{i=1}^N z_{ik} \mathbb{I}[\mu_{kd} > "
         r"x_{id}] - \sum_{i=1}^N z_{ik} \mathbb{I}[\mu_{kd} < x_{id}]",
         "holds if",
-        partial(
-            verify_gradient,
-            lambda m, x, z: count_difference(x, z[:, 0], m),
-            lambda m, x, z: single_objective(x, z[:, 0], m),
-            reals(2),
-            ROWS,
-            one_hot(9, 3),
-        ),
+        COUNT_SLOPE,
         condition=NOT_AT_A_POINT,
         without=partial(
             verify_limit,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from mixproof.inference.enumeration import inspect, log_joint_table
+from mixproof.inference.enumeration import log_joint
 from mixproof.inference.verification.claim import Claim, Problem, both
 from mixproof.inference.verification.domain import positive_definite, reals, simplex
 from mixproof.inference.verification.identity import verify_identity
@@ -34,7 +34,7 @@ def enumerated(weights: Tensor, locs: Tensor, covariances: Tensor, x: Tensor) ->
     """Return log p(x_i, z_i = k), shape (N, K), by enumerating the Pyro program."""
     params = {"weights": weights, "locs": locs, "covariances": covariances}
     model = partial(gaussian_full.model, num_components=len(weights))
-    return log_joint_table(model, inspect(model, params, x), params, x)[0]
+    return log_joint(model, params, x).rows
 
 
 def posterior(weights: Tensor, locs: Tensor, covariances: Tensor, x: Tensor) -> Tensor:

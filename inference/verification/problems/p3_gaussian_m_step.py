@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, constraints
 
-from mixproof.inference.verification.claim import Claim, Problem, all_of, both
+from mixproof.inference.verification.claim import Claim, Problem, all_of, both, misprinted
 from mixproof.inference.verification.domain import positive, positive_definite, reals, simplex
 from mixproof.inference.verification.gradient import verify_gradient
 from mixproof.inference.verification.identity import verify_identity
@@ -59,6 +59,10 @@ def l_k(loc: Tensor, matrix: Tensor, membership: Tensor, x: Tensor) -> Tensor:
 
 def l_z(gamma: Tensor, weights: Tensor) -> Tensor:
     return (gamma * weights.log()).sum()
+
+
+def both_parts(gamma: Tensor, weights: Tensor, locs: Tensor, covariances: Tensor, x: Tensor) -> Tensor:
+    return l_x(gamma, locs, covariances, x) + l_z(gamma, weights)
 
 
 def printed_l_x_b(gamma: Tensor, locs: Tensor, covariances: Tensor, x: Tensor) -> Tensor:
@@ -158,8 +162,11 @@ def verify_multiplier(*, seed: int) -> Report:
     return verify_maximiser(counts.sum(), lambda m: -dual(m, counts), constraint=constraints.positive, seed=seed)
 
 
-def verify_locs(*, seed: int) -> Report:
+def verify_locs(*, empty: bool = False, seed: int) -> Report:
+    """Check the means as maximisers; a component may be left without any responsibility."""
     gamma, x, _ = instance(seed)
+    if empty:
+        gamma = torch.nn.functional.pad(simplex(8, 2)(torch.Generator().manual_seed(seed)), (1, 0))
     covariances = positive_definite(3, 2, 2)(torch.Generator().manual_seed(seed))
     return verify_maximiser(new_locs(gamma, x), lambda locs: l_x(gamma, locs, covariances, x), seed=seed)
 
@@ -186,7 +193,27 @@ D_LOC = r"\frac{\partial \mathcal{L}_{\mathbf{x}}}{\partial \boldsymbol{\mu}_k}"
 D_COV = r"\frac{\partial \mathcal{L}_{\mathbf{x}}}{\partial \boldsymbol{\Sigma}_k}"
 SUM_GAMMA = r"\sum_{i=1}^N \gamma_t(z_i = k)"
 
+POSITIVE_MULTIPLIER = r"$\lambda > 0$ and every $N_k > 0$"
+NOT_EMPTY = "$N_k > 0$"
+FULL_RANK = "the scatter has full rank"
+ON_A_LINE = torch.tensor([[-2.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
+
+ROOT_IN_LOC = partial(
+    verify_identity,
+    lambda s, r, x: r.sum() * torch.linalg.inv(s) @ ((r @ x) / r.sum()),
+    lambda s, r, x: (r @ x) @ torch.linalg.inv(s),
+    positive_definite(2, 2),
+)
+ROOT_IN_COVARIANCE = partial(
+    verify_identity,
+    lambda m, r, x: torch.linalg.inv(scatter_about(m, r, x) / r.sum()).mT @ scatter_about(m, r, x),
+    lambda m, r, x: r.sum() * torch.eye(2, dtype=x.dtype),
+)
+
 DOUBLE_SUM = partial(verify_identity, double_sum, expected_log_joint, GAMMA, *MIXTURE, num_points=4)
+ONLY_WEIGHTS = partial(
+    verify_identity, lambda g, w, m, s, x: l_z(g, w), expected_log_joint, GAMMA, *MIXTURE, num_points=4
+)
 WRITTEN_L_X = partial(
     verify_identity,
     l_x,
@@ -196,44 +223,31 @@ WRITTEN_L_X = partial(
     num_points=8,
 )
 LAGRANGIAN_SLOPE = partial(verify_gradient, lambda w, m, n: n / w - m, lagrangian, simplex(3), positive(), COUNTS)
-LOC_SLOPE = partial(verify_gradient, slope_in_loc, l_k, CENTRE, MATRIX, MEMBERSHIP, ROWS)
-COVARIANCE_SLOPE = partial(
-    verify_gradient, slope_in_covariance, lambda s, m, r, x: l_k(m, s, r, x), MATRIX, CENTRE, MEMBERSHIP, ROWS
-)
+IN_COVARIANCE = (lambda s, m, r, x: l_k(m, s, r, x), MATRIX, CENTRE, MEMBERSHIP, ROWS)
 
 CLAIMS = [
-    Claim(
-        "P3.1a",
-        "The objective of the M-step is the expected log joint density.",
-        rf"\mathcal{{L}} = \mathbb{{E}}_{{\mathbf{{Z}} \sim \gamma_t(\mathbf{{Z}})}} [\log p(\mathbf{{X}}, \mathbf{{Z}} \mid {GIVEN})]",
-        "holds",
-        DOUBLE_SUM,
-    ),
-    Claim(
-        "P3.1b",
-        "The objective of the M-step is the expected log joint density.",
+    *misprinted(
+        Claim(
+            "P3.1a",
+            "The objective of the M-step is the expected log joint density.",
+            rf"\mathcal{{L}} = \mathbb{{E}}_{{\mathbf{{Z}} \sim \gamma_t(\mathbf{{Z}})}} [\log p(\mathbf{{X}}, \mathbf{{Z}} \mid {GIVEN})]",
+            "holds",
+            DOUBLE_SUM,
+        ),
         rf"\mathcal{{L}} = \mathbb{{E}}_{{z \sim \gamma_t(z)}} [\log p(z_i \mid {GIVEN})]",
-        "refuted as printed",
-        partial(verify_identity, lambda g, w, m, s, x: l_z(g, w), expected_log_joint, GAMMA, *MIXTURE, num_points=4),
-        correction=rf"\mathcal{{L}} = \mathbb{{E}}_{{\mathbf{{Z}} \sim \gamma_t(\mathbf{{Z}})}} [\log p(\mathbf{{X}}, \mathbf{{Z}} \mid {GIVEN})]",
-        corrected=DOUBLE_SUM,
+        ONLY_WEIGHTS,
         note="The data and the other points are lost.",
     ),
-    Claim(
-        "P3.2a",
-        "The expectation is a sum over points and components.",
-        rf"\mathcal{{L}} = {SPLIT} \log p(\mathbf{{x}}_i, \mathbf{{z}}_i = k \mid {GIVEN})",
-        "holds",
-        DOUBLE_SUM,
-    ),
-    Claim(
-        "P3.2b",
-        "The expectation is a sum over points and components.",
+    *misprinted(
+        Claim(
+            "P3.2a",
+            "The expectation is a sum over points and components.",
+            rf"\mathcal{{L}} = {SPLIT} \log p(\mathbf{{x}}_i, \mathbf{{z}}_i = k \mid {GIVEN})",
+            "holds",
+            DOUBLE_SUM,
+        ),
         rf"\mathcal{{L}} = \sum_{{i=1}}^N \sum_{{k=1}}^K \gamma_t(z_i = k \mid {GIVEN}) \log p(z_i = k \mid \boldsymbol{{\pi}})",
-        "refuted as printed",
-        partial(verify_identity, lambda g, w, m, s, x: l_z(g, w), expected_log_joint, GAMMA, *MIXTURE, num_points=4),
-        correction=rf"\mathcal{{L}} = {SPLIT} \log p(\mathbf{{x}}_i, \mathbf{{z}}_i = k \mid {GIVEN})",
-        corrected=DOUBLE_SUM,
+        ONLY_WEIGHTS,
         note="The point is lost from the logarithm: what is left is only the part that depends on the weights.",
     ),
     Claim(
@@ -241,14 +255,7 @@ CLAIMS = [
         "The joint density is likelihood times prior.",
         rf"\mathcal{{L}} = {SPLIT} {LIKELIHOOD} \, p(\mathbf{{z}}_i = k \mid \boldsymbol{{\pi}})",
         "holds",
-        partial(
-            verify_identity,
-            lambda g, w, m, s, x: l_x(g, m, s, x) + l_z(g, w),
-            expected_log_joint,
-            GAMMA,
-            *MIXTURE,
-            num_points=4,
-        ),
+        partial(verify_identity, both_parts, expected_log_joint, GAMMA, *MIXTURE, num_points=4),
         note="The logarithm is of the product of both factors.",
     ),
     Claim(
@@ -259,38 +266,18 @@ CLAIMS = [
         "illegible",
         note="The brace closes both sums before the logarithm, whose i and k are then free: the likelihood that stood between is lost.",
     ),
-    Claim(
-        "P3.4a",
-        "The logarithm splits the objective in two.",
-        rf"\mathcal{{L}} = \underbrace{{{SPLIT} {LIKELIHOOD}}}_{{\mathcal{{L}}_{{\mathbf{{x}}}}}} + \underbrace{{{SPLIT} \log p(\mathbf{{z}}_i "
-        r"= k \mid \boldsymbol{\pi})}_{\mathcal{L}_{\mathbf{z}}}",
-        "holds",
-        partial(
-            verify_identity,
-            lambda g, w, m, s, x: l_x(g, m, s, x) + l_z(g, w),
-            double_sum,
-            GAMMA,
-            *MIXTURE,
-            num_points=8,
+    *misprinted(
+        Claim(
+            "P3.4a",
+            "The logarithm splits the objective in two.",
+            rf"\mathcal{{L}} = \underbrace{{{SPLIT} {LIKELIHOOD}}}_{{\mathcal{{L}}_{{\mathbf{{x}}}}}} + \underbrace{{{SPLIT} \log "
+            r"p(\mathbf{z}_i = k \mid \boldsymbol{\pi})}_{\mathcal{L}_{\mathbf{z}}}",
+            "holds",
+            partial(verify_identity, both_parts, double_sum, GAMMA, *MIXTURE, num_points=8),
         ),
-    ),
-    Claim(
-        "P3.4b",
-        "The logarithm splits the objective in two.",
         rf"\mathcal{{L}} = \underbrace{{\sum_{{i=1}}^N \sum_{{k=1}}^K \gamma_t(z_i = k \mid {GIVEN})}}_{{\mathcal{{L}}_x}} + "
         r"\underbrace{\sum_{i=1}^N \sum_{k=1}^K \gamma_t(z_i = k) \log p(z_i = k \mid \boldsymbol{\pi})}_{\mathcal{L}_z}",
-        "refuted as printed",
         partial(verify_identity, lambda g, w, m, s, x: g.sum() + l_z(g, w), double_sum, GAMMA, *MIXTURE, num_points=8),
-        correction=rf"\mathcal{{L}} = \underbrace{{{SPLIT} {LIKELIHOOD}}}_{{\mathcal{{L}}_{{\mathbf{{x}}}}}} + \underbrace{{{SPLIT} \log "
-        r"p(\mathbf{z}_i = k \mid \boldsymbol{\pi})}_{\mathcal{L}_{\mathbf{z}}}",
-        corrected=partial(
-            verify_identity,
-            lambda g, w, m, s, x: l_x(g, m, s, x) + l_z(g, w),
-            double_sum,
-            GAMMA,
-            *MIXTURE,
-            num_points=8,
-        ),
         note=r"The log likelihood behind the first sums is lost; they add up to $N$.",
     ),
     *both(
@@ -312,21 +299,16 @@ CLAIMS = [
             partial(verify_identity, lambda g, w: (g.sum(0) * w.log()).sum(), l_z, GAMMA, simplex(3)),
         )
     ),
-    Claim(
-        "P3.7a",
-        "The Lagrangian, whose derivative the next line prints.",
-        r"f(\boldsymbol{\pi}, \lambda) = \sum_{k=1}^K N_k \log \pi_k + \lambda \left(1 - \sum_{k=1}^K \pi_k\right)",
-        "holds",
-        LAGRANGIAN_SLOPE,
-    ),
-    Claim(
-        "P3.7b",
-        "The Lagrangian, whose derivative the next line prints.",
+    *misprinted(
+        Claim(
+            "P3.7a",
+            "The Lagrangian, whose derivative the next line prints.",
+            r"f(\boldsymbol{\pi}, \lambda) = \sum_{k=1}^K N_k \log \pi_k + \lambda \left(1 - \sum_{k=1}^K \pi_k\right)",
+            "holds",
+            LAGRANGIAN_SLOPE,
+        ),
         r"f(\boldsymbol{\pi}, \lambda) = \sum_{k=1}^K N_k \log \pi_k + \lambda \left(\sum_{k=1}^K \pi_k - 1\right)",
-        "refuted as printed",
         partial(verify_gradient, lambda w, m, n: n / w - m, lagrangian_b, simplex(3), positive(), COUNTS),
-        correction=r"f(\boldsymbol{\pi}, \lambda) = \sum_{k=1}^K N_k \log \pi_k + \lambda \left(1 - \sum_{k=1}^K \pi_k\right)",
-        corrected=LAGRANGIAN_SLOPE,
         note=r"With this sign the derivative is $N_k / \pi_k + \lambda$ and the multiplier $-N$; harmless to the end result.",
     ),
     *both(
@@ -337,7 +319,7 @@ CLAIMS = [
             r"\frac{N_k}{\lambda}",
             "holds if",
             all_of(LAGRANGIAN_SLOPE, partial(verify_stationary_weights, sign=1)),
-            condition=r"$\lambda > 0$ and every $N_k > 0$",
+            condition=POSITIVE_MULTIPLIER,
             without=partial(verify_stationary_weights, sign=-1),
             note=r"For $\lambda \leq 0$ the Lagrangian grows without bound in the weights and has no maximum.",
         )
@@ -348,9 +330,14 @@ CLAIMS = [
             "The dual function.",
             r"g(\lambda) = \max_{\boldsymbol{\pi}} f(\boldsymbol{\pi}, \lambda) = f\left(\left(\frac{N_1}{\lambda}, \dots, "
             r"\frac{N_K}{\lambda}\right), \lambda\right) = \sum_{k=1}^K N_k \log \frac{N_k}{\lambda} + \lambda - N",
-            "holds",
-            partial(verify_identity, dual, lambda m, n: lagrangian(n / m, m, n), positive(), COUNTS),
-            note=r"For $\lambda > 0$, as in P3.8.",
+            "holds if",
+            all_of(
+                partial(verify_stationary_weights, sign=1),
+                partial(verify_identity, dual, lambda m, n: lagrangian(n / m, m, n), positive(), COUNTS),
+            ),
+            condition=POSITIVE_MULTIPLIER,
+            without=partial(verify_stationary_weights, sign=-1),
+            note="As in P3.8. Checked are that the weights put in are the maximum over all positive ones, and the value there.",
         )
     ),
     *both(
@@ -386,43 +373,32 @@ CLAIMS = [
             WRITTEN_L_X,
         )
     ),
-    Claim(
-        "P3.13a",
-        "The Gaussian density put in.",
-        rf"\mathcal{{L}}_{{\mathbf{{x}}}} = -\frac{{1}}{{2}} {SPLIT} \left({QUADRATIC} + {CONSTANT}\right)",
-        "holds",
-        WRITTEN_L_X,
-    ),
-    Claim(
-        "P3.13b",
-        "The Gaussian density put in.",
+    *misprinted(
+        Claim(
+            "P3.13a",
+            "The Gaussian density put in.",
+            rf"\mathcal{{L}}_{{\mathbf{{x}}}} = -\frac{{1}}{{2}} {SPLIT} \left({QUADRATIC} + {CONSTANT}\right)",
+            "holds",
+            WRITTEN_L_X,
+        ),
         rf"\mathcal{{L}}_{{\mathbf{{x}}}} = -\frac{{1}}{{2}} {SUM_GAMMA} \left(\boldsymbol{{\mu}}_k^T \boldsymbol{{\Sigma}}_k^{{-1}} "
         rf"(\mathbf{{x}}_i - \boldsymbol{{\mu}}_k) + {CONSTANT}\right)",
-        "refuted as printed",
         partial(verify_identity, printed_l_x_b, l_x, GAMMA, *MIXTURE[1:], num_points=8),
-        correction=rf"\mathcal{{L}}_{{\mathbf{{x}}}} = -\frac{{1}}{{2}} {SPLIT} \left({QUADRATIC} + {CONSTANT}\right)",
-        corrected=WRITTEN_L_X,
         note="The sum over the components and the point in the first factor of the quadratic form are lost.",
     ),
-    Claim(
-        "P3.14a",
-        "The derivative with respect to a mean.",
-        rf"{D_LOC} = -\frac{{1}}{{2}} {SUM_GAMMA} \left((-1) \cdot (\boldsymbol{{\Sigma}}_k^{{-1}} + \boldsymbol{{\Sigma}}_k^{{-T}}) "
-        r"(\mathbf{x}_i - \boldsymbol{\mu}_k)\right)",
-        "holds",
-        LOC_SLOPE,
-        note="Checked with unsymmetric matrices, for which the two inverses differ.",
-    ),
-    Claim(
-        "P3.14b",
-        "The derivative with respect to a mean.",
+    *misprinted(
+        Claim(
+            "P3.14a",
+            "The derivative with respect to a mean.",
+            rf"{D_LOC} = -\frac{{1}}{{2}} {SUM_GAMMA} \left((-1) \cdot (\boldsymbol{{\Sigma}}_k^{{-1}} + \boldsymbol{{\Sigma}}_k^{{-T}}) "
+            r"(\mathbf{x}_i - \boldsymbol{\mu}_k)\right)",
+            "holds",
+            partial(verify_gradient, slope_in_loc, l_k, CENTRE, MATRIX, MEMBERSHIP, ROWS),
+            note="Checked with unsymmetric matrices, for which the two inverses differ.",
+        ),
         rf"{D_LOC} = -\frac{{1}}{{2}} {SUM_GAMMA} \left((-1) \cdot (\boldsymbol{{\Sigma}}_k^{{-T}} + \boldsymbol{{\Sigma}}_k^{{-T}}) "
         r"(\mathbf{x}_i - \boldsymbol{\mu}_k)\right)",
-        "refuted as printed",
         partial(verify_gradient, slope_in_loc_b, l_k, CENTRE, MATRIX, MEMBERSHIP, ROWS),
-        correction=rf"{D_LOC} = -\frac{{1}}{{2}} {SUM_GAMMA} \left((-1) \cdot (\boldsymbol{{\Sigma}}_k^{{-1}} + "
-        r"\boldsymbol{\Sigma}_k^{-T}) (\mathbf{x}_i - \boldsymbol{\mu}_k)\right)",
-        corrected=LOC_SLOPE,
         note="The rule for a quadratic form holds both the matrix and its transpose; harmless, since a covariance is symmetric.",
     ),
     *both(
@@ -440,7 +416,7 @@ CLAIMS = [
             "Its root.",
             rf"{D_LOC} = 0 \Leftrightarrow {SUM_GAMMA} \boldsymbol{{\Sigma}}_k^{{-1}} \mathbf{{x}}_i = N_k \boldsymbol{{\Sigma}}_k^{{-1}} "
             rf"\boldsymbol{{\mu}}_k \Leftrightarrow \boldsymbol{{\mu}}_k = \frac{{1}}{{N_k}} {SUM_GAMMA} \mathbf{{x}}_i",
-            "holds",
+            "holds if",
             all_of(
                 partial(
                     verify_identity,
@@ -451,15 +427,11 @@ CLAIMS = [
                     MEMBERSHIP,
                     ROWS,
                 ),
-                partial(
-                    verify_identity,
-                    lambda s, r, x: (r @ x) @ torch.linalg.inv(s),
-                    lambda s, r, x: r.sum() * torch.linalg.inv(s) @ ((r @ x) / r.sum()),
-                    positive_definite(2, 2),
-                    MEMBERSHIP,
-                    ROWS,
-                ),
+                partial(ROOT_IN_LOC, MEMBERSHIP, ROWS),
             ),
+            condition=NOT_EMPTY,
+            without=partial(ROOT_IN_LOC, torch.zeros(5, dtype=torch.float64), ROWS),
+            note="A component without responsibility has derivative 0 at every mean.",
         )
     ),
     *both(
@@ -467,37 +439,24 @@ CLAIMS = [
             "P3.17",
             "The new means.",
             rf"\boldsymbol{{\mu}}_k^{{(t+1)}} = \frac{{1}}{{N_k}} {SUM_GAMMA} \mathbf{{x}}_i",
-            "holds",
+            "holds if",
             verify_locs,
-            note=r"For $N_k > 0$; a component without responsibility has no mean.",
+            condition=NOT_EMPTY,
+            without=partial(verify_locs, empty=True),
         )
     ),
-    Claim(
-        "P3.18a",
-        "The derivative with respect to a covariance.",
-        rf"{D_COV} = -\frac{{1}}{{2}} {SUM_GAMMA} \left[-\boldsymbol{{\Sigma}}_k^{{-T}} {OUTER} \boldsymbol{{\Sigma}}_k^{{-T}} + "
-        r"\boldsymbol{\Sigma}_k^{-T}\right]",
-        "holds",
-        COVARIANCE_SLOPE,
-        note="Checked with unsymmetric matrices, all entries free.",
-    ),
-    Claim(
-        "P3.18b",
-        "The derivative with respect to a covariance.",
-        rf"{D_COV} = -\frac{{1}}{{2}} {SUM_GAMMA} \left[\boldsymbol{{\Sigma}}_k^{{-T}} {OUTER} + \boldsymbol{{\Sigma}}_k^{{-T}}\right]",
-        "refuted as printed",
-        partial(
-            verify_gradient,
-            slope_in_covariance_b,
-            lambda s, m, r, x: l_k(m, s, r, x),
-            MATRIX,
-            CENTRE,
-            MEMBERSHIP,
-            ROWS,
+    *misprinted(
+        Claim(
+            "P3.18a",
+            "The derivative with respect to a covariance.",
+            rf"{D_COV} = -\frac{{1}}{{2}} {SUM_GAMMA} \left[-\boldsymbol{{\Sigma}}_k^{{-T}} {OUTER} \boldsymbol{{\Sigma}}_k^{{-T}} + "
+            r"\boldsymbol{\Sigma}_k^{-T}\right]",
+            "holds",
+            partial(verify_gradient, slope_in_covariance, *IN_COVARIANCE),
+            note="Checked with unsymmetric matrices, all entries free.",
         ),
-        correction=rf"{D_COV} = -\frac{{1}}{{2}} {SUM_GAMMA} \left[-\boldsymbol{{\Sigma}}_k^{{-T}} {OUTER} \boldsymbol{{\Sigma}}_k^{{-T}} "
-        r"+ \boldsymbol{\Sigma}_k^{-T}\right]",
-        corrected=COVARIANCE_SLOPE,
+        rf"{D_COV} = -\frac{{1}}{{2}} {SUM_GAMMA} \left[\boldsymbol{{\Sigma}}_k^{{-T}} {OUTER} + \boldsymbol{{\Sigma}}_k^{{-T}}\right]",
+        partial(verify_gradient, slope_in_covariance_b, *IN_COVARIANCE),
         note="The minus sign and the second inverse of the derivative of an inverse are lost; the next line has them again.",
     ),
     *both(
@@ -507,15 +466,7 @@ CLAIMS = [
             rf"{D_COV} = -\frac{{1}}{{2}} \left(N_k I_D - {SUM_GAMMA} \left[\boldsymbol{{\Sigma}}_k^{{-T}} {OUTER}\right]\right) "
             r"\boldsymbol{\Sigma}_k^{-T}",
             "holds",
-            partial(
-                verify_gradient,
-                factored_slope_in_covariance,
-                lambda s, m, r, x: l_k(m, s, r, x),
-                MATRIX,
-                CENTRE,
-                MEMBERSHIP,
-                ROWS,
-            ),
+            partial(verify_gradient, factored_slope_in_covariance, *IN_COVARIANCE),
         )
     ),
     *both(
@@ -523,16 +474,21 @@ CLAIMS = [
             "P3.20",
             "Its root.",
             rf"{D_COV} = 0 \Leftrightarrow N_k I_D = \boldsymbol{{\Sigma}}_k^{{-T}} {SUM_GAMMA} {OUTER}",
-            "holds",
-            partial(
-                verify_identity,
-                lambda m, r, x: torch.linalg.inv(scatter_about(m, r, x) / r.sum()).mT @ scatter_about(m, r, x),
-                lambda m, r, x: r.sum() * torch.eye(2, dtype=x.dtype),
-                CENTRE,
-                MEMBERSHIP,
-                ROWS,
+            "holds if",
+            all_of(
+                partial(
+                    verify_identity,
+                    lambda s, m, r, x: (
+                        r.sum() * torch.eye(2, dtype=x.dtype) - torch.linalg.inv(s).mT @ scatter_about(m, r, x)
+                    ),
+                    lambda s, m, r, x: -2 * factored_slope_in_covariance(s, m, r, x) @ s.mT,
+                    *IN_COVARIANCE[1:],
+                ),
+                partial(ROOT_IN_COVARIANCE, CENTRE, MEMBERSHIP, ROWS),
             ),
-            note="For a scatter matrix of full rank.",
+            condition=FULL_RANK,
+            without=partial(ROOT_IN_COVARIANCE, torch.zeros(2, dtype=torch.float64), MEMBERSHIP, ON_A_LINE),
+            note="The equivalence holds for every invertible covariance; without the condition no covariance satisfies either side.",
         )
     ),
     *both(
@@ -542,7 +498,7 @@ CLAIMS = [
             rf"\boldsymbol{{\Sigma}}_k^{{(t+1)}} = \frac{{1}}{{N_k}} {SUM_GAMMA} {OUTER}",
             "holds if",
             partial(verify_locs_and_covariances, about_new_locs=True),
-            condition=r"$\boldsymbol{\mu}_k$ is the new mean $\boldsymbol{\mu}_k^{(t+1)}$ (and the scatter has full rank)",
+            condition=rf"$\boldsymbol{{\mu}}_k$ is the new mean $\boldsymbol{{\mu}}_k^{{(t+1)}}$ (and {FULL_RANK})",
             without=partial(verify_locs_and_covariances, about_new_locs=False),
             note=r"The right-hand side carries no superscript. About the old mean $\boldsymbol{\mu}_k^{(t)}$ it is not the maximiser.",
         )

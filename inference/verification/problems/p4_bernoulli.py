@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.inference.enumeration import inspect, log_joint_table
-from mixproof.inference.verification.claim import Claim, Problem, both
+from mixproof.inference.enumeration import log_joint
+from mixproof.inference.verification.claim import Claim, Problem, both, misprinted
 from mixproof.inference.verification.domain import binary, one_hot, simplex, unit_interval
 from mixproof.inference.verification.gradient import verify_gradient
 from mixproof.inference.verification.identity import verify_identity
@@ -35,7 +35,7 @@ def enumerated(theta: Tensor, x: Tensor) -> Tensor:
     """Return log p(x_i, z_i = k), shape (N, K), by enumerating the Pyro program."""
     params = {"weights": torch.full((K,), 1 / K, dtype=x.dtype), "probs": theta}
     model = partial(bernoulli.UniformWeights().model, num_components=K)
-    return log_joint_table(model, inspect(model, params, x), params, x)[0]
+    return log_joint(model, params, x).rows
 
 
 def likelihood(theta: Tensor, x: Tensor) -> Tensor:
@@ -100,8 +100,11 @@ def instance(seed: int) -> tuple[Tensor, Tensor]:
     return simplex(12, K)(generator), torch.cat([x, torch.tensor([[0.0], [1.0]], dtype=x.dtype).expand(2, 4)])
 
 
-def verify_update(*, seed: int) -> Report:
+def verify_update(*, empty: bool = False, seed: int) -> Report:
+    """Check the update as a maximiser; a component may be left without any responsibility."""
     gamma, x = instance(seed)
+    if empty:
+        gamma = torch.nn.functional.pad(simplex(12, K - 1)(torch.Generator().manual_seed(seed)), (1, 0))
     return verify_maximiser(
         gamma.mT @ x / gamma.sum(0)[:, None],
         lambda theta: expected_log_joint(theta, gamma, x),
@@ -127,22 +130,18 @@ EXPECTATION = (
 )
 SUM_I = r"\sum_{i=1}^N"
 INNER = r"\sum_{k=1}^K \gamma_t(\mathbf{z}_i = k) \sum_{d=1}^D (x_{id} \log\theta_{kd} + (1 - x_{id}) \log(1 - \theta_{kd}))"
-PRODUCT_CHECK = partial(verify_identity, likelihood, lambda t, x: enumerated(t, x).exp() * K, THETA, BITS, num_points=8)
 UPDATE = r"\frac{\sum_{i=1}^N \gamma_t(\mathbf{z}_i = k) \, x_{id}}{\sum_{i=1}^N \gamma_t(\mathbf{z}_i = k)}"
 
 CLAIMS = [
-    Claim(
-        "P4.1a",
-        "Given its component, a vector is a product of independent Bernoullis.",
-        rf"p(\mathbf{{x}} \mid \mathbf{{z}} = k) = {PRODUCT}",
-        "holds",
-        PRODUCT_CHECK,
-    ),
-    Claim(
-        "P4.1b",
-        "Given its component, a vector is a product of independent Bernoullis.",
+    *misprinted(
+        Claim(
+            "P4.1a",
+            "Given its component, a vector is a product of independent Bernoullis.",
+            rf"p(\mathbf{{x}} \mid \mathbf{{z}} = k) = {PRODUCT}",
+            "holds",
+            partial(verify_identity, likelihood, lambda t, x: enumerated(t, x).exp() * K, THETA, BITS, num_points=8),
+        ),
         rf"p(\mathbf{{x}}) = {PRODUCT}",
-        "refuted as printed",
         partial(
             verify_identity,
             likelihood,
@@ -151,8 +150,6 @@ CLAIMS = [
             BITS,
             num_points=8,
         ),
-        correction=rf"p(\mathbf{{x}} \mid \mathbf{{z}} = k) = {PRODUCT}",
-        corrected=PRODUCT_CHECK,
         note="The condition on the component is lost.",
     ),
     *both(
@@ -272,31 +269,36 @@ CLAIMS = [
             partial(verify_gradient, total_slope, expected_log_joint, THETA, GAMMA, BITS, num_points=6),
         )
     ),
-    Claim(
-        "P4.9a",
-        "The update is its root.",
-        rf"\frac{{\partial {EXPECTATION}}}{{\partial \theta_{{kd}}}} = 0",
-        "holds",
-        verify_update,
-    ),
-    Claim(
-        "P4.9b",
-        "The update is its root.",
+    *misprinted(
+        Claim(
+            "P4.9a",
+            "The update is its root.",
+            rf"\frac{{\partial {EXPECTATION}}}{{\partial \theta_{{kd}}}} = 0",
+            "holds",
+            verify_update,
+        ),
         r"\frac{\partial \mathbb{E}_{z \sim p_\theta(z)} [\log p(x, z; \theta)]}{\partial \theta_{kd}} = 0",
-        "refuted as printed",
         verify_update_under_prior,
-        correction=rf"\frac{{\partial {EXPECTATION}}}{{\partial \theta_{{kd}}}} = 0",
-        corrected=verify_update,
         note=r"The expectation is over the responsibilities, not the prior of $z$; under the prior every component would get the "
         r"mean of all the data.",
     ),
-    Claim("P4.10a", "The update.", rf"\theta_{{kd}} = {UPDATE}", "holds", verify_update, note=r"For $N_k > 0$."),
+    Claim(
+        "P4.10a",
+        "The update.",
+        rf"\theta_{{kd}} = {UPDATE}",
+        "holds if",
+        verify_update,
+        condition="$N_k > 0$",
+        without=partial(verify_update, empty=True),
+    ),
     Claim(
         "P4.10b",
         "The update.",
         UPDATE,
-        "holds",
+        "holds if",
         verify_update,
+        condition="$N_k > 0$",
+        without=partial(verify_update, empty=True),
         note=r"The left-hand side $\theta_{kd} =$ is lost; the sentence before it says that this is the update.",
     ),
 ]

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mixproof.inference.enumeration import inspect, log_joint_table
+from mixproof.inference.enumeration import log_joint
 from mixproof.inference.lloyd import SQUARED_EUCLIDEAN, assign, update
-from mixproof.inference.verification.claim import Claim, Problem, both
+from mixproof.inference.verification.claim import Claim, Problem, both, misprinted
 from mixproof.inference.verification.domain import positive, reals, simplex
 from mixproof.inference.verification.identity import verify_identity
 from mixproof.inference.verification.limit import verify_limit
@@ -40,7 +40,7 @@ def posterior(weights: Tensor, locs: Tensor, variance: Tensor, x: Tensor) -> Ten
     """Return p(z_i = k | x_i), shape (N, K), by enumerating the Pyro program."""
     params = {"weights": weights, "locs": locs}
     model = partial(GaussianIsotropic(variance.item()).model, num_components=len(weights))
-    return log_joint_table(model, inspect(model, params, x), params, x)[0].softmax(-1)
+    return log_joint(model, params, x).rows.softmax(-1)
 
 
 def densities(locs: Tensor, variance: Tensor, x: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ UNIQUE = "the nearest centre is unique"
 
 CHECK_2 = partial(verify_identity, equation_2, posterior, *ARGUMENTS, num_points=8)
 CHECK_3 = partial(verify_identity, equation_3, posterior, *ARGUMENTS, num_points=8)
-CHECK_4 = partial(verify_identity, equation_4, posterior, *ARGUMENTS, num_points=8)
+CHECK_4 = partial(verify_identity, equation_4, posterior, num_points=8)
 CHECK_SIGNS = partial(verify_identity, claimed_signs, signs, reals(3, 2), positive(), reals(6, 2))
 ONE_HOT = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
 NO_SECOND_WEIGHT = torch.tensor([0.0, 0.3, 0.7], dtype=torch.float64)
@@ -193,24 +193,20 @@ CLAIMS = [
     Claim("P6.2b", "Equation 2.", SECOND, "holds", CHECK_2, note=LOST_LEFT),
     Claim("P6.3a", "Equation 3: the normalisers cancel.", rf"{RESPONSIBILITY} = {THIRD}", "holds", CHECK_3),
     Claim("P6.3b", "Equation 3: the normalisers cancel.", THIRD, "holds", CHECK_3, note=LOST_LEFT),
-    Claim(
-        "P6.4a",
-        "Equation 4: numerator and denominator divided by the numerator.",
-        rf"{RESPONSIBILITY} = {FOURTH}",
-        "holds",
-        CHECK_4,
-        note=r"For $\pi_k > 0$.",
-    ),
-    Claim(
-        "P6.4b",
-        "Equation 4: numerator and denominator divided by the numerator.",
+    *misprinted(
+        Claim(
+            "P6.4a",
+            "Equation 4: numerator and denominator divided by the numerator.",
+            rf"{RESPONSIBILITY} = {FOURTH}",
+            "holds if",
+            partial(CHECK_4, *ARGUMENTS),
+            condition=r"$\pi_k > 0$",
+            without=partial(CHECK_4, NO_SECOND_WEIGHT, *ARGUMENTS[1:]),
+        ),
         r"= \frac{1}{\sum_{l=1}^K \frac{\pi_l}{\pi_k} \exp\left(-\frac{\|\mathbf{x}_i - \boldsymbol{\mu}_l\|^2 + \|\mathbf{x}_i - "
         r"\boldsymbol{\mu}_k\|^2}{2\sigma^2}\right)}",
-        "refuted as printed",
         partial(verify_identity, equation_4_b, posterior, *ARGUMENTS, num_points=8),
-        correction=rf"{RESPONSIBILITY} = {FOURTH}",
-        corrected=CHECK_4,
-        note="Before the fraction, the minus sign also turns the second distance.",
+        note=r"Before the fraction, the minus sign also turns the second distance. Like P6.4a the correction holds if $\pi_k > 0$.",
     ),
     Claim(
         "P6.5a",
@@ -298,7 +294,7 @@ CLAIMS = [
             r"\boldsymbol{\mu}_k^{(t+1)} \to \frac{1}{N_k} \sum_{i : z_{ik} = 1} \mathbf{x}_i \quad \text{as } \sigma \to 0",
             "holds if",
             partial(verify_em_becomes_lloyd, ROWS),
-            condition="no point is tied and no cluster is empty",
+            condition="no point is tied, no cluster is empty and every weight is positive",
             without=partial(verify_em_becomes_lloyd, torch.cat([ROWS, TIED])),
             note="The sheet says this in words.",
         )
