@@ -250,10 +250,9 @@ def check_m_step(own: Trial, generator: torch.Generator, *, with_prior: bool) ->
         try:
             new, target, detail = _maximised(own, name, params, generator, with_prior)
             made = _stationary(own, name, params, new, target, generator)
-        except OutsideSupport as error:
-            return Check(name, False, math.nan, math.nan, None, {"params": params, "site": error.args[1]}, str(error))
         except StepError as error:
-            return Check(name, False, math.nan, math.nan, None, params if own.takes_params else None, str(error))
+            found = {**error.site, **({"params": params} if own.takes_params else {})}
+            return Check(name, False, math.nan, math.nan, None, found or None, str(error))
         if not made.passed:
             return made
         made = made._replace(detail=detail)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.inference.verification.report import Check
-from mixproof.inference.verification.trial import PENALISED, StepError, Target, Trial
+from mixproof.inference.verification.report import Check, blamed
+from mixproof.inference.verification.trial import PENALISED, SMALL, StepError, Target, Trial
 
 NUM_FRESH = 2
 MAX_ORDERS = 24
@@ -45,6 +45,8 @@ class Point(NamedTuple):
     new: dict[str, Tensor]
     better: dict[str, Tensor]
     """What it should have made, by a numerical maximiser; meaningful at the first point only."""
+    error: float
+    """The largest gradient that it leaves; NaN where it leaves the support."""
 
 
 Values = Callable[[Point], Mapping[str, Tensor]]
@@ -75,10 +77,11 @@ def measured_hints(own: Trial, verdict: str, checks: Sequence[Check], generator:
             return _e_step_hints(own, generator)
         if verdict == "wrong report":
             return _report_hints(own, generator)
-        failed = next((check for check in checks if check.name.startswith("grad") and not check.passed), None)
-        if failed is None or failed.counterexample is None or "site" not in failed.counterexample:
+        failed = blamed(checks)
+        if failed is None or failed.counterexample is None:
             return ()
-        return _m_step_hints(own, failed.counterexample["site"], float(failed.name == PENALISED), generator)
+        prior = float(any(check.name == PENALISED and not check.passed for check in checks))
+        return _m_step_hints(own, failed.counterexample["site"], prior, generator)
     except StepError:
         return ()
 
@@ -200,7 +203,9 @@ def _m_step_hints(own: Trial, site: str, prior: float, generator: torch.Generato
         target = Target(own.random_resp(params, generator), prior=prior)
         new = own.returned(target.resp, params)
         better = new if fresh else _better(own, params, new, target, site)
-        points.append(Point(params, target, new, better))
+        inside = all(own.is_inside(name, new[name]) for name in own.coordinates.transforms)
+        error = own.residual(new, target).errors.abs().max().item() if inside else math.nan
+        points.append(Point(params, target, new, better, error))
     found: list[str] = []
     for mend in _mends(own, site, points[0]):
         if all(_mends_all(own, mend, point) for point in points[1:]):
@@ -214,9 +219,8 @@ def _better(
     own: Trial, params: dict[str, Tensor], new: dict[str, Tensor], target: Target, site: str
 ) -> dict[str, Tensor]:
     """Return what the M-step should have made of a site, the others as it made them where it could."""
-    supports = own.program.supports
     start = {
-        name: new[name] if name != site and supports[name].check(new[name]).all() else params[name]
+        name: new[name] if name != site and own.is_inside(name, new[name]) else params[name]
         for name in own.coordinates.transforms
     }
     return own.maximiser({**new, **start}, target, [site])
@@ -226,12 +230,13 @@ def _mends_all(own: Trial, mend: Mend, point: Point) -> bool:
     """Whether a change leaves no gradient, where there was one without it."""
     try:
         values = {**point.new, **mend.values(point)}
-        if not all(own.program.supports[name].check(values[name]).all() for name in own.coordinates.transforms):
+        if not all(own.is_inside(name, values[name]) for name in own.coordinates.transforms):
             return False
         residual = own.residual(values, mend.target(point))
     except (StepError, ValueError, RuntimeError):  # the change does not apply to these shapes or numbers
         return False
-    small = residual.errors.abs() <= 4 * residual.tolerances
+    known = 0.0 if math.isnan(point.error) else SMALL**2 * point.error  # of a constant that was estimated
+    small = residual.errors.abs() <= 4 * residual.tolerances + known
     return bool(small[own.spans()[mend.only]].all() if mend.only else small.all())
 
 
@@ -256,8 +261,8 @@ def _mends(own: Trial, site: str, first: Point) -> Iterator[Mend]:
     def about_old(other: str) -> Values:
         return lambda point: {other: point.params[other]}
 
-    def reordered(order: tuple[int, ...]) -> Values:
-        return put(lambda value: value[list(order)])
+    def reordered(axis: int, order: tuple[int, ...]) -> Values:
+        return put(lambda value: value.index_select(axis, torch.tensor(order)))
 
     def resp(change: Callable[[Tensor], Tensor]) -> Callable[[Point], Target]:
         return lambda point: point.target._replace(resp=change(point.target.resp))
@@ -285,9 +290,10 @@ def _mends(own: Trial, site: str, first: Point) -> Iterator[Mend]:
         ones = torch.ones(num_rows, dtype=value.dtype)
         says = f"the row weights are missing: {site} maximises Q with each row counted once"
         yield Mend(says, target=lambda point: point.target._replace(row_weights=ones), only=site)
-    if value.shape[:1] == (num,):
-        for order in _orders(num):
-            yield Mend(f"components in another order: {site}[{list(order)}] is right", reordered(order))
+    for axis, size in enumerate(value.shape):
+        what = "components" if axis == 0 and size == num else f"axis {axis}"
+        for order in _orders(size):
+            yield Mend(f"{what} in another order: {site} is right when taken as {list(order)}", reordered(axis, order))
     yield from _constants(own, site, first, put)
     yield from _of_the_data(own, site, first)
 

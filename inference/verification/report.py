@@ -55,6 +55,11 @@ class Check(NamedTuple):
     """What a person should know beside the numbers."""
 
 
+def blamed(checks: Sequence[Check]) -> Check | None:
+    """Return the first failed check of an M-step that names a site, or None where none does."""
+    return next((check for check in checks if not check.passed and "site" in (check.counterexample or {})), None)
+
+
 class Refuted(AssertionError):
     """A claim did not survive; the message is the whole report."""
 

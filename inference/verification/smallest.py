@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.inference.verification.report import Check
+from mixproof.inference.verification.report import Check, blamed
 from mixproof.inference.verification.subject import Subject
 from mixproof.inference.verification.trial import BLIND, PENALISED, ROUNDING, Target, Trial
 
@@ -57,8 +57,8 @@ def smallest_counterexample(own: Trial, verdict: str, checks: Sequence[Check], s
         seed: of the rows, responsibilities and parameters that are tried.
     """
     fails, write = FAULTS[verdict]
-    failed = next((check for check in checks if check.name.startswith("grad") and not check.passed), None)
-    prior = float(failed is not None and failed.name == PENALISED)
+    failed = blamed(checks)
+    prior = float(any(check.name == PENALISED and not check.passed for check in checks))
     for instance, params, resp in _instances(own, torch.Generator().manual_seed(seed)):
         try:
             found = fails(instance, params, Target(resp.to(instance.origin), prior=prior), failed)

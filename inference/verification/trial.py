@@ -41,14 +41,19 @@ PENALISED = "grad (Q + log prior) = 0"
 
 
 class StepError(Exception):
-    """A person's function raised, or returned what it must not: that is its verdict."""
-
-
-class OutsideSupport(StepError):
-    """An M-step returned parameters that are no parameters of the program: what of it, and the site."""
+    """A person's function raised, or returned what it must not: what of it, and the site where there is one."""
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+    @property
+    def site(self) -> dict[str, str]:
+        """The site as an entry of a counterexample."""
+        return {"site": self.args[1]} if len(self.args) > 1 else {}
+
+
+class OutsideSupport(StepError):
+    """An M-step returned parameters that are no parameters of the program."""
 
 
 class Undecided(Exception):
@@ -193,10 +198,10 @@ class Trial:
         for name, value in found.items():
             if value.shape != self.params[name].shape:
                 shapes = tuple(value.shape), tuple(self.params[name].shape)
-                raise StepError(f"m_step returns {name} of shape {shapes[0]}, and the program's has {shapes[1]}")
+                raise StepError(f"m_step returns {name} of shape {shapes[0]}, and the program's has {shapes[1]}", name)
             if name in self.coordinates.fixed and not torch.equal(value, self.params[name]):
                 given = _brief(self.params[name])
-                raise StepError(f"m_step changes {name}, a whole number that is held fixed at {given}")
+                raise StepError(f"m_step changes {name}, a whole number that is held fixed at {given}", name)
         return found
 
     def site_of(self, coordinate: int) -> str:

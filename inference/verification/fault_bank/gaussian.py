@@ -29,6 +29,16 @@ X = torch.tensor(
     ],
     dtype=torch.float64,
 )  # fmt: skip
+OVERLAPPING = torch.tensor(
+    [
+        [2.82, 4.53], [2.97, 1.03], [1.3, 0.29], [4.41, 2.89], [1.02, 1.77], [5.68, 7.83], [-2.79, 1.5],
+        [1.57, 2.38], [0.86, 2.0], [0.64, 4.78], [-0.32, 4.14], [-1.42, 3.54], [-2.92, 2.39], [0.98, 0.15],
+        [0.21, 2.25], [1.42, 1.85], [1.48, 1.69], [-1.89, 3.1], [2.69, 0.28], [5.05, 3.87], [-1.12, 6.09],
+        [-0.85, 0.74], [-2.16, 1.86], [1.64, 1.72],
+    ],
+    dtype=torch.float64,
+)  # fmt: skip
+"""Rows whose responsibilities at the mode are soft: at hard ones a second E-step changes nothing."""
 PARAMS = {
     "weights": torch.tensor([0.42, 0.33, 0.25], dtype=torch.float64),
     "locs": torch.tensor([[-0.8, 3.1], [2.6, -0.2], [5.7, 5.4]], dtype=torch.float64),
@@ -194,7 +204,11 @@ ENTRIES = (
     Entry("scales about the old means", replace(SUBJECT, m_step=about_the_old_means), "generalised EM"),
     Entry("half a step in the log scales", replace(SUBJECT, m_step=half_in_the_logarithm), "generalised EM"),
     Entry("half a step in the means", replace(SUBJECT, m_step=half_of_the_means), "generalised EM"),
-    Entry("responsibilities taken again", replace(SUBJECT, m_step=responsibilities_refreshed), "generalised EM"),
+    Entry(
+        "responsibilities taken again",
+        replace(SUBJECT, data=(OVERLAPPING,), m_step=responsibilities_refreshed),
+        "generalised EM",
+    ),
     *wrong_e_steps(SUBJECT, log_joint),
     *wrong_weights(SUBJECT),
     *wrong_reports(SUBJECT, log_joint),

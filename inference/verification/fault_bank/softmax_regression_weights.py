@@ -246,7 +246,7 @@ WRONG_GATING: dict[str, tuple[str, Change]] = {
     "gating transposed": ("transposed", lambda right, r, x, c: right.T),
     "gating of the other sign": ("other sign", lambda right, r, x, c: -right),
     "first component as reference": ("", lambda right, r, x, c: fit_gating(r.roll(-1, 1), c)),
-    "components exchanged": ("reversed along axis 1", lambda right, r, x, c: right.flip(1)),
+    "components exchanged": ("in another order", lambda right, r, x, c: right.flip(1)),
     "one Newton step from zero": ("", lambda right, r, x, c: newton(0 * right, r, c, score(0 * right, r, c))),
     "gating off by a millionth": ("", lambda right, r, x, c: right * (1 + 1e-6)),
 }

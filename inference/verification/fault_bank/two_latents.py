@@ -215,7 +215,7 @@ WRONG_SITES: dict[str, tuple[str, tuple[str, ...], str, Callable[[Tensor, Tensor
         lambda right, r, x: right * (len(x) / (len(x) - 1)) ** 0.5,
     ),
     "one scale for both features": ("scales", ("scales",), "", lambda right, r, x: right.mean().expand_as(right)),
-    "scales exchanged": ("scales", ("scales",), "reversed along axis 0", lambda right, r, x: right.flip(0)),
+    "scales exchanged": ("scales", ("scales",), "in another order", lambda right, r, x: right.flip(0)),
     "scales off by a millionth": ("scales", ("scales",), "", lambda right, r, x: right * (1 + 1e-6)),
 }
 ENTRIES = (
