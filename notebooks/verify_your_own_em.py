@@ -126,7 +126,7 @@ print(verify_em(model, params, **derivation, data=(x,), seed=1, subject="Poisson
 # - **the objective rises**: one pass of both steps does not lower the log likelihood.
 # - **log likelihood = enumeration**: the number you report, relative to its size.
 # - A step that builds on the current parameters (it takes them as a keyword argument, `params`) need not maximise. If
-#   it does not, it is held to **every parameter moves** and **a mode is a fixed point**.
+#   it does not, it is held to **every parameter moves** and **a maximum is a fixed point**.
 #
 # The **tolerance** is what rounding explains: computed from the precision of the numbers, and measured where a function
 # loses more digits. It is not chosen by taste. A right formula leaves little more than $10^{-16}$, and a wrong one
