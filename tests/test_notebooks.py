@@ -59,7 +59,13 @@ def exercise() -> SimpleNamespace:
 
 def test_all_notebooks_are_here() -> None:
     assert execute.sources() == SOURCES
-    names = {"exercise_12_clustering", "verify_your_own_em", "compare_models", "generate"}
+    names = {
+        "exercise_12_clustering",
+        "verify_your_own_em",
+        "mend_a_printed_formula",
+        "compare_models",
+        "generate",
+    }
     assert names <= {source.stem for source in SOURCES}
 
 
