@@ -110,7 +110,7 @@ print(verify_em(model, params, **derivation, data=(x,), seed=1, subject="Poisson
 # |---|---|
 # | `exact EM` | the E-step is the posterior of $z$, and the M-step maximises $Q$ |
 # | `MAP-EM` | the same with $Q$ plus the program's log prior |
-# | `generalised EM` | the M-step raises $Q$ without maximising it, and rests where the likelihood has a mode |
+# | `generalised EM` | the M-step raises $Q$ without maximising it, and rests only where nothing is left to climb |
 # | `wrong E-step` | the responsibilities are not those of this program |
 # | `wrong M-step` | what it returns is none of the three above |
 # | `wrong report` | the steps may be right, but the log likelihood is not that of the parameters |

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import math
+import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.inference.verification import Refuted, Report, assert_em, verify_em
+from mixproof.inference.enumeration import log_joint
+from mixproof.inference.verification import Refuted, Report, assert_em, verify_em, verify_subject
+from mixproof.inference.verification.fault_bank import entries
 from mixproof.models import bernoulli, gaussian_full, gaussian_sum
 
 X = torch.tensor(
@@ -333,3 +340,255 @@ def test_programs_that_cannot_be_checked_say_what_to_do() -> None:
 
 def test_the_seed_makes_the_report_exact() -> None:
     assert str(verify()) == str(verify())
+
+
+def gaussian_line(x: Tensor, row_weights: Tensor | None = None) -> None:
+    """Gaussians on the line, each row counted as often as its weight says."""
+    weights = pyro.param("weights", tensor(0.5, 0.3, 0.2), constraint=constraints.simplex)
+    locs = pyro.param("locs", tensor(0.0, 1.0, 2.0))
+    variances = pyro.param("variances", tensor(1.0, 1.0, 1.0), constraint=constraints.positive)
+    scale = torch.ones_like(x) if row_weights is None else row_weights
+    with pyro.plate("data", len(x)), pyro.poutine.scale(scale=scale):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(locs[z], variances[z].sqrt()), obs=x)
+
+
+LINE_START = {
+    "weights": tensor(0.5, 0.3, 0.2),
+    "locs": tensor(-1.0, 1.2, 3.0),
+    "variances": tensor(0.8, 1.1, 0.6),
+}
+
+
+def line_table(params: Params, x: Tensor) -> Tensor:
+    return params["weights"].log() + dist.Normal(params["locs"], params["variances"].sqrt()).log_prob(x[:, None])
+
+
+def line_m_step(resp: Tensor, x: Tensor) -> Params:
+    counts = resp.sum(0)
+    locs = x @ resp / counts
+    return {
+        "weights": counts / counts.sum(),
+        "locs": locs,
+        "variances": (resp * (x[:, None] - locs) ** 2).sum(0) / counts,
+    }
+
+
+def line_m_step_by_moments(resp: Tensor, x: Tensor) -> Params:
+    """The variance as mean square less squared mean: right, and hard on the digits far from zero."""
+    counts = resp.sum(0)
+    locs = x @ resp / counts
+    return {"weights": counts / len(x), "locs": locs, "variances": (x**2) @ resp / counts - locs**2}
+
+
+def verify_line(x: Tensor, m_step: Callable[..., Params] = line_m_step, **changes: Any) -> Report:
+    steps = {"e_step": lambda p, x: line_table(p, x).softmax(1), "m_step": m_step, **changes}
+    return verify_em(gaussian_line, LINE_START, data=(x,), seed=0, **steps)
+
+
+def test_rows_that_count_differently_have_their_weights_in_the_program() -> None:
+    x, row_weights = X[:, 0], tensor(1.0, 2.0, 0.5, 3.0, 1.0, 0.2, 2.0, 1.5, 4.0)
+
+    def weighted(resp: Tensor, x: Tensor, row_weights: Tensor) -> Params:
+        return line_m_step(row_weights[:, None] * resp, x)
+
+    def weighted_log_likelihood(params: Params, x: Tensor, row_weights: Tensor) -> Tensor:
+        return row_weights @ line_table(params, x).logsumexp(1)
+
+    def check(m_step: Callable[..., Params], report: Callable[..., Tensor] = weighted_log_likelihood) -> Report:
+        steps: dict[str, Any] = {"e_step": lambda p, x, w: line_table(p, x).softmax(1), "m_step": m_step}
+        return verify_em(gaussian_line, LINE_START, data=(x, row_weights), log_likelihood=report, seed=0, **steps)
+
+    assert check(weighted).verdict == "exact EM"
+    forgotten = check(lambda resp, x, w: line_m_step(resp, x))
+    assert forgotten.verdict == "wrong M-step"
+    unweighted = check(weighted, lambda p, x, w: line_table(p, x).logsumexp(1).sum())
+    assert unweighted.verdict == "wrong report"
+    assert any("row weights are missing" in hint for hint in unweighted.hints)
+    # the program's log joint density is what repeating rows gives
+    whole = tensor(1.0, 2.0, 3.0, 3.0, 1.0, 5.0, 2.0, 1.0, 4.0)
+    repeated = x.repeat_interleave(whole.long())
+    once = log_joint(gaussian_line, LINE_START, x, whole).log_likelihood
+    torch.testing.assert_close(once, log_joint(gaussian_line, LINE_START, repeated).log_likelihood)
+
+
+def test_one_row_is_enough_where_it_fixes_the_parameters_and_undecided_where_not() -> None:
+    poisson_entry = entries()["poisson"][0].subject
+    one = replace(poisson_entry, data=(poisson_entry.data[0][:1].clamp_min(1),))
+    assert verify_subject(one, seed=0).verdict == "exact EM"
+    report = verify_line(X[:1, 0])
+    assert report.verdict == "undecided"
+    assert not report.ok
+    assert "rises without bound" in str(report)
+
+
+def test_one_component_and_duplicate_rows_pass() -> None:
+    single = {name: value[:1] / (value[:1] if name == "weights" else 1) for name, value in LINE_START.items()}
+    report = verify_em(
+        gaussian_line,
+        single,
+        e_step=lambda p, x: line_table(p, x).softmax(1),
+        m_step=line_m_step,
+        data=(X[:, 0],),
+        seed=0,
+    )
+    assert report.verdict == "exact EM"
+    assert verify_line(X[:, 0].repeat(3)).verdict == "exact EM"
+
+
+def test_single_precision_passes_within_its_rounding_and_shows_what_is_larger() -> None:
+    single = {name: value.float() for name, value in LINE_START.items()}
+
+    def check(m_step: Callable[..., Params]) -> Report:
+        steps: dict[str, Any] = {"e_step": lambda p, x: line_table(p, x).softmax(1), "m_step": m_step}
+        return verify_em(gaussian_line, single, data=(X[:, 0].float(),), seed=0, **steps)
+
+    assert check(line_m_step).verdict == "exact EM"
+    assert check(lambda r, x: {**line_m_step(r, x), "locs": 1.01 * line_m_step(r, x)["locs"]}).verdict == "wrong M-step"
+
+
+@pytest.mark.parametrize(("offset", "verdict"), [(0.0, "exact EM"), (1e3, "exact EM"), (1e7, "undecided")])
+def test_cancellation_is_measured_and_no_fault(offset: float, verdict: str) -> None:
+    start = {**LINE_START, "locs": LINE_START["locs"] + offset}
+    steps: dict[str, Any] = {"e_step": lambda p, x: line_table(p, x).softmax(1), "m_step": line_m_step_by_moments}
+    report = verify_em(gaussian_line, start, data=(X[:, 0] + offset,), seed=0, **steps)
+    assert report.verdict == verdict, report
+    if verdict == "undecided":
+        assert "center or scale the data" in str(report)
+
+
+def test_densities_that_underflow_are_called_so() -> None:
+    def by_products(params: Params, x: Tensor) -> Tensor:
+        densities = line_table(params, x).exp()
+        return densities / densities.sum(1, keepdim=True)
+
+    report = verify_line(torch.cat([X[:, 0], tensor(1e3)]), e_step=by_products)
+    assert report.verdict == "wrong E-step"
+    assert "NaN in row 9: every density there underflows to 0" in str(report)
+
+
+def test_a_formula_that_fails_only_at_the_edge_is_undecided() -> None:
+    """0 log 0 at a probability of exactly 0: right inside the support."""
+    x = tensor([0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0])
+    inside = bernoulli.Params(tensor(0.5, 0.5), tensor([0.3, 0.6], [0.8, 0.9]))
+    edge = inside._replace(probs=tensor([0.0, 0.6], [0.8, 1.0]))
+
+    def naive(params: bernoulli.Params, x: Tensor) -> Tensor:
+        logs = x @ params.probs.log().T + (1 - x) @ (1 - params.probs).log().T
+        return (params.weights.log() + logs).softmax(1)
+
+    def m(resp: Tensor, x: Tensor) -> bernoulli.Params:
+        return bernoulli.m_step(bernoulli.statistics(inside, x, resp))
+
+    model = partial(bernoulli.model, num_components=2)
+    assert verify_em(model, inside, e_step=naive, m_step=m, data=(x,), seed=0).verdict == "exact EM"
+    report = verify_em(model, edge, e_step=naive, m_step=m, data=(x,), seed=0)
+    assert report.verdict == "undecided"
+    assert "not at its edge" in str(report)
+
+
+def test_parameters_with_unusual_supports() -> None:
+    def ordered(x: Tensor) -> None:
+        weights = pyro.param("weights", tensor(0.5, 0.3, 0.2), constraint=constraints.simplex)
+        locs = pyro.param("locs", tensor(0.0, 1.0, 2.0), constraint=dist.constraints.ordered_vector)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+    def means(resp: Tensor, x: Tensor) -> Params:
+        return {"weights": resp.mean(0), "locs": x @ resp / resp.sum(0)}
+
+    start = {"weights": LINE_START["weights"], "locs": tensor(-2.0, 1.0, 4.0)}
+
+    def e(params: Params, x: Tensor) -> Tensor:
+        return (params["weights"].log() + dist.Normal(params["locs"], 1.0).log_prob(x[:, None])).softmax(1)
+
+    x = tensor(-2.4, -1.9, -1.5, 0.8, 1.1, 1.4, 3.6, 3.9, 4.3)
+    report = verify_em(ordered, start, e_step=e, m_step=means, data=(x,), seed=0)
+    assert report.verdict == "exact EM", report
+    assert "near the program's own" in str(report)
+    shifted = verify_em(ordered, start, e_step=e, m_step=lambda r, x: means(r, x + 1e-6), data=(x,), seed=0)
+    assert shifted.verdict == "wrong M-step"
+
+    def correlated(x: Tensor) -> None:
+        weights = pyro.param("weights", tensor(0.6, 0.4), constraint=constraints.simplex)
+        factors = pyro.param("factors", torch.eye(2).double().expand(2, 2, 2), constraint=constraints.corr_cholesky)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(2).double(), scale_tril=factors[z]), obs=x)
+
+    def factor(rho: Tensor) -> Tensor:
+        one, zero = torch.ones_like(rho), torch.zeros_like(rho)
+        rows = [torch.stack([one, zero], -1), torch.stack([rho, (1 - rho**2).sqrt()], -1)]
+        return torch.stack(rows, -2)
+
+    def roots(resp: Tensor, x: Tensor) -> Params:
+        """The correlation solves r^3 - c r^2 + (s - 1) r - c = 0, c and s the weighted mean of x y and of x^2 + y^2."""
+        counts = resp.sum(0)
+        c, s = (x[:, 0] * x[:, 1]) @ resp / counts, x.square().sum(1) @ resp / counts
+        low, high = -torch.ones(2).double(), torch.ones(2).double()
+        for _ in range(80):
+            middle = (low + high) / 2
+            rising = middle**3 - c * middle**2 + (s - 1) * middle - c > 0
+            low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+        return {"weights": counts / len(x), "factors": factor(high)}
+
+    def correlated_e(params: Params, x: Tensor) -> Tensor:
+        normal = torch.distributions.MultivariateNormal(torch.zeros(2).double(), scale_tril=params["factors"])
+        return (params["weights"].log() + normal.log_prob(x[:, None])).softmax(1)
+
+    pairs = torch.cat([X / 2, tensor([0.5, -0.4], [-1.2, 0.9], [0.3, 1.8])])
+    origin = {"weights": tensor(0.6, 0.4), "factors": factor(tensor(0.3, -0.4))}
+    check = partial(verify_em, correlated, origin, e_step=correlated_e, data=(pairs,), seed=0)
+    assert check(m_step=roots).verdict == "exact EM"
+
+    def moment(resp: Tensor, x: Tensor) -> Params:
+        right = roots(resp, x)
+        return {**right, "factors": factor(((x[:, 0] * x[:, 1]) @ resp / resp.sum(0)).clamp(-0.9, 0.9))}
+
+    assert check(m_step=moment).verdict == "wrong M-step"
+
+
+def test_a_site_that_never_moves_is_seen_though_every_pass_rises() -> None:
+    def keeps(resp: Tensor, x: Tensor, *, params: Params) -> Params:
+        return {**line_m_step(resp, x), "variances": params["variances"]}
+
+    report = verify_line(X[:, 0], keeps)
+    assert report.verdict == "wrong M-step"
+    failed = next(check for check in report.checks if check.name == "every parameter moves")
+    assert failed.counterexample is not None
+    assert failed.counterexample["site"] == "variances"
+    assert next(check for check in report.checks if check.name == "the objective rises").passed
+
+
+def test_a_fault_in_one_entry_is_placed_there() -> None:
+    def one_off(resp: Tensor, x: Tensor) -> Params:
+        right = m_step(resp, x)
+        stds = right["stds"].clone()
+        stds[1, 0] *= 1 + 1e-6
+        return {**right, "stds": stds}
+
+    failed = next(check for check in verify(m_step=one_off).checks if not check.passed)
+    assert failed.counterexample is not None
+    assert failed.counterexample["where"] == "stds[1, 0]"
+
+
+def test_a_fault_without_a_known_signature_gets_no_hint() -> None:
+    report = verify(m_step=spoil(stds=lambda r, g, x: r["stds"] + r["locs"].abs() / 7))
+    assert report.verdict == "wrong M-step"
+    assert report.hints == ()
+
+
+@pytest.mark.parametrize(("family", "name"), [("poisson", "rates over n - 1"), ("deconvolution", "printed")])
+def test_the_smallest_counterexample_runs_by_itself_and_shows_the_fault(family: str, name: str) -> None:
+    subject = next(entry.subject for entry in entries()[family] if name in entry.name)
+    report = verify_subject(subject, seed=0)
+    assert "joint.expected(resp)" in report.smallest
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(report.smallest, {"m_step": subject.m_step, "model": subject.model})  # the names it does not import
+    claimed, better = (float(value) for value in re.findall(r"Q = (-?[\d.]+)", printed.getvalue()))
+    assert claimed < better
+    rows = re.search(r"resp = torch.tensor\((.*?), dtype", report.smallest, re.DOTALL)
+    assert rows is not None
+    assert len(ast.literal_eval(rows.group(1))) <= 3

@@ -282,9 +282,14 @@ def _maximised(
     try:
         return own.maximise(target.resp, params), target, ""
     except OutsideSupport as error:
-        if site := own.unbounded(params, own.maximiser(params, target, list(own.spans())), target):
+        best, given = own.maximiser(params, target, list(own.spans())), own.returned(target.resp, params)
+        if site := own.unbounded(params, best, target):
             reason = f"Q rises without bound as {site} goes to the edge of its support, so that no M-step exists here"
             raise Undecided(name, f"{reason}: give more rows ({error})") from error
+        site = error.args[1]
+        if changes({site: best[site]}, given)[site] < BLIND:
+            reason = f"Q is largest at the edge of the support of {site}, which does not belong to it"
+            raise Undecided(name, f"{reason}: give rows of which no entry is estimated at an edge ({error})") from error
         near = target._replace(resp=own.random_resp(params, generator, tilt=TILT))
         try:
             found = own.maximise(near.resp, params)

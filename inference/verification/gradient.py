@@ -8,6 +8,7 @@ diagonal, 2 G - diag(G) (Magnus and Neudecker, Matrix Differential Calculus, cha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -172,6 +173,7 @@ def along_tangents(
 def autograd_derivative(function: Callable[..., Tensor], wrt: int) -> Callable[..., Tensor]:
     """Return the derivative of a function in one of its arguments, by autograd, as a function of all of them."""
 
+    @functools.wraps(function)  # for the names of its arguments in a counterexample
     def derivative(*args: Any) -> Tensor:
         return torch.autograd.functional.jacobian(lambda x: function(*args[:wrt], x, *args[wrt + 1 :]), args[wrt])
 

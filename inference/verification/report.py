@@ -24,9 +24,9 @@ ACCEPTED = frozenset({"holds", "exact EM", "MAP-EM", "generalised EM"})
 MEANING = {
     "exact EM": "both steps agree with the program to rounding, and the M-step maximises Q",
     "MAP-EM": "both steps agree with the program to rounding, and the M-step maximises Q + the program's log prior",
-    "generalised EM": "the M-step raises Q without maximising it, and rests where the likelihood has a mode",
+    "generalised EM": "the M-step raises Q without maximising it, and rests only where nothing is left to climb",
     "wrong E-step": "the responsibilities are not p(z | x, params) of this program",
-    "wrong M-step": "the parameters returned do not maximise Q, nor Q + log prior, nor rest at a mode",
+    "wrong M-step": "the parameters returned do not maximise Q, nor Q + log prior, nor climb to a place of rest",
     "wrong report": "the log likelihood reported is not that of the parameters",
 }
 """What the verdicts on an EM derivation say."""

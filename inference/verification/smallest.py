@@ -257,7 +257,7 @@ def _wrong_m_step(own: Trial, params: dict[str, Tensor], target: Target, failed:
     else:
         start = {**new, site: params[site]}
     better = own.maximiser(start, target, [site])
-    if own.unbounded(start, better, target):
+    if own.runs_off(start, better).any():  # no maximum inside the support: the right step fails here too
         return None
     with torch.no_grad():
         heights = [own.terms(own.unconstrained(at)[0], target).sum() for at in (start, better)]

@@ -106,8 +106,9 @@ class Trial:
         if not self.coordinates.transforms:
             raise ValueError("the program has no continuous parameter: there is nothing for an M-step to find")
         free = self.coordinates.inverse(self.params)
-        self.at_edge = not bool(torch.isfinite(free).all())
-        self.origin = free.nan_to_num(nan=0.0, posinf=INSIDE, neginf=-INSIDE)
+        edge = self._constrained(free) & ~(free.abs() <= EDGE)
+        self.at_edge = bool(edge.any())
+        self.origin = torch.where(edge, INSIDE * free.nan_to_num().sign(), free)
         self.has_prior = self._has_prior()
         self.takes_params = "params" in inspect.signature(subject.m_step).parameters
 
@@ -320,15 +321,23 @@ class Trial:
             return [site], better
         return failed, self.maximiser(params, target, list(worst))
 
-    def unbounded(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], target: Target) -> str:
-        """Return a constrained site in which the target still rises far from the start of a climb, or nothing."""
-        (before, _), (after, _) = self.unconstrained(start), self.unconstrained(end)
-        slope = self.gradient(after, target).abs()
-        rising = ~((after - before).abs() < EDGE / 4) & ~(slope < SMALL * target.resp.sum())
+    def runs_off(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> Tensor:
+        """Return which coordinates (P,) of constrained sites a climb from start to end took towards an edge."""
+        moved = (self.unconstrained(end)[0] - self.unconstrained(start)[0]).abs()
+        return self._constrained(moved) & ~(moved < EDGE / 4)
+
+    def _constrained(self, u: Tensor) -> Tensor:
+        """Return which coordinates (P,) belong to sites whose support is not the whole space."""
+        constrained = torch.zeros_like(u, dtype=torch.bool)
         for site, span in self.spans().items():
-            if self.program.supports[site] is not constraints.real and rising[span].any():
-                return site
-        return ""
+            constrained[span] = self.program.supports[site] is not constraints.real
+        return constrained
+
+    def unbounded(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], target: Target) -> str:
+        """Return a site in which the target still rises at the edge to which a climb ran off, or nothing."""
+        slope = self.gradient(self.unconstrained(end)[0], target).abs()
+        rising = self.runs_off(start, end) & ~(slope < SMALL * target.resp.sum())
+        return self.site_of(int(rising.int().argmax())) if rising.any() else ""
 
     def nudges(self, resp: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Return responsibilities changed in their last places, to measure the rounding of an M-step."""

@@ -198,7 +198,7 @@ WRONG_COVARIANCES = {
     "scatter within sequences only": ("", "hmmlearn #78", sequence_by_sequence),
     "about the overall mean": ("", "", lambda right, r, x: scatter(r, x, x.mean(0), x.mean(0)) / _per(r.sum(0))),
     "second moment": ("", "", lambda right, r, x: scatter(r, x, 0 * x[0], 0 * x[0]) / _per(r.sum(0))),
-    "unweighted": ("unweighted", "", lambda right, r, x: torch.cov(x.T, correction=0).expand_as(right)),
+    "unweighted, about the overall mean": ("", "", lambda right, r, x: torch.cov(x.T, correction=0).expand_as(right)),
     "responsibilities squared": ("", "", lambda right, r, x: m_step(r**2, x)["covariances"]),
     "covariances twice too large": ("a factor of 2", "", lambda right, r, x: 2 * right),
     "precisions returned": ("", "", lambda right, r, x: right.inverse()),
