@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +212,86 @@ def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None
         assert words in " ".join(result.stderr.split()), result.stderr
         assert "Traceback" not in result.stderr
     assert not out.exists()
+
+
+SUBJECTS = """
+import pyro
+import pyro.distributions as dist
+import torch
+
+from mixproof.inference.verification import Subject
+
+
+def model(x):
+    weights = pyro.param("weights", torch.ones(3) / 3, constraint=dist.constraints.simplex)
+    rates = pyro.param("rates", torch.ones(3), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Poisson(rates[z]), obs=x)
+
+
+def e_step(params, x):
+    return (params["weights"].log() + dist.Poisson(params["rates"]).log_prob(x[:, None])).softmax(-1)
+
+
+def m_step(resp, x):
+    counts = resp.sum(0)
+    return {"weights": counts / len(x), "rates": resp.T @ x / (counts - 1)}
+
+
+def mended(resp, x):
+    return {"weights": resp.mean(0), "rates": resp.T @ x / resp.sum(0)}
+
+
+data = (torch.tensor([0, 1, 1, 2, 4, 5, 5, 7, 9, 12, 13, 15], dtype=torch.float64),)
+params = {"weights": torch.tensor([0.3, 0.3, 0.4]).double(), "rates": torch.tensor([1.0, 5.0, 12.0]).double()}
+right = Subject(model, params, data, e_step, mended)
+wrong = Subject(model, params, data, e_step, m_step)
+half = {"model": model}
+"""
+
+
+@pytest.fixture
+def subjects(tmp_path: Path) -> Path:
+    path = tmp_path / "my_poisson.py"
+    path.write_text(SUBJECTS, encoding="utf-8")
+    return path
+
+
+def test_verify_judges_a_subject_of_ones_own(subjects: Path) -> None:
+    found = run("verify", f"{subjects}:right")
+    assert found.exit_code == 0, found.stderr
+    assert "exact EM" in found.stdout
+    assert "not a proof" in " ".join(found.stdout.split())
+
+
+def test_a_wrong_subject_exits_with_1_and_its_counterexample_runs_in_its_folder(subjects: Path) -> None:
+    report, page = subjects.with_suffix(".json"), subjects.with_suffix(".html")
+    found = run("verify", str(subjects), f"{subjects}:right", "--json", str(report), "--html", str(page))
+    assert found.exit_code == 1, found.stderr
+    assert "n - 1 for n" in found.stdout
+    wrong, right = json.loads(report.read_text())
+    assert (wrong["verdict"], right["verdict"]) == ("wrong M-step", "exact EM")
+    assert "n - 1 for n" in page.read_text()
+    assert "http" not in page.read_text()
+    ran = subprocess.run(
+        [sys.executable, "-c", wrong["smallest"]], cwd=subjects.parent, capture_output=True, text=True, check=True
+    )
+    claimed, better = (float(value) for value in re.findall(r"Q = (-?[\d.]+)", ran.stdout))
+    assert claimed < better
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("{}:nothing", "has no nothing"),
+        ("{}:half", "has no model, params, data, e_step, m_step"),
+        ("missing.py:right", "there is no file missing.py"),
+    ],
+)
+def test_a_subject_that_is_none_is_bad_input(subjects: Path, reference: str, words: str) -> None:
+    found = run("verify", reference.format(subjects))
+    assert found.exit_code == 2
+    assert words in " ".join(found.stderr.split())
+    both = run("verify", f"{subjects}:right", "--problem", "P3")
+    assert both.exit_code == 2
