@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy -p mixproof
-	$(BIN)/mypy tests
+	$(BIN)/mypy tests benchmarks
 
 # Runs the notebooks again and writes their outputs.
 notebooks: $(VENV)/installed

@@ -171,8 +171,7 @@ exec(report.smallest, {"model": model, "m_step": m_step_as_printed})
 #
 # If (7) is right, then the derivative of the first term is minus half of its left side, and that of the second term
 # half of its right side. `verify_gradient` holds each against automatic differentiation at random points: variances,
-# means, responsibilities, data and errors are all random. A counterexample numbers the arguments as the functions below
-# take them.
+# means, responsibilities, data and errors are all random.
 
 # %%
 K, N = 3, 4
@@ -254,7 +253,7 @@ def extreme_deconvolution(resp, x, errors, *, params):
 print(verdict_on(extreme_deconvolution, data, "extreme deconvolution"))
 
 # %% [markdown]
-# `generalised EM`: the step raises $Q$ and does not maximise it, and it stops where the likelihood has a mode. So
+# `generalised EM`: the step raises $Q$ and does not maximise it, and it stops only where nothing is left to climb. So
 # it climbs as well, and each step is in closed form.
 #
 # ## What would not have found it

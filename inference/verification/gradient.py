@@ -153,6 +153,7 @@ def along_tangents(
         it is; the deviation from the mean for the simplex.
     """
 
+    @functools.wraps(function)  # for the names of its arguments in a counterexample
     def projected(*args: Any) -> Tensor:
         found = derivative(*args)
         expected = torch.as_tensor(function(*args)).shape + args[wrt].shape
@@ -173,7 +174,6 @@ def along_tangents(
 def autograd_derivative(function: Callable[..., Tensor], wrt: int) -> Callable[..., Tensor]:
     """Return the derivative of a function in one of its arguments, by autograd, as a function of all of them."""
 
-    @functools.wraps(function)  # for the names of its arguments in a counterexample
     def derivative(*args: Any) -> Tensor:
         return torch.autograd.functional.jacobian(lambda x: function(*args[:wrt], x, *args[wrt + 1 :]), args[wrt])
 

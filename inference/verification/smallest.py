@@ -40,6 +40,10 @@ class Found(NamedTuple):
     """Of a wrong M-step: parameters that the target prefers to those returned."""
 
 
+class NoMaximum(Exception):
+    """Q has no maximum inside the support at an instance: the right step fails there too."""
+
+
 Slicing = dict[str, tuple[int, int]]
 """Which axis of a site counts the values of which latent."""
 
@@ -59,9 +63,15 @@ def smallest_counterexample(own: Trial, verdict: str, checks: Sequence[Check], s
     fails, write = FAULTS[verdict]
     failed = blamed(checks)
     prior = float(any(check.name == PENALISED and not check.passed for check in checks))
+    hopeless = set()  # sizes at which Q has no maximum, so that no step is right
     for instance, params, resp in _instances(own, torch.Generator().manual_seed(seed)):
+        if resp.shape in hopeless:
+            continue
         try:
             found = fails(instance, params, Target(resp.to(instance.origin), prior=prior), failed)
+        except NoMaximum:
+            hopeless.add(resp.shape)
+            continue
         except Exception:  # too small for this program or for this step
             continue
         if found is not None:
@@ -257,8 +267,8 @@ def _wrong_m_step(own: Trial, params: dict[str, Tensor], target: Target, failed:
     else:
         start = {**new, site: params[site]}
     better = own.maximiser(start, target, [site])
-    if own.runs_off(start, better).any():  # no maximum inside the support: the right step fails here too
-        return None
+    if own.runs_off(start, better).any():
+        raise NoMaximum
     with torch.no_grad():
         heights = [own.terms(own.unconstrained(at)[0], target).sum() for at in (start, better)]
     return Found(own, params, target, site, better) if heights[1] > heights[0] else None
