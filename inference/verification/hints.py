@@ -303,8 +303,8 @@ def _constants(
 ) -> Iterator[Mend]:
     """Yield the changes by a constant that the first point determines."""
     value, right, has_prior = first.new[site], first.better[site], own.has_prior
-    if rounded := _constant(value / right):
-        for factor in (rounded, (value / right).median().item()):
+    if measured := _common(value / right):
+        for factor in {_rounded(measured) or measured, measured}:
             yield Mend(
                 f"a factor of {factor:.3g}: {site} is right divided by it", put(partial(torch.mul, other=1 / factor))
             )
@@ -420,11 +420,16 @@ def _slope(claimed: Tensor, right: Tensor) -> Tensor:
 
 def _constant(values: Tensor) -> float | None:
     """Return the number that all entries equal, to two digits, or None where they differ."""
+    common = _common(values)
+    return None if common is None else _rounded(common)
+
+
+def _common(values: Tensor) -> float | None:
+    """Return the number that all entries equal, or None where they differ."""
     if not values.numel() or not values.isfinite().all():
         return None
     middle = values.double().median()
-    spread = (values - middle).abs().max()
-    return _rounded(middle.item()) if spread <= 1e-3 * middle.abs() else None
+    return middle.item() if (values - middle).abs().max() <= 1e-3 * middle.abs() else None
 
 
 def _rounded(value: float) -> float | None:
