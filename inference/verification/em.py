@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixproof.inference.newton import descend
 from mixproof.inference.verification.hints import measured_hints
 from mixproof.inference.verification.report import Check, Report, asserting
 from mixproof.inference.verification.smallest import smallest_counterexample
@@ -33,7 +34,6 @@ from mixproof.inference.verification.trial import (
     Trial,
     Undecided,
     changes,
-    descend,
     nudge,
 )
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.inference.bfgs import minimise, with_gradient
 from mixproof.inference.enumeration import Coordinates, LogJoint, log_joint_table
 from mixproof.inference.enumeration import inspect as inspect_program
+from mixproof.inference.newton import descend
 from mixproof.inference.verification.subject import Subject
 
 MAX_GROUPS = 256
@@ -26,12 +26,6 @@ INSIDE = 3.0
 ROUNDING = 2.0**10
 """How many units in the last place a well conditioned formula may lose."""
 NUM_NUDGES = 4
-NEWTON_STEPS = 60
-MOST_FOR_NEWTON = 128
-"""Beyond so many coordinates Hessians cost more than they give."""
-HALVINGS = 12
-BRACKET = 1e-4
-"""How near to a kink a descent without curvatures ends, relative to the coordinate."""
 SMALL = 1e-4
 """A site that, put right, leaves no more than this share of a residual was the cause of all of it."""
 BLIND = 1e-6
@@ -348,88 +342,6 @@ def nudge(value: Tensor, generator: torch.Generator) -> Tensor:
     """Return a tensor changed at random by a few units in its last places."""
     noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
     return value * (1 + 4 * torch.finfo(value.dtype).eps * noise)
-
-
-def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a minimum (P,) and the Newton step that is left there, which is how far it is known.
-
-    Newton's method with the curvatures' absolute values, so that it leaves saddles; where it does not arrive, as at
-    kinks, BFGS goes on. A coordinate that runs off to infinity stops the descent once it is far away.
-    """
-    if len(u) > MOST_FOR_NEWTON:
-        return minimise(with_gradient(function), u, max_steps=300, rtol=1e-14).u, torch.full_like(u, BLIND)
-    start, (value, gradient, hessian) = u, _derivatives(function, u)
-    first, flat = 1 + gradient.abs().max(), 64 * torch.finfo(u.dtype).eps  # near the minimum only slopes still tell
-    for _ in range(NEWTON_STEPS):
-        if (u - start).abs().max() > EDGE * (1 + start.abs().max()):
-            return u, torch.full_like(u, math.inf)
-        if not hessian.isfinite().all():
-            break
-        step = _newton_step(gradient, hessian)
-        if gradient.abs().max() <= torch.finfo(u.dtype).eps * first:
-            return u, step
-        shorter = step * min(1.0, (4 * (1 + u.abs()) / step.abs().clamp_min(1e-300)).min().item())
-        for _ in range(HALVINGS):
-            after = _derivatives(function, u - shorter)
-            if after[0] < value or (
-                after[0] <= value + flat * (1 + value.abs()) and after[1].norm() < gradient.norm() / 2
-            ):
-                break
-            shorter = shorter / 2
-        else:
-            break
-        u, (value, gradient, hessian) = u - shorter, after
-    if gradient.abs().max() <= SMALL * first and hessian.isfinite().all():
-        return u, _newton_step(gradient, hessian)
-    if not value.isfinite():
-        return u, torch.full_like(u, math.inf)
-    u = minimise(with_gradient(function), u, max_steps=300, rtol=1e-14).u
-    return _onto_kinks(function, u, first)
-
-
-def _onto_kinks(function: Callable[[Tensor], Tensor], u: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a minimum (P,) near u with kinks in some coordinates, by bisection of their slopes, and the step left."""
-    objective = with_gradient(function)
-    kinked = objective(u)[1].abs() > SMALL * first
-    smooth = (~kinked).nonzero().flatten()
-    for i in kinked.nonzero().flatten().tolist():
-        low, high = u[i] - BRACKET * (1 + u[i].abs()), u[i] + BRACKET * (1 + u[i].abs())
-        slopes = [objective(u.index_fill(0, torch.tensor(i), end.item()))[1][i] for end in (low, high)]
-        if not slopes[0] < 0 < slopes[1]:
-            return u, torch.full_like(u, math.inf)  # no kink: the descent has not arrived
-        for _ in range(64):
-            middle = (low + high) / 2
-            rising = objective(u.index_fill(0, torch.tensor(i), middle.item()))[1][i] > 0
-            low, high = (low, middle) if rising else (middle, high)
-        u = u.index_fill(0, torch.tensor(i), high.item())
-    if kinked.all() or not kinked.any():
-        _, gradient, hessian = _derivatives(function, u)
-        return u, _newton_step(gradient, hessian) if hessian.isfinite().all() else torch.zeros_like(u)
-    free, step = descend(lambda free: function(u.index_copy(0, smooth, free)), u[smooth])
-    return u.index_copy(0, smooth, free), torch.zeros_like(u).index_copy(0, smooth, step)
-
-
-def _newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
-    """Return the step (P,) to subtract, with the curvatures' absolute values."""
-    curvatures, axes = torch.linalg.eigh(hessian)
-    curvatures = curvatures.abs().clamp_min(1e-12 * curvatures.abs().max().clamp_min(1e-300))
-    return axes @ ((axes.T @ gradient) / curvatures)
-
-
-def _derivatives(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a function's value, gradient (P,) and Hessian (P, P); an infinite value where it cannot be evaluated."""
-    u = u.detach().requires_grad_()
-    try:
-        value = function(u)
-        (gradient,) = torch.autograd.grad(value, u, create_graph=True)
-    except (ValueError, torch.linalg.LinAlgError):  # a long step leaves the support by rounding
-        return torch.tensor(math.inf), torch.zeros_like(u), torch.full((len(u), len(u)), math.nan).to(u)
-    hessian = torch.zeros(len(u), len(u), dtype=u.dtype)
-    if gradient.requires_grad:
-        eye = torch.eye(len(u), dtype=u.dtype)
-        rows = torch.autograd.grad(gradient, u, eye, is_grads_batched=True, allow_unused=True)[0]
-        hessian = hessian if rows is None else (rows + rows.T) / 2
-    return value.detach(), gradient.detach(), hessian.detach()
 
 
 def changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
