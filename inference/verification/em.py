@@ -135,17 +135,18 @@ def judge_m_step(own: Trial, generator: torch.Generator, *, climb: bool) -> tupl
     made: list[Check] = []
     if climb and own.takes_params and kind == "wrong M-step" and not math.isnan(checks[0].error):
         # a step that sees responsibilities alone can only climb by maximising
-        for check in (check_rise, check_moves, check_fixed_point):
-            found, one = _judge("wrong M-step", partial(check, own, generator))
-            made += one
-            if found == "undecided":
-                return found, made + checks
-            if found == "wrong M-step":
-                break
-        else:
+        tried = [
+            _judge("wrong M-step", partial(check, own, generator))
+            for check in (check_rise, check_moves, check_fixed_point)
+        ]
+        made = [check for _, one in tried for check in one]
+        verdicts = {found for found, _ in tried}
+        if verdicts == {"exact EM"}:
             error = checks[0].error
             detail = f"it leaves a gradient of Q (error {error:.2g}), as a step that raises Q and does not maximise it"
             return "generalised EM", [*made[:-1], made[-1]._replace(detail=detail)]
+        if "wrong M-step" not in verdicts:
+            return "undecided", made + checks
     placed_in = [
         _judge("wrong M-step", partial(check_m_step, own, generator, with_prior=with_prior, place=True))
         for with_prior in priors
