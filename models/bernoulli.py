@@ -99,6 +99,29 @@ def statistics(params: Params, x: Tensor, resp: Tensor) -> Stats:
     return Stats(resp.sum(-2), resp.mT @ x, resp.mT @ (1 - x))
 
 
+def log_joint_observed(params: Params, x: Tensor) -> Tensor:
+    """Return log p(observed part of x_n, z_n = k), shape (N, K), with NaN in x (N, D) for what is missing.
+
+    It is -inf where a probability of exactly 0 or 1 excludes the row.
+    """
+    probs, missing = params.probs, x.isnan()
+    ones, zeros = torch.where(missing, 0, x), torch.where(missing, 0, 1 - x)
+    never, always = (probs == 0).to(probs.dtype), (probs == 1).to(probs.dtype)
+    log_ones = torch.where(probs > 0, probs, 1).log()
+    log_zeros = torch.where(probs < 1, -probs, 0).log1p()
+    excluded = ones @ never.mT + zeros @ always.mT > 0
+    log_likelihood = ones @ log_ones.mT + zeros @ log_zeros.mT
+    return params.weights.log() + torch.where(excluded, -torch.inf, log_likelihood)
+
+
+def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
+    """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
+    missing = x.isnan()
+    ones, zeros = torch.where(missing, 0, x), torch.where(missing, 0, 1 - x)
+    unseen = resp.mT @ missing.to(x.dtype)  # (K, D), of r where the feature is missing
+    return Stats(resp.sum(-2), resp.mT @ ones + unseen * params.probs, resp.mT @ zeros + unseen * (1 - params.probs))
+
+
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
     """Return the parameters that maximise Q, or Q + log prior (problem 4 of the sheet)."""
     if prior is None:
@@ -194,6 +217,17 @@ class UniformWeights:
     def statistics(self, params: UniformWeights.Params, x: Tensor, resp: Tensor) -> UniformWeights.Stats:
         """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
         return UniformWeights.Stats(*statistics(Params(*params), x, resp)[1:])
+
+    def log_joint_observed(self, params: UniformWeights.Params, x: Tensor) -> Tensor:
+        """Return log p(observed part of x_n, z_n = k), shape (N, K), with NaN in x (N, D) for what is missing.
+
+        It is -inf where a probability of exactly 0 or 1 excludes the row.
+        """
+        return log_joint_observed(Params(*params), x)
+
+    def statistics_observed(self, params: UniformWeights.Params, x: Tensor, resp: Tensor) -> UniformWeights.Stats:
+        """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
+        return UniformWeights.Stats(*statistics_observed(Params(*params), x, resp)[1:])
 
     def m_step(self, stats: UniformWeights.Stats, prior: UniformWeights.Prior | None = None) -> UniformWeights.Params:
         """Return the probabilities that maximise Q, or Q + log prior, beside the weights as they are known."""

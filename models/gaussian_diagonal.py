@@ -94,6 +94,28 @@ def statistics(params: Params, x: Tensor, resp: Tensor) -> Stats:
     return Stats(resp.sum(-2), resp.mT @ x, weighted.sum(-2), (weighted * deviations).sum(-2))
 
 
+def log_joint_observed(params: Params, x: Tensor) -> Tensor:
+    """Return log p(observed part of x_n, z_n = k), shape (N, K), with NaN in x (N, D) for what is missing."""
+    missing = x.isnan()[..., None, :]
+    deviations = torch.where(missing, 0, x[..., None, :] - params.locs)  # (N, K, D)
+    log_normal = -((2 * math.pi * params.variances).log() + deviations.square() / params.variances) / 2
+    return params.weights.log() + torch.where(missing, 0, log_normal).sum(-1)
+
+
+def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
+    """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
+    missing = x.isnan()
+    deviations = torch.where(missing, 0, x - params.locs[..., None, :])  # (K, N, D)
+    weighted = resp.mT[..., None] * deviations
+    unseen = resp.mT @ missing.to(x.dtype)  # (K, D), of r where the feature is missing
+    return Stats(
+        resp.sum(-2),
+        resp.mT @ torch.where(missing, 0, x) + unseen * params.locs,
+        weighted.sum(-2),
+        (weighted * deviations).sum(-2) + unseen * params.variances,
+    )
+
+
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
     """Return the parameters that maximise Q, or Q + log prior."""
     counts = stats.counts[..., None]

@@ -87,6 +87,20 @@ class GaussianIsotropic:
         """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
         return GaussianIsotropic.Stats(resp.sum(-2), resp.mT @ x)
 
+    def log_joint_observed(self, params: GaussianIsotropic.Params, x: Tensor) -> Tensor:
+        """Return log p(observed part of x_n, z_n = k), shape (N, K), with NaN in x (N, D) for what is missing."""
+        missing = x.isnan()
+        size = (~missing).to(x.dtype).sum(-1)[..., None]  # of the observed part
+        squares = torch.where(missing[..., None, :], 0, x[..., None, :] - params.locs).square().sum(-1)
+        log_normaliser = size * math.log(2 * math.pi * self.variance) / 2
+        return params.weights.log() - log_normaliser - squares / (2 * self.variance)
+
+    def statistics_observed(self, params: GaussianIsotropic.Params, x: Tensor, resp: Tensor) -> GaussianIsotropic.Stats:
+        """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
+        missing = x.isnan()
+        unseen = resp.mT @ missing.to(x.dtype)  # (K, D), of r where the feature is missing
+        return GaussianIsotropic.Stats(resp.sum(-2), resp.mT @ torch.where(missing, 0, x) + unseen * params.locs)
+
     def m_step(
         self, stats: GaussianIsotropic.Stats, prior: GaussianIsotropic.Prior | None = None
     ) -> GaussianIsotropic.Params:

@@ -93,6 +93,29 @@ def statistics(params: Params, x: Tensor, resp: Tensor) -> Stats:
     return Stats(resp.sum(-2), resp.mT @ x, weighted.sum(-2), (weighted * deviations).sum((-2, -1)))
 
 
+def log_joint_observed(params: Params, x: Tensor) -> Tensor:
+    """Return log p(observed part of x_n, z_n = k), shape (N, K), with NaN in x (N, D) for what is missing."""
+    missing = x.isnan()
+    size = (~missing).to(x.dtype).sum(-1)[..., None]  # of the observed part
+    squares = torch.where(missing[..., None, :], 0, x[..., None, :] - params.locs).square().sum(-1)
+    log_normal = -(size * (2 * math.pi * params.variances).log() + squares / params.variances) / 2
+    return params.weights.log() + log_normal
+
+
+def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
+    """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
+    missing = x.isnan()
+    deviations = torch.where(missing, 0, x - params.locs[..., None, :])  # (K, N, D)
+    weighted = resp.mT[..., None] * deviations
+    unseen = resp.mT @ missing.to(x.dtype)  # (K, D), of r where the feature is missing
+    return Stats(
+        resp.sum(-2),
+        resp.mT @ torch.where(missing, 0, x) + unseen * params.locs,
+        weighted.sum(-2),
+        (weighted * deviations).sum((-2, -1)) + unseen.sum(-1) * params.variances,
+    )
+
+
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
     """Return the parameters that maximise Q, or Q + log prior."""
     size = stats.sums.shape[-1]

@@ -156,6 +156,48 @@ def _summand_statistics(
     return gaussian_full.Stats(counts, counts[..., None] * part.locs + shifts, shifts, scatters)
 
 
+def log_joint_observed(params: Params, x: Tensor) -> Tensor:
+    """Return log p(observed part of x_n, k_n = k, l_n = l), shape (N, K_x K_y), with NaN in x for what is missing."""
+    return gaussian_full.log_joint_observed(collapse(*parts(params)), x)
+
+
+def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
+    """Return the expected statistics of both summands given what is observed, under responsibilities (N, K_x K_y)."""
+    x_part, y_part = parts(params)
+    counts, shifts, scatters = _pair_moments_observed(x_part, y_part, x, resp)
+    return Stats(
+        _summand_of_pairs(x_part, y_part, counts, shifts, scatters),
+        _summand_of_pairs(y_part, x_part, counts.mT, shifts.transpose(-3, -2), scatters.transpose(-4, -3)),
+    )
+
+
+def _pair_moments_observed(
+    x_part: gaussian_full.Params, y_part: gaussian_full.Params, x: Tensor, resp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the expected counts (K, L), shifts (K, L, D) and scatters (K, L, D, D) of the sum for each pair."""
+    pairs = gaussian_full.statistics_observed(collapse(x_part, y_part), x, resp)
+    sizes = x_part.weights.shape[-1], y_part.weights.shape[-1]
+    return pairs.counts.unflatten(-1, sizes), pairs.shifts.unflatten(-2, sizes), pairs.scatters.unflatten(-3, sizes)
+
+
+def _summand_of_pairs(
+    part: gaussian_full.Params, other: gaussian_full.Params, counts: Tensor, shifts: Tensor, scatters: Tensor
+) -> gaussian_full.Stats:
+    """Return the statistics of one summand from the expected ones of the sum for each pair, (K, L) and more.
+
+    The moments of the summand given the sum are linear and quadratic in the sum, so that those of the sum given its
+    observed part are enough: the law of total expectation (Bovy, Hogg and Roweis 2011, equation 13, for the former).
+    """
+    covariances = part.covariances[..., :, None, :, :]
+    factors = cholesky(covariances + other.covariances[..., None, :, :, :])  # (K, L, D, D)
+    gains = torch.cholesky_solve(covariances.expand_as(factors), factors).mT
+    remaining = counts[..., None, None] * (covariances - gains @ covariances)
+    counts = counts.sum(-1)
+    shifts = (gains @ shifts[..., None]).squeeze(-1).sum(-2)
+    scatters = (gains @ scatters @ gains.mT + remaining).sum(-3)
+    return gaussian_full.Stats(counts, counts[..., None] * part.locs + shifts, shifts, scatters)
+
+
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
     """Return the parameters that maximise the expected log density of latents and summands, plus log prior if given."""
     return Params(*gaussian_full.m_step(stats.x, prior and prior.x), *gaussian_full.m_step(stats.y, prior and prior.y))
@@ -270,6 +312,14 @@ class KnownNoise:
         """Return the expected statistics of x before the noise under responsibilities (N, K_x K_y)."""
         pairs = resp.unflatten(-1, (params.weights.shape[-1], self.noise.weights.shape[-1]))
         return _summand_statistics(params, self.noise, x, pairs)
+
+    def log_joint_observed(self, params: gaussian_full.Params, x: Tensor) -> Tensor:
+        """Return log p(observed part of x_n, k_n = k, l_n = l), shape (N, K_x K_y), with NaN in x for the missing."""
+        return gaussian_full.log_joint_observed(collapse(params, self.noise), x)
+
+    def statistics_observed(self, params: gaussian_full.Params, x: Tensor, resp: Tensor) -> gaussian_full.Stats:
+        """Return the expected statistics of x before the noise given what is observed, under (N, K_x K_y) resp."""
+        return _summand_of_pairs(params, self.noise, *_pair_moments_observed(params, self.noise, x, resp))
 
     def m_step(self, stats: gaussian_full.Stats, prior: gaussian_full.Prior | None = None) -> gaussian_full.Params:
         """Return the parameters of x that maximise the expected log density of x and k, plus log prior if given."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models.initial import partition
+from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
 
@@ -95,6 +96,28 @@ def statistics(params: Params, x: Tensor, resp: Tensor) -> Stats:
     deviations = x - params.locs[..., None, :]  # (K, N, D)
     weighted = resp.mT[..., None] * deviations
     return Stats(resp.sum(-2), resp.mT @ x, weighted.sum(-2), (weighted.mT @ deviations).sum(-3))
+
+
+def log_joint_observed(params: Params, x: Tensor) -> Tensor:
+    """Return log p(observed part of x_n, z_n = k), shape (N, K), with NaN in x (N, D) for what is missing."""
+    groups = patterns(x)
+    tables = [log_joint(marginal(params, observed), x[rows][:, observed]) for rows, observed in groups]
+    return in_row_order(tables, groups)
+
+
+def marginal(params: Params, features: Tensor) -> Params:
+    """Return the law of some features, given by their numbers (m,): a mixture of the same kind."""
+    return Params(params.weights, params.locs[..., features], params.covariance[..., features[:, None], features])
+
+
+def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
+    """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
+    deviations, remaining = expected_deviations(params.locs, params.covariance[..., None, :, :], x, resp)
+    completed = torch.where(x.isnan(), params.locs[..., None, :] + deviations, x)
+    weights = resp.mT[..., None]
+    weighted = weights * deviations
+    scatter = (weighted.mT @ deviations + remaining).sum(-3)
+    return Stats(resp.sum(-2), (weights * completed).sum(-2), weighted.sum(-2), scatter)
 
 
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
