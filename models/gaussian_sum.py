@@ -195,6 +195,7 @@ def _summand_of_pairs(
     counts = counts.sum(-1)
     shifts = (gains @ shifts[..., None]).squeeze(-1).sum(-2)
     scatters = (gains @ scatters @ gains.mT + remaining).sum(-3)
+    scatters = (scatters + scatters.mT) / 2  # EM would otherwise raise an asymmetry of rounding step by step
     return gaussian_full.Stats(counts, counts[..., None] * part.locs + shifts, shifts, scatters)
 
 

@@ -201,13 +201,17 @@ assert len(FAMILIES) >= 8, "the walk over mixproof.models finds no families"
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test with an argument ``case`` for every family, and one with ``kind`` flat and under a prior.
 
-    ``real_case`` stands for the families whose data may be shifted and scaled.
+    ``real_case`` stands for the families whose data may be shifted and scaled, ``missing_case`` for those that take
+    missing entries.
     """
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", FAMILIES, ids=[case.name for case in FAMILIES])
     if "real_case" in metafunc.fixturenames:
         real = [case for case in FAMILIES if case.has_real_data]
         metafunc.parametrize("real_case", real, ids=[case.name for case in real])
+    if "missing_case" in metafunc.fixturenames:
+        able = [case for case in FAMILIES if hasattr(case.family, "log_joint_observed")]
+        metafunc.parametrize("missing_case", able, ids=[case.name for case in able])
     if "kind" in metafunc.fixturenames:
         metafunc.parametrize("kind", ["flat", "prior"])
 
