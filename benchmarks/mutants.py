@@ -44,10 +44,19 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import mixproof.models
 from mixproof.inference.verification.exercise_sheet import claims, verify_sheet
+from mixproof.models import missing
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("test_contract", "test_limits", "test_references", "test_em", "test_bad_input")
-MATHEMATICS = ("log_joint", "statistics", "m_step", "log_prior", "moments")
+TESTS = ("test_contract", "test_limits", "test_references", "test_em", "test_missing", "test_bad_input")
+MATHEMATICS = (
+    "log_joint",
+    "statistics",
+    "log_joint_observed",
+    "statistics_observed",
+    "m_step",
+    "log_prior",
+    "moments",
+)
 REQUIRED = 0.98
 PATIENCE = 5.0  # seconds beyond ten times what a check takes without a mutation
 
@@ -238,18 +247,26 @@ def targets() -> dict[str, FunctionType]:
     """Return the functions to mutate by name, ``file.function`` or ``file.Class.function``."""
     pending: list[FunctionType] = []
     for family in mixproof.models.families().values():
-        pending += [inspect.unwrap(getattr(family, name)) for name in MATHEMATICS]
+        pending += [inspect.unwrap(getattr(family, name)) for name in MATHEMATICS if hasattr(family, name)]
     found: dict[str, FunctionType] = {}
     while pending:
         function = pending.pop()
         name = f"{function.__module__.rsplit('.', 1)[-1]}.{function.__qualname__}"
         if name not in found:
             found[name] = function
-            called = [function.__globals__.get(each) for each in function.__code__.co_names]
+            called = [function.__globals__.get(each) for each in _names(function.__code__)]
             pending += [
                 f for f in called if isinstance(f, FunctionType) and f.__module__.startswith("mixproof.models.")
             ]
     return dict(sorted(found.items(), key=lambda item: (file_of(item[0]), item[1].__code__.co_firstlineno)))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the global names that a function uses, those of its comprehensions too."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
 
 
 def file_of(name: str) -> str:
@@ -308,6 +325,16 @@ def family_probes(case: Any) -> Iterator[Probe]:
         for point, rows in [(params, x), (edge, x), (params, 1 - x), single((params, x))]:
             yield partial(call, family, "log_joint", point, rows)
             yield partial(call, family, "moments", point)
+        if hasattr(family, "log_joint_observed"):
+            gaps = torch.arange(x.numel()).reshape(x.shape) % 5 < 2
+            gaps[0], gaps[1] = True, False
+            seen = torch.where(gaps, torch.nan, x)
+            for point, rows, weights in [(params, seen, resp), (edge, seen, without), single((params, seen, resp))]:
+                yield partial(call, family, "log_joint_observed", point, rows)
+                yield partial(call, family, "statistics_observed", point, rows, weights)
+            yield partial(torch.func.vmap(partial(call, family, "log_joint_observed"), (0, None)), batch[0], seen)
+            observed = torch.func.vmap(partial(call, family, "statistics_observed"), (0, None, 0))
+            yield partial(observed, batch[0], seen, batch[1])
         for law in (None, prior):
             for point, rows, weights in [(params, x, resp), (edge, x, without), (params, x, hard), (params, -x, hard)]:
                 yield partial(step, family, point, rows, weights, law)
@@ -373,6 +400,28 @@ def matrix_probes(functions: dict[str, FunctionType]) -> Iterator[Probe]:
         df = torch.tensor(size + 0.7, dtype=torch.float64)
         for batch in (matrices, matrices[0, 0]):
             yield partial(functions["positive_definite.log_inverse_wishart"], batch, df, matrices[1, 1] + 1)
+
+
+def missing_probes(functions: dict[str, FunctionType]) -> Iterator[Probe]:
+    """Yield calls of the functions of ``missing`` at rows with gaps, of components with and without a covariance each."""
+    generator = torch.Generator().manual_seed(0)
+    for size, num_data in [(1, 4), (2, 9), (4, 7)]:
+        x = torch.randn(num_data, size, generator=generator, dtype=torch.float64)
+        seen = torch.where(torch.rand(num_data, size, generator=generator) < 0.4, torch.nan, x)
+        locs = torch.randn(3, size, generator=generator, dtype=torch.float64)
+        roots = torch.randn(3, size, size, generator=generator, dtype=torch.float64)
+        covariances = roots @ roots.mT + 0.1 * torch.eye(size)
+        resp = torch.rand(num_data, 3, generator=generator, dtype=torch.float64).softmax(-1)
+        for rows in (x, seen):
+            yield partial(functions["missing.patterns"], rows)
+            groups = missing.patterns(rows)
+            pieces = [rows[group.rows] for group in groups]
+            yield partial(functions["missing.in_row_order"], pieces, groups)
+            yield partial(functions["missing.in_row_order"], [torch.stack([piece, -piece]) for piece in pieces], groups)
+            for matrices in (covariances, covariances[:1]):
+                arguments = (locs, matrices, rows, resp)
+                yield partial(functions["missing.expected_deviations"], *arguments)
+                yield partial(functions["missing.expected_deviations"], *single(arguments))
 
 
 # The driver: one process that has imported everything, and a fork of it for each mutant
@@ -690,6 +739,7 @@ def main() -> None:
         for case in cases:
             probes[case.module.__name__.rsplit(".", 1)[-1]] += family_probes(case)
         probes["positive_definite"] += matrix_probes(functions)
+        probes["missing"] += missing_probes(functions)
         for outcome in survey(found, functions, checks, probes, arguments.workers):
             outcomes.append(outcome)
             if outcome.fate == "survived":
