@@ -6,7 +6,6 @@ Little and Rubin, Statistical Analysis with Missing Data, 3rd edition, section 1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,9 +28,9 @@ def patterns(x: Tensor) -> list[Pattern]:
     return [Pattern(own, mask.nonzero().flatten()) for own, mask in zip(rows, masks, strict=True)]
 
 
-def in_row_order(pieces: Sequence[Tensor], groups: Sequence[Pattern]) -> Tensor:
+def in_row_order(pieces: list[Tensor], groups: list[Pattern]) -> Tensor:
     """Return one tensor (..., N, m) from a piece (..., n, m) for the rows of each pattern."""
-    return torch.cat(list(pieces), -2)[..., torch.cat([group.rows for group in groups]).argsort(), :]
+    return torch.cat(pieces, -2)[..., torch.cat([group.rows for group in groups]).argsort(), :]
 
 
 def expected_deviations(locs: Tensor, covariances: Tensor, x: Tensor, resp: Tensor) -> tuple[Tensor, Tensor]:
