@@ -548,7 +548,8 @@ def test_monotone_bivariate_normal_has_anderson_s_closed_form(family: Any, real_
 def test_murray_s_twelve_rows(family: Any, correlation: float, variance: float) -> None:
     """Two maxima and a saddle, as published: Murray's discussion of Dempster, Laird and Rubin.
 
-    Journal of the Royal Statistical Society B 39 (1977), 27-28. EM that starts with no correlation stays at the saddle.
+    Journal of the Royal Statistical Society B 39 (1977), 27-28. He takes the means
+    as 0; here symmetry keeps them there. EM that starts with no correlation stays at the saddle.
     """
     nan = torch.nan
     corners = [[1, 1], [1, -1], [-1, 1], [-1, -1]]
