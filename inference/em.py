@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.inference.validation import (
-    as_floating,
-    check_params,
-    check_prior,
-    check_rows,
-    data_support,
-)
+from mixproof.inference import checkpoint as checkpoints
+from mixproof.inference.acceleration import Anderson
+from mixproof.inference.dataset import Block, Dataset
+from mixproof.inference.distributed import Group, all_sum, first_of, is_first, object_of_first, together
+from mixproof.inference.expectation import Expectation, expectation
+from mixproof.inference.progress import EMProgress
+from mixproof.inference.validation import check_params, check_prior, check_rows, data_support
 from mixproof.models.initial import check_num_components
+
+ROWS_AT_ONCE = 1 << 14
 
 
 class Fit(NamedTuple):
@@ -31,7 +36,7 @@ class Fit(NamedTuple):
     converged: bool
     """Whether the last step changed ``log_lik`` by no more than ``rtol`` of its size."""
     num_steps: int
-    """The number of M-steps made."""
+    """The number of steps made, each one pass over the data."""
 
 
 def em(
@@ -43,17 +48,35 @@ def em(
     weights: Any = None,
     max_steps: int = 500,
     rtol: float = 1e-10,
+    accelerate: Literal["anderson"] | None = None,
+    missing: bool = False,
+    device: torch.device | str | None = None,
+    group: Group = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
+    progress: bool = False,
 ) -> Fit:
     """Return the parameters at which EM from a start stops rising.
 
     Args:
         family: a family of the contract.
-        x: (N, D), the data.
+        x: (N, D), the data: a tensor or what numpy reads as a matrix; a memory map, an Arrow table or dataset, or
+            chunks (n, D) that can be read again and again, of which a block at a time is in memory (see ``Dataset``).
         init: the family's ``Params`` to start from, as from ``family.init_params``.
         prior: the family's ``Prior``; EM then climbs to a mode of the posterior. None climbs the likelihood.
-        weights: (N,), how often each row counts, not negative; None counts each once.
+        weights: (N,), how often each row counts, not negative, or the name of the Arrow column that holds them; None
+            counts each once.
         max_steps: the largest number of steps, at least 1.
         rtol: the relative change of the log likelihood at which to stop, not negative.
+        accelerate: ``"anderson"`` tries where EM is going rather than where it goes next, and takes EM's own step where
+            that is not better; a step is a pass over the data, whether what it tried was taken or not.
+        missing: whether NaN in x marks an entry that is missing at random; the likelihood is that of the others.
+        device: where to compute; None computes where x lies.
+        group: the ``torch.distributed`` processes that work together, each with its own rows as x (see ``share``) and
+            all with the same init and settings; each returns the same Fit. None is a process on its own.
+        checkpoint: a file for the state of the run, which resumes there, to the same trace, if the file exists.
+        checkpoint_every: after how many steps to write it, at least 1.
+        progress: whether to show the steps on stderr.
 
     Returns:
         A ``Fit``; reaching ``max_steps`` first is a warning and ``converged`` False.
@@ -63,136 +86,342 @@ def em(
             has lost its last row or collapsed: the message names it.
         ArithmeticError: a step lowered the objective by more than rounding, so that ``m_step`` does not belong to
             ``log_joint``.
+        RuntimeError: another process of the group failed.
     """
-    x = check_rows(family, x)
-    try:
-        params = family.Params(*(value.to(x) for value in check_params(family, init, x.shape[1])))
-    except ValueError as error:
-        raise ValueError(f"EM cannot start: {error}.{_no_spread(x)}") from error
-    for value in (value for name, value in params._asdict().items() if name.endswith("weights")):
-        check_num_components(len(value), len(x))
-    row_weights = check_row_weights(weights, x)
-    prior = check_prior(family, prior, params)
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, not {max_steps}")
     if not rtol >= 0:
         raise ValueError(f"rtol must not be negative, and is {rtol}")
-    table = family.log_joint(params, x)
-    objective = _objective(family, params, table, row_weights=row_weights, prior=prior, step=0)
-    trace: list[float] = []
-    for step in range(1, max_steps + 1):
-        resp = table.softmax(-1)
-        if row_weights is not None:
-            resp = resp * row_weights[:, None]
-        params = family.m_step(family.statistics(params, x, resp), prior)
-        _raise_for_lost_component(params, step)
-        table = family.log_joint(params, x)
-        previous = objective
-        objective = _objective(family, params, table, row_weights=row_weights, prior=prior, step=step)
-        trace.append(objective)
-        rounding = 8 * torch.finfo(x.dtype).eps * (abs(objective) + len(x))
-        if objective < previous - math.sqrt(len(x)) * rounding:
-            _raise_for_collapse(family, params, x, table, step)
+    if accelerate not in (None, "anderson"):
+        raise ValueError(f'accelerate must be "anderson" or None, not {accelerate!r}')
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
+    with EMProgress(progress and is_first(group)) as bar:
+        data = _Data(family, x, init, prior, weights, missing=missing, device=device, group=group, bar=bar)
+        state = _State(family, data.init, accelerate)
+        file = None if checkpoint is None else Path(checkpoint)
+        if file is not None:
+            state.load(file, data)
+        if not state.trace:
+            state.point = data.evaluate(data.init, 0)
+        while len(state.trace) < max_steps and not state.converged_by(rtol):
+            state.step(data, rtol)
+            if file is not None and is_first(group):
+                finished = len(state.trace) == max_steps or state.converged_by(rtol)
+                if finished or len(state.trace) % checkpoint_every == 0:
+                    state.save(file, data)
+    data.raise_for_collapse(state.point.params, len(state.trace))
+    converged = state.converged_by(rtol)
+    if not converged:
+        warnings.warn(
+            f"EM made {len(state.trace)} steps and the last still changed the log likelihood by "
+            f"{state.last_change:.3g}: raise max_steps, or raise rtol if that is close enough",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return Fit(state.point.params, torch.tensor(state.trace, dtype=data.like.dtype), converged, len(state.trace))
+
+
+class _Point(NamedTuple):
+    """What one pass over the data says of some parameters."""
+
+    params: Any
+    objective: float
+    """The log likelihood, plus the log prior."""
+    image: Any
+    """Where EM's own step leads from there."""
+
+
+class _Data:
+    """The rows, wherever they are, and all that does not change from step to step."""
+
+    def __init__(
+        self,
+        family: Any,
+        x: Any,
+        init: Any,
+        prior: Any,
+        weights: Any,
+        *,
+        missing: bool,
+        device: torch.device | str | None,
+        group: Group,
+        bar: EMProgress,
+    ):
+        self.family, self.group, self._bar = family, group, bar
+        self._device = torch.device(device or (x.device if isinstance(x, Tensor) else "cpu"))
+        self._observed = _observed(family) if missing else family
+        with self.together():
+            self._rows = Dataset(family, x, weights, device=device, missing=missing)
+            self.like = self._rows.like
+            if not getattr(family, "additive", False) and (group is not None or not self._rows.in_memory):
+                raise ValueError(
+                    "the M-step of this family needs all rows at once, not sums over them: give x as one matrix, to "
+                    "one process"
+                )
+            num_features = self.like.shape[1]
+            try:
+                self.init = family.Params(*(value.to(self.like) for value in check_params(family, init, num_features)))
+            except ValueError as error:
+                raise ValueError(f"EM cannot start: {error}.{self._no_spread()}") from error
+            self._prior = check_prior(family, prior, self.init)
+            self.identity = {
+                "family": getattr(family, "__name__", None) or repr(family),
+                "init": checkpoints.digest(self.init),
+                "prior": checkpoints.digest(self._prior),
+                "missing": missing,
+                "columns of x": num_features,
+                "type of x": str(self.like.dtype),
+            }
+        self._rounding = 0.0
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return a context in which every process fails if one does."""
+        return together(self.group, self._device)
+
+    def evaluate(self, params: Any, step: int, *, tentative: bool = False) -> _Point:
+        """Make one pass over the data; where it is only tentative, an objective that is not finite is no error."""
+        with self.together():
+            own, own_rows = self._own_rows(params)
+            if not (tentative or torch.isfinite(own.log_lik)):
+                self._explain(params, step)
+        found, num_rows = all_sum(self.group, (own, torch.tensor(own_rows, device=self.like.device)))
+        if step == 0:
+            for value in (value for name, value in params._asdict().items() if name.endswith("weights")):
+                check_num_components(len(value), int(num_rows))
+        objective = found.log_lik
+        if self._prior is not None:
+            objective = objective + self.family.log_prior(params, self._prior)
+            if not (tentative or torch.isfinite(objective)):
+                raise ValueError(
+                    f"the log prior is {self.family.log_prior(params, self._prior).item()} {_when(step)}: a parameter "
+                    "is at the edge of the prior's support"
+                )
+        image = self.family.m_step(found.stats, self._prior)
+        objective, image = first_of(self.group, (objective, image))
+        eps = torch.finfo(self.like.dtype).eps
+        self._rounding = 8 * eps * math.sqrt(num_rows) * (abs(objective.item()) + num_rows.item())
+        self._bar.end_pass(step, objective.item())
+        return _Point(params, objective.item(), image)
+
+    def _own_rows(self, params: Any) -> tuple[Expectation, int]:
+        """Return the sums over this process's rows, and how many there are."""
+        total: Expectation | None = None
+        num_rows = 0
+        for block in self._rows:
+            part = expectation(self._observed, params, block.x, block.weights)
+            total = part if total is None else _add(total, part)
+            num_rows += len(block.x)
+            self._bar.advance(len(block.x))
+        assert total is not None
+        return total, num_rows
+
+    def falls(self, before: float, after: float) -> bool:
+        """Return whether an objective is below another by more than rounding."""
+        return after < before - self._rounding
+
+    def raise_for_fall(self, before: float, point: _Point, step: int) -> None:
+        """Raise if EM's own step led down by more than rounding."""
+        if self.falls(before, point.objective):
+            self.raise_for_collapse(point.params, step)
             raise ArithmeticError(
-                f"step {step} lowered the objective from {previous!r} to {objective!r}: "
+                f"step {step} lowered the objective from {before!r} to {point.objective!r}: "
                 "m_step does not maximise what log_joint and log_prior declare; verify_em says which part is wrong"
             )
-        if abs(objective - previous) <= rtol * abs(objective):
-            _raise_for_collapse(family, params, x, table, step)
-            return Fit(params, torch.tensor(trace, dtype=x.dtype), True, step)
-    _raise_for_collapse(family, params, x, table, max_steps)
-    warnings.warn(
-        f"EM made {max_steps} steps and the last still changed the log likelihood by {objective - previous:.3g}: "
-        "raise max_steps, or raise rtol if that is close enough",
-        ConvergenceWarning,
-        stacklevel=2,
-    )
-    return Fit(params, torch.tensor(trace, dtype=x.dtype), False, max_steps)
+
+    def raise_for_collapse(self, params: Any, step: int) -> None:
+        """Raise if a component is so narrow that its density at its own rows changes with the rounding of the data."""
+        support = data_support(self.family, self.like.shape[1])
+        if getattr(support, "base_constraint", support) is not constraints.real:
+            return
+        with self.together():
+            for block in self._pieces():
+                _raise_for_collapse(self._observed, params, block, step)
+
+    def _explain(self, params: Any, step: int) -> None:
+        """Say which row or component makes the log likelihood not finite."""
+        for block in self._pieces():
+            raise_for_impossible(self._observed.log_joint(params, block.x), block.first_row, _when(step))
+        raise ArithmeticError(f"the log likelihood overflows {_when(step)}: rescale x")
+
+    def _pieces(self) -> Iterator[Block]:
+        """Yield the rows in pieces small enough for a table of K D numbers a row."""
+        for block in self._rows:
+            for start in range(0, len(block.x), ROWS_AT_ONCE):
+                rows = block.x[start : start + ROWS_AT_ONCE]
+                yield Block(block.first_row + start, rows, None)
+
+    def _no_spread(self) -> str:
+        """Return the advice that a start without spread calls for, if the data are to blame."""
+        if not self._rows.in_memory:
+            return ""
+        x = next(iter(self._rows)).x
+        constant = (x == x[0]).all(0).nonzero().flatten().tolist()
+        if len(x) == 1:
+            return " x has a single row, which has no spread: give a start of your own and a prior"
+        return f" x is constant in column {', '.join(map(str, constant))}: drop it" if constant else ""
 
 
-def _no_spread(x: Tensor) -> str:
-    """Return the advice that a start without spread calls for, if the data are to blame."""
-    constant = (x == x[0]).all(0).nonzero().flatten().tolist()
-    if len(x) == 1:
-        return " x has a single row, which has no spread: give a start of your own and a prior"
-    return f" x is constant in column {', '.join(map(str, constant))}: drop it" if constant else ""
+class _State:
+    """Where a run is: the point it stands on, the trace, and what the accelerator has learnt."""
+
+    def __init__(self, family: Any, init: Any, accelerate: str | None):
+        self._accelerator = None if accelerate is None else Anderson(family, init)
+        self.point = _Point(init, -math.inf, init)
+        self.trace: list[float] = []
+        self.last_change = math.inf
+        """Of the objective, by EM's own step; infinite after any other."""
+        self._own_step_next = False
+
+    def converged_by(self, rtol: float) -> bool:
+        """Return whether EM's own step was the last and changed the objective by no more than a relative ``rtol``."""
+        return self.last_change <= rtol * abs(self.point.objective)
+
+    def step(self, data: _Data, rtol: float) -> None:
+        """Make one pass, at a candidate of the accelerator or at the image of EM."""
+        number = len(self.trace) + 1
+        candidate = self._candidate()
+        before = self.point.objective
+        if candidate is None or self._accelerator is None:
+            _raise_for_lost_component(self.point.image, number)
+            self.point = data.evaluate(self.point.image, number)
+            data.raise_for_fall(before, self.point, number)
+            self.last_change = abs(self.point.objective - before)
+            self._own_step_next = False
+        else:
+            found = data.evaluate(candidate, number, tentative=True)
+            accepted = self._accelerator.accept(candidate, found.image, found.objective)
+            # a candidate may gain little by chance: only EM's own step tells that there is no more to gain
+            self._own_step_next = not accepted or found.objective - before <= rtol * abs(before)
+            self.point = found if accepted else self.point
+            self.last_change = math.inf
+        self.trace.append(self.point.objective)
+
+    def save(self, file: Path, data: _Data) -> None:
+        """Write what the next steps depend on."""
+        tensors = {
+            **{f"params.{i}": value for i, value in enumerate(self.point.params)},
+            **{f"image.{i}": value for i, value in enumerate(self.point.image)},
+            "objective": torch.tensor(self.point.objective, dtype=torch.float64),
+            "trace": torch.tensor(self.trace, dtype=torch.float64),
+            "last_change": torch.tensor(self.last_change, dtype=torch.float64),
+            "own_step_next": torch.tensor(self._own_step_next),
+        }
+        if self._accelerator is not None:
+            for name, value in self._accelerator.state_dict().items():
+                tensors[f"accelerator.{name}"] = torch.as_tensor(value)
+        checkpoints.save(file, self._identity(data), tensors)
+
+    def load(self, file: Path, data: _Data) -> None:
+        """Go on from a file, if there is one.
+
+        Raises:
+            ValueError: it is not of this run, or the data are others.
+        """
+        with data.together():
+            found = checkpoints.load(file, self._identity(data)) if is_first(data.group) else None
+        found = object_of_first(data.group, found)
+        if found is None:
+            return
+        params, image = (
+            data.family.Params(*(found[f"{part}.{i}"].to(data.like) for i in range(len(data.init))))
+            for part in ("params", "image")
+        )
+        self.trace = found["trace"].tolist()
+        self.point = _Point(params, found["objective"].item(), image)
+        again = data.evaluate(params, len(self.trace)).objective
+        if data.falls(again, self.point.objective) or data.falls(self.point.objective, again):
+            raise ValueError(
+                f"{file} belongs to other data or weights: the log likelihood there is {self.point.objective!r}, and "
+                f"here {again!r}. Delete it, or give another file"
+            )
+        self.last_change = found["last_change"].item()
+        self._own_step_next = bool(found["own_step_next"])
+        if self._accelerator is not None:
+            prefix = "accelerator."
+            self._accelerator.load_state_dict(
+                {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+            )
+
+    def _identity(self, data: _Data) -> dict[str, Any]:
+        return {**data.identity, "accelerate": type(self._accelerator).__name__}
+
+    def _candidate(self) -> Any:
+        """Return what the accelerator proposes, or None for EM's own step."""
+        if self._accelerator is None:
+            return None
+        found = self._accelerator.propose(self.point.params, self.point.image, self.point.objective)
+        return None if self._own_step_next else found
 
 
-def responsibilities(family: Any, params: Any, x: Any) -> Tensor:
-    """Return p(z_n = k | x_n, params), shape (N, K), for data x (N, D).
+def responsibilities(family: Any, params: Any, x: Any, *, missing: bool = False) -> Tensor:
+    """Return p(z_n = k | x_n, params), shape (N, K), for data x (N, D); with ``missing`` given the entries not NaN.
 
     Raises:
         TypeError, ValueError: the data or the parameters are not what they must be, or a row is impossible under them.
     """
-    x = check_rows(family, x)
+    x = check_rows(family, x, missing=missing)
     params = family.Params(*(value.to(x) for value in check_params(family, params, x.shape[1])))
-    table = family.log_joint(params, x)
-    _objective(family, params, table, step=0)
+    table = (_observed(family) if missing else family).log_joint(params, x)
+    raise_for_impossible(table, 0, _when(0))
     return table.softmax(-1)
 
 
-def check_row_weights(weights: Any, x: Tensor) -> Tensor | None:
-    """Return row weights (N,) in the type of the data x (N, D), or say what is wrong with them.
+class _Observed(NamedTuple):
+    """The two functions of a family that a pass calls, of the entries that are not missing."""
 
-    Raises:
-        TypeError: they are not numbers.
-        ValueError: there is not one for each row, one is negative or not finite, or all are 0.
-    """
-    if weights is None:
-        return None
-    weights = as_floating(weights, "weights").to(x)
-    if weights.shape != x.shape[:1]:
-        raise ValueError(f"weights must have shape ({len(x)},), one for each row, not {tuple(weights.shape)}")
-    bad = ~(torch.isfinite(weights) & (weights >= 0))
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(f"weights[{row}] is {weights[row].item()}: a weight must be finite and not negative")
-    if not weights.sum() > 0:
-        raise ValueError("all weights are 0: at least one row must count")
-    return weights
+    log_joint: Any
+    statistics: Any
 
 
-def _objective(
-    family: Any, params: Any, table: Tensor, *, row_weights: Tensor | None = None, prior: Any = None, step: int
-) -> float:
-    """Return the log likelihood, plus log prior, from the table log p(x_n, z_n = k), or say why it is not finite."""
-    when = "at the start" if step == 0 else f"at step {step}"
+def _observed(family: Any) -> _Observed:
+    if not hasattr(family, "log_joint_observed"):
+        raise ValueError("this family has no E-step for missing values: drop or impute the rows with NaN")
+    return _Observed(family.log_joint_observed, family.statistics_observed)
+
+
+def _add(left: Any, right: Any) -> Any:
+    """Return the sum of tensors in nested NamedTuples, entry by entry."""
+    if isinstance(left, tuple):
+        return type(left)(*(_add(a, b) for a, b in zip(left, right, strict=True)))
+    return left + right
+
+
+def _when(step: int) -> str:
+    return "at the start" if step == 0 else f"at step {step}"
+
+
+def raise_for_impossible(table: Tensor, first_row: int, when: str) -> None:
+    """Say which component has collapsed, or which row is impossible, by the table (n, K) of log p(x_n, z_n = k)."""
     impossible = torch.isnan(table) | (table == torch.inf)
     if impossible.any():
         row, k = impossible.nonzero()[0].tolist()
         raise ValueError(
-            f"component {k} has collapsed {when}: its spread is zero to rounding, so that the density of row {row} "
-            "is not finite. Give a prior, use fewer components, or start elsewhere"
+            f"component {k} has collapsed {when}: its spread is zero to rounding, so that the density of row "
+            f"{first_row + row} is not finite. Give a prior, use fewer components, or start elsewhere"
         )
     log_lik = table.logsumexp(-1)
     if (log_lik == -torch.inf).any():
         row = int((log_lik == -torch.inf).nonzero()[0])
         raise ValueError(
-            f"row {row} is impossible under every component {when}: its density underflows to 0. Start from "
-            "parameters under which each row has positive density, as init_params gives"
+            f"row {first_row + row} is impossible under every component {when}: its density underflows to 0. Start "
+            "from parameters under which each row has positive density, as init_params gives"
         )
-    total = (log_lik if row_weights is None else log_lik * row_weights).sum()
-    if prior is not None:
-        total = total + family.log_prior(params, prior)
-        if not torch.isfinite(total):
-            raise ValueError(
-                f"the log prior is {total.item()} {when}: a parameter is at the edge of the prior's support"
-            )
-    return total.item()
 
 
-def _raise_for_collapse(family: Any, params: Any, x: Tensor, table: Tensor, step: int) -> None:
-    """Raise if a component is so narrow that its density at its own rows changes with the rounding of the data."""
-    support = data_support(family, x.shape[1])
-    if getattr(support, "base_constraint", support) is not constraints.real:
-        return
-    nudged = x + torch.finfo(x.dtype).eps * x.abs().amax(0)
-    moved = table.softmax(-1) * (family.log_joint(params, nudged) - table).abs()
+def _raise_for_collapse(family: Any, params: Any, block: Block, step: int) -> None:
+    """Raise if at the row where a component is most probable its density changes with the rounding of the data."""
+    x = block.x
+    table = family.log_joint(params, x)
+    rows = table.argmax(0)
+    nudged = x[rows] + torch.finfo(x.dtype).eps * x.nan_to_num().abs().amax(0)
+    moved = table[rows].softmax(-1) * (family.log_joint(params, nudged) - table[rows]).abs()
     row, k = divmod(int(moved.argmax()), moved.shape[1])
     if not moved[row, k] < 0.5:  # what a standard deviation from the location costs
         raise ValueError(
             f"component {k} has collapsed at step {step}: its spread is below the rounding of x, so that the "
-            f"density of row {row} means nothing. Give a prior, use fewer components, or start elsewhere"
+            f"density of row {block.first_row + int(rows[row])} means nothing. Give a prior, use fewer components, or "
+            "start elsewhere"
         )
 
 

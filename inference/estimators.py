@@ -22,9 +22,9 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from mixproof.inference.em import check_row_weights, em, responsibilities
+from mixproof.inference.em import em, responsibilities
 from mixproof.inference.sampling import sample
-from mixproof.inference.validation import check_prior, check_rows
+from mixproof.inference.validation import check_prior, check_row_weights, check_rows
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied, laplace
 from mixproof.models.initial import check_num_components, partition
 

@@ -13,12 +13,16 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 
-def check_data(x: Any, support: constraints.Constraint | None = None) -> Tensor:
+def check_data(
+    x: Any, support: constraints.Constraint | None = None, *, first_row: int = 0, missing: bool = False
+) -> Tensor:
     """Return the data as a floating tensor (N, D), or say what is wrong with them.
 
     Args:
         x: (N, D), a tensor or anything numpy reads as a numeric matrix; integers and booleans become float64.
         support: the torch constraint that a single row, or each of its entries, must satisfy.
+        first_row: the number of the first row in all the data, by which a message names the rows.
+        missing: whether NaN marks a missing entry rather than a fault.
 
     Raises:
         TypeError: the data are not numbers.
@@ -40,25 +44,65 @@ def check_data(x: Any, support: constraints.Constraint | None = None) -> Tensor:
     if x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: it needs at least one row and one column")
     x = x if x.is_floating_point() else x.to(torch.float64)
-    _raise_at_first(~torch.isfinite(x), x, "is {value}: drop or impute the row, mixproof does not guess missing values")
+    if missing:
+        _raise_at_first(torch.isinf(x), x, "is {value}: only NaN marks a missing entry", first_row)
+    else:
+        advice = "drop or impute the row, or pass missing=True where NaN marks a missing entry"
+        _raise_at_first(~torch.isfinite(x), x, f"is {{value}}: {advice}", first_row)
     if support is not None:
         elementwise = support.base_constraint if isinstance(support, constraints.independent) else support
-        _raise_at_first(
-            ~elementwise.check(x), x, f"is {{value}}, outside the support of this family ({_words(elementwise)})"
-        )
+        outside = ~elementwise.check(x) & ~torch.isnan(x)
+        words = f"is {{value}}, outside the support of this family ({_words(elementwise)})"
+        _raise_at_first(outside, x, words, first_row)
     return x
 
 
-def check_rows(family: Any, x: Any) -> Tensor:
+def check_rows(family: Any, x: Any, *, first_row: int = 0, missing: bool = False) -> Tensor:
     """Return the data (N, D) of a family as a floating tensor, or say what is wrong with them.
+
+    Args:
+        family: a family of the contract.
+        x: (N, D), as ``check_data`` takes them.
+        first_row: the number of the first row in all the data, by which a message names the rows.
+        missing: whether NaN marks a missing entry rather than a fault.
 
     Raises:
         TypeError: the data are not numbers.
         ValueError: the shape is not (N, D) with N, D >= 1, D is not that of the family's settings, or an entry is not
             finite or outside the support of the family.
     """
-    x = check_data(x)
-    return check_data(x, data_support(family, x.shape[1]))
+    x = check_data(x, first_row=first_row, missing=missing)
+    return check_data(x, data_support(family, x.shape[1]), first_row=first_row, missing=missing)
+
+
+def check_row_weights(weights: Any, x: Tensor, *, first_row: int | None = None) -> Tensor | None:
+    """Return row weights (N,) in the type of the data x (N, D), or say what is wrong with them.
+
+    Args:
+        weights: (N,), how often each row counts; None counts each once.
+        x: (N, D).
+        first_row: the number of the first row in all the data, by which a message names the rows; None if these are
+            all the data.
+
+    Raises:
+        TypeError: they are not numbers.
+        ValueError: there is not one for each row, one is negative or not finite, or all of all the data are 0.
+    """
+    if weights is None:
+        return None
+    is_whole, first_row = first_row is None, first_row or 0
+    weights = as_floating(weights, "weights").to(x)
+    if weights.shape != x.shape[:1]:
+        shape = f"({first_row + len(x)},), one for each row"
+        raise ValueError(f"weights must have shape {shape}, not {(first_row + weights.shape[0], *weights.shape[1:])}")
+    bad = ~(torch.isfinite(weights) & (weights >= 0))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        value = weights[row].item()
+        raise ValueError(f"weights[{first_row + row}] is {value}: a weight must be finite and not negative")
+    if is_whole and not weights.sum() > 0:
+        raise ValueError("all weights are 0: at least one row must count")
+    return weights
 
 
 def check_params(family: Any, params: Any, num_features: int | None = None) -> Any:
@@ -217,12 +261,12 @@ def feasible(site: dict[str, Any]) -> Tensor:
     return transform(torch.zeros(transform.inverse_shape(distribution.shape()), dtype=torch.float64))
 
 
-def _raise_at_first(bad: Tensor, x: Tensor, what: str) -> None:
+def _raise_at_first(bad: Tensor, x: Tensor, what: str, first_row: int) -> None:
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         count = int(bad.sum())
         more = f" (and {count - 1} more entries)" if count > 1 else ""
-        raise ValueError(f"x[{row}, {column}] " + what.format(value=x[row, column].item()) + more)
+        raise ValueError(f"x[{first_row + row}, {column}] " + what.format(value=x[row, column].item()) + more)
 
 
 def _shown(value: Tensor) -> str:

@@ -1,0 +1,82 @@
+"""The state of a long run in a file that is whole at every moment: safetensors, replaced in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save(path: Path, run: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write tensors by name, and what identifies the run they belong to; a reader finds the old state or the new one.
+
+    Args:
+        path: where to; a file beside it with ``.new`` behind its name is written first.
+        run: whatever JSON holds.
+        tensors: on any device.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    new = path.with_name(path.name + ".new")
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(on_cpu, new, metadata={"run": json.dumps(run)})
+    with new.open("rb+") as file:
+        os.fsync(file.fileno())
+    new.replace(path)
+    folder = os.open(path.absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: Path, run: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Return the tensors of a run by name, or None where there is no such file.
+
+    Raises:
+        ValueError: the file is not a checkpoint, or belongs to another run: the message says in what they differ.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("run", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a checkpoint: {error}") from error
+    expected = json.loads(json.dumps(run))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a checkpoint of a run: give another file")
+    different = [name for name in expected if found.get(name) != expected[name]]
+    if different:
+        raise ValueError(
+            f"{path} belongs to another run, which differs in {', '.join(different)}: delete it, or give another file"
+        )
+    return tensors
+
+
+def digest(values: Any) -> str:
+    """Return a short name for the exact values of tensors in nested tuples, or of None."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, tuple):
+            for part in value:
+                add(part)
+        elif isinstance(value, Tensor):
+            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().to(torch.float64).numpy().tobytes())
+        else:
+            found.update(repr(value).encode())
+
+    add(values)
+    return found.hexdigest()[:16]
