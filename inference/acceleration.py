@@ -209,7 +209,7 @@ class _Coordinates:
         return value.log().flatten()
 
     def inverse(self, u: Tensor, like: Any) -> Any:
-        """Return the parameters at coordinates u (P,), in the shapes and type of others, from which the known ones come."""
+        """Return the parameters at coordinates u (P,), shaped as others, from which the known ones come."""
         values, start = {}, 0
         for name, support in self.supports.items():
             old = getattr(like, name)
@@ -236,9 +236,13 @@ class _Coordinates:
         return block.exp()
 
     def inside(self, u: Tensor, image: Tensor) -> Tensor:
-        """Return u (P,), no weight or probability nearer to an edge than a share of the way from EM's image (P,)."""
+        """Return u (P,), no weight or probability nearer to an edge than a share of the way from EM's image (P,).
+
+        What is at an edge stays there, as EM keeps it.
+        """
         (lower, upper), share = self.edges, TOWARDS_BOUNDARY
-        return u.maximum((1 - share) * image + share * lower).minimum((1 - share) * image + share * upper)
+        u = u.maximum((1 - share) * image + share * lower).minimum((1 - share) * image + share * upper)
+        return torch.where((image == lower) | (image == upper), image, u)
 
 
 EDGES = {constraints.simplex: (0.0, math.inf), constraints.unit_interval: (0.0, math.pi)}
