@@ -1,3 +1,5 @@
+"""One pass of EM over rows in memory: the log likelihood and the expected sufficient statistics."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
