@@ -47,7 +47,7 @@ def check_data(
     if missing:
         _raise_at_first(torch.isinf(x), x, "is {value}: only NaN marks a missing entry", first_row)
     else:
-        advice = "drop or impute the row, or pass missing=True where NaN marks a missing entry"
+        advice = "drop or impute the row (em takes missing=True where NaN marks a missing entry)"
         _raise_at_first(~torch.isfinite(x), x, f"is {{value}}: {advice}", first_row)
     if support is not None:
         elementwise = support.base_constraint if isinstance(support, constraints.independent) else support

@@ -57,7 +57,7 @@ def says(words: str) -> str:
 # Data
 
 BAD_DATA = {
-    "NaN": (with_entry(X, NAN), ValueError, "x[3, 1] is nan: drop or impute the row, mixproof does not guess missing"),
+    "NaN": (with_entry(X, NAN), ValueError, "x[3, 1] is nan: drop or impute the row (em takes missing=True"),
     "infinity": (with_entry(X, -INF, 19, 0), ValueError, "x[19, 0] is -inf: drop or impute the row"),
     "several": (X * torch.tensor([1.0, INF]).double(), ValueError, "(and 19 more entries)"),
     "a vector": (X[:, 0], ValueError, "x must have shape (N, D), not (20,): one feature is x[:, None]"),
@@ -348,10 +348,15 @@ def test_bad_row_weights_are_refused(weights: Any, words: str) -> None:
         em(gaussian_full, X, PARAMS, weights=weights)
 
 
-@pytest.mark.parametrize("weights", ["abc", [["a"]] * 20, object()])
+@pytest.mark.parametrize("weights", [["abc"] * 20, [["a"]] * 20, object()])
 def test_row_weights_must_be_numbers(weights: Any) -> None:
     with pytest.raises(TypeError, match="weights must hold numbers in the shape of an array"):
         em(gaussian_full, X, PARAMS, weights=weights)
+
+
+def test_weights_by_name_need_columns_with_names() -> None:
+    with pytest.raises(TypeError, match="weights names a column, 'count', and x has no named columns"):
+        em(gaussian_full, X, PARAMS, weights="count")
 
 
 def test_arrays_may_be_read_backwards() -> None:
