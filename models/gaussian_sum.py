@@ -19,7 +19,9 @@ Sizes: N observations, D features, K_x and K_y components; a pair (k, l) is colu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar, NamedTuple
 
 import pyro
@@ -156,6 +158,45 @@ def _summand_statistics(
     return gaussian_full.Stats(counts, counts[..., None] * part.locs + shifts, shifts, scatters)
 
 
+def reduction(
+    params: Params,
+) -> tuple[ModuleType, gaussian_full.Params, Callable[[gaussian_full.Stats], Stats]]:
+    """Return the collapsed mixture, and how its statistics give those of both summands."""
+    x_part, y_part = parts(params)
+
+    def back(pairs: gaussian_full.Stats) -> Stats:
+        x_pairs = _unflatten(pairs, x_part, y_part)
+        y_pairs = gaussian_full.Stats(*(value.transpose(0, 1) for value in x_pairs))
+        return Stats(_summand_of_pairs(x_part, y_part, x_pairs), _summand_of_pairs(y_part, x_part, y_pairs))
+
+    return gaussian_full, collapse(x_part, y_part), back
+
+
+def _unflatten(
+    pairs: gaussian_full.Stats, part: gaussian_full.Params, other: gaussian_full.Params
+) -> gaussian_full.Stats:
+    """Return statistics of the collapsed mixture with a dimension for each part, (K, L, ...)."""
+    shape = len(part.weights), len(other.weights)
+    return gaussian_full.Stats(*(value.unflatten(0, shape) for value in pairs))
+
+
+def _summand_of_pairs(
+    part: gaussian_full.Params, other: gaussian_full.Params, pairs: gaussian_full.Stats
+) -> gaussian_full.Stats:
+    """Return the statistics of one summand from those of the sum for each pair, (K, L, ...).
+
+    Its mean given the sum is affine in the sum, so that its statistics are linear in those of the sum.
+    """
+    covariances = part.covariances[:, None]
+    factors = cholesky(covariances + other.covariances)  # (K, L, D, D)
+    gains = torch.cholesky_solve(covariances.expand_as(factors), factors).mT
+    shifts = (gains @ pairs.shifts[..., None])[..., 0].sum(1)
+    remaining = pairs.counts[..., None, None] * (covariances - gains @ covariances)
+    scatters = (gains @ pairs.scatters @ gains.mT + remaining).sum(1)
+    counts = pairs.counts.sum(1)
+    return gaussian_full.Stats(counts, counts[:, None] * part.locs + shifts, shifts, scatters)
+
+
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
     """Return the parameters that maximise the expected log density of latents and summands, plus log prior if given."""
     return Params(*gaussian_full.m_step(stats.x, prior and prior.x), *gaussian_full.m_step(stats.y, prior and prior.y))
@@ -270,6 +311,16 @@ class KnownNoise:
         """Return the expected statistics of x before the noise under responsibilities (N, K_x K_y)."""
         pairs = resp.unflatten(-1, (params.weights.shape[-1], self.noise.weights.shape[-1]))
         return _summand_statistics(params, self.noise, x, pairs)
+
+    def reduction(
+        self, params: gaussian_full.Params
+    ) -> tuple[ModuleType, gaussian_full.Params, Callable[[gaussian_full.Stats], gaussian_full.Stats]]:
+        """Return the collapsed mixture, and how its statistics give those of x before the noise."""
+
+        def back(pairs: gaussian_full.Stats) -> gaussian_full.Stats:
+            return _summand_of_pairs(params, self.noise, _unflatten(pairs, params, self.noise))
+
+        return gaussian_full, collapse(params, self.noise), back
 
     def m_step(self, stats: gaussian_full.Stats, prior: gaussian_full.Prior | None = None) -> gaussian_full.Params:
         """Return the parameters of x that maximise the expected log density of x and k, plus log prior if given."""
