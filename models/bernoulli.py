@@ -10,7 +10,10 @@ section 9.3.3. The conjugate prior is Dirichlet on the weights and beta on each 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import pyro
@@ -20,6 +23,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models.initial import partition
+
+additive = True
 
 
 class Params(NamedTuple):
@@ -228,6 +233,13 @@ class UniformWeights:
     def statistics_observed(self, params: UniformWeights.Params, x: Tensor, resp: Tensor) -> UniformWeights.Stats:
         """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
         return UniformWeights.Stats(*statistics_observed(Params(*params), x, resp)[1:])
+
+    def reduction(
+        self, params: UniformWeights.Params
+    ) -> tuple[ModuleType, Params, Callable[[Stats], UniformWeights.Stats]]:
+        """Return the family with free weights, and how its statistics give these."""
+        free = sys.modules[__name__]
+        return free, Params(*params), lambda stats: UniformWeights.Stats(stats.ones, stats.zeros)
 
     def m_step(self, stats: UniformWeights.Stats, prior: UniformWeights.Prior | None = None) -> UniformWeights.Params:
         """Return the probabilities that maximise Q, or Q + log prior, beside the weights as they are known."""

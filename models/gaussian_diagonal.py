@@ -21,6 +21,8 @@ from torch.distributions import constraints
 
 from mixproof.models.initial import partition
 
+additive = True
+
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -113,6 +115,36 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
         resp.mT @ torch.where(missing, 0, x) + unseen * params.locs,
         weighted.sum(-2),
         (weighted * deviations).sum(-2) + unseen * params.variances,
+    )
+
+
+def features(x: Tensor, center: Tensor) -> Tensor:
+    """Return the squares of x - center, x - center itself and ones, shape (2 D + 1, N), for rows x (N, D)."""
+    size = x.shape[-1]
+    result = x.new_ones(2 * size + 1, len(x))
+    torch.sub(x.mT, center[:, None], out=result[size:-1])
+    torch.square(result[size:-1], out=result[:size])
+    return result
+
+
+def natural(params: Params, center: Tensor) -> Tensor:
+    """Return the coefficients (K, 2 D + 1) of the features in log p(x_n, z_n = k)."""
+    locs, precisions = params.locs - center, 1 / params.variances
+    constant = params.weights.log() - ((2 * math.pi * params.variances).log() + locs.square() * precisions).sum(-1) / 2
+    return torch.cat([-precisions / 2, precisions * locs, constant[:, None]], -1)
+
+
+def reach(params: Params, center: Tensor) -> Tensor:
+    """Return no less than the root mean squares (K, D) of x - center in each component."""
+    return (params.locs - center).abs() + params.variances.sqrt()
+
+
+def statistics_of(moments: Tensor, params: Params, center: Tensor) -> Stats:
+    """Return the sufficient statistics from the sums of features times responsibilities, shape (2 D + 1, K)."""
+    squares, sums, counts = moments.mT.split([center.shape[-1], center.shape[-1], 1], -1)
+    locs = params.locs - center
+    return Stats(
+        counts[:, 0], sums + counts * center, sums - counts * locs, squares - 2 * locs * sums + counts * locs.square()
     )
 
 

@@ -24,6 +24,8 @@ from mixproof.models.initial import partition
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
+additive = True
+
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -122,6 +124,126 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
     weighted = weights * deviations
     scatters = weighted.mT @ deviations + remaining
     return Stats(resp.sum(-2), (weights * completed).sum(-2), weighted.sum(-2), scatters)
+
+
+def features(x: Tensor, center: Tensor) -> Tensor:
+    """Return the products of x - center with itself, x - center and ones, shape (P, N), for rows x (N, D).
+
+    Of the symmetric matrix of products, the blocks on and above the diagonal are kept.
+    """
+    size = x.shape[-1]
+    bands = _bands(size)
+    result = x.new_empty(sum((end - start) * (size - start) for start, end in bands) + size + 1, len(x))
+    result[-1] = 1
+    centred = torch.sub(x.mT, center[:, None], out=result[-1 - size : -1])
+    first = 0
+    for start, end in bands:
+        last = first + (end - start) * (size - start)
+        products = result[first:last].view(end - start, size - start, len(x))
+        torch.mul(centred[start:end, None], centred[start:], out=products)
+        first = last
+    return result
+
+
+def _bands(size: int) -> list[tuple[int, int]]:
+    """Return the ends of at most four bands of rows of a matrix: few operations, and 10 / 16 of the matrix in blocks."""
+    width = math.ceil(size / 4)
+    return [(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+def natural(params: Params, center: Tensor) -> Tensor:
+    """Return the coefficients (K, P) of the features in log p(x_n, z_n = k)."""
+    whitening, constant = _whitening(params)
+    precisions = whitening.mT @ whitening
+    locs = (params.locs - center)[..., None]
+    linear = (precisions @ locs)[..., 0]
+    constant = constant - (whitening @ locs).square().sum((-2, -1)) / 2
+    quadratic = []
+    for start, end in _bands(center.shape[-1]):
+        band = -precisions[:, start:end, start:]
+        band[..., : end - start] /= 2  # both halves of a block on the diagonal are there
+        quadratic.append(band.flatten(1))
+    return torch.cat([*quadratic, linear, constant[:, None]], -1)
+
+
+def _whitening(params: Params) -> tuple[Tensor, Tensor]:
+    """Return lower triangular W (K, D, D) with W Sigma W^T = I, and the log joint densities (K,) at the locations."""
+    factors = cholesky(params.covariances)
+    identity = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device).expand_as(factors)
+    whitening = torch.linalg.solve_triangular(factors, identity, upper=False, left=False)
+    return whitening, params.weights.log() - (factors.shape[-1] * math.log(2 * math.pi) + log_det(factors)) / 2
+
+
+def reach(params: Params, center: Tensor) -> Tensor:
+    """Return no less than the root mean squares (K, D) of x - center in each component."""
+    return (params.locs - center).abs() + params.covariances.diagonal(dim1=-2, dim2=-1).sqrt()
+
+
+def statistics_of(moments: Tensor, params: Params, center: Tensor) -> Stats:
+    """Return the sufficient statistics from the sums of features times responsibilities, shape (P, K)."""
+    size = center.shape[-1]
+    counts, sums = moments[-1], moments[-1 - size : -1].mT
+    products = moments.new_empty(len(counts), size, size)
+    first = 0
+    for start, end in _bands(size):
+        last = first + (end - start) * (size - start)
+        band = moments[first:last].mT.unflatten(-1, (end - start, size - start))
+        products[:, start:end, start:] = band
+        products[:, start:, start:end] = band.mT
+        first = last
+    locs = params.locs - center
+    crossed = locs[..., :, None] * sums[..., None, :]
+    scatters = products - crossed - crossed.mT + counts[:, None, None] * outer(locs)
+    return Stats(counts, sums + counts[:, None] * center, sums - counts[:, None] * locs, scatters)
+
+
+class _Whitened:
+    """A pass in deviations: loses to a center far away what rounding the data there loses, and no more.
+
+    Whitened deviations come from one product with all factors; in the scatters only one side is about the center.
+    """
+
+    def __init__(self, params: Params, center: Tensor):
+        self.params, self.center = params, center
+        self.locs = params.locs - center
+        num_components, size = self.locs.shape
+        self.width = num_components * size
+        self.bands = _bands(size) if size >= 64 else [(0, size)]
+        whitening, self.constant = _whitening(params)
+        affine = torch.cat([-whitening @ self.locs[..., None], whitening], -1)
+        self.factors = [affine[:, start:end, : end + 1].flatten(0, 1) for start, end in self.bands]
+
+    def table(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(x_n, z_n = k), shape (K, n), for rows x (n, D), and ones above their x - center, (1 + D, n)."""
+        centred = x.new_ones(1 + x.shape[-1], len(x))
+        torch.sub(x.mT, self.center[:, None], out=centred[1:])
+        mahalanobis: Tensor | float = 0.0
+        for (start, end), factors in zip(self.bands, self.factors, strict=True):
+            whitened = (factors @ centred[: end + 1]).view(-1, end - start, len(x))
+            mahalanobis = mahalanobis + whitened.square_().sum(1)
+        return self.constant[:, None] - mahalanobis / 2, centred
+
+    def sums(self, centred: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
+        """Return the sums of r, of r (x - loc), and, from each band's diagonal on, of r (x - loc)(x - center)^T."""
+        weighted = (centred[1:, None] - self.locs.mT[..., None]).mul_(resp)  # (D, K, n)
+        scatters = (weighted[start:].flatten(0, 1) @ centred[start + 1 : end + 1].mT for start, end in self.bands)
+        return resp.sum(-1), weighted.sum(-1), *scatters
+
+    def statistics(self, sums: tuple[Tensor, ...]) -> Stats:
+        counts, shifts, *bands = sums
+        num_components, size = self.locs.shape
+        scatters = counts.new_zeros(num_components, size, size)
+        for (start, end), band in zip(self.bands, bands, strict=True):
+            scatters[:, start:, start:end] = band.unflatten(0, (size - start, num_components)).movedim(0, 1)
+        shifts = shifts.mT
+        scatters = (scatters - shifts[..., :, None] * self.locs[..., None, :]).tril()
+        scatters = scatters + scatters.tril(-1).mT
+        return Stats(counts, shifts + counts[:, None] * self.params.locs, shifts, scatters)
+
+
+def prepare(params: Params, center: Tensor) -> _Whitened:
+    """Return what a precise pass over rows needs of the parameters."""
+    return _Whitened(params, center)
 
 
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:

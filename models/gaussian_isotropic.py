@@ -10,7 +10,9 @@ conjugate prior is Dirichlet on the weights and normal on each mean.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import pyro
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.models import gaussian_spherical
 from mixproof.models.initial import partition
 
 
@@ -100,6 +103,17 @@ class GaussianIsotropic:
         missing = x.isnan()
         unseen = resp.mT @ missing.to(x.dtype)  # (K, D), of r where the feature is missing
         return GaussianIsotropic.Stats(resp.sum(-2), resp.mT @ torch.where(missing, 0, x) + unseen * params.locs)
+
+    def reduction(
+        self, params: GaussianIsotropic.Params
+    ) -> tuple[ModuleType, gaussian_spherical.Params, Callable[[gaussian_spherical.Stats], GaussianIsotropic.Stats]]:
+        """Return the spherical family with this variance in every component, and how its statistics give these."""
+        variances = torch.full_like(params.weights, self.variance)
+        return (
+            gaussian_spherical,
+            gaussian_spherical.Params(*params, variances),
+            lambda stats: GaussianIsotropic.Stats(stats.counts, stats.sums),
+        )
 
     def m_step(
         self, stats: GaussianIsotropic.Stats, prior: GaussianIsotropic.Prior | None = None

@@ -20,6 +20,8 @@ from torch.distributions import constraints
 
 from mixproof.models.initial import partition
 
+additive = True
+
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -114,6 +116,35 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
         weighted.sum(-2),
         (weighted * deviations).sum((-2, -1)) + unseen.sum(-1) * params.variances,
     )
+
+
+def features(x: Tensor, center: Tensor) -> Tensor:
+    """Return ||x - center||^2, x - center itself and ones, shape (D + 2, N), for rows x (N, D)."""
+    result = x.new_ones(x.shape[-1] + 2, len(x))
+    torch.sub(x.mT, center[:, None], out=result[1:-1])
+    torch.sum(result[1:-1].square(), 0, out=result[0])
+    return result
+
+
+def natural(params: Params, center: Tensor) -> Tensor:
+    """Return the coefficients (K, D + 2) of the features in log p(x_n, z_n = k)."""
+    locs, precisions = params.locs - center, 1 / params.variances[:, None]
+    log_normaliser = locs.shape[-1] * (2 * math.pi * params.variances).log() / 2
+    constant = params.weights.log() - log_normaliser - (locs.square() * precisions).sum(-1) / 2
+    return torch.cat([-precisions / 2, precisions * locs, constant[:, None]], -1)
+
+
+def reach(params: Params, center: Tensor) -> Tensor:
+    """Return no less than the root mean squares (K, D) of x - center in each component."""
+    return (params.locs - center).abs() + params.variances.sqrt()[:, None]
+
+
+def statistics_of(moments: Tensor, params: Params, center: Tensor) -> Stats:
+    """Return the sufficient statistics from the sums of features times responsibilities, shape (D + 2, K)."""
+    squares, sums, counts = moments.mT.split([1, center.shape[-1], 1], -1)
+    locs = params.locs - center
+    about_locs = squares[:, 0] + (counts * locs.square() - 2 * locs * sums).sum(-1)
+    return Stats(counts[:, 0], sums + counts * center, sums - counts * locs, about_locs)
 
 
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:

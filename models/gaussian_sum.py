@@ -19,7 +19,9 @@ Sizes: N observations, D features, K_x and K_y components; a pair (k, l) is colu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar, NamedTuple
 
 import pyro
@@ -163,20 +165,31 @@ def log_joint_observed(params: Params, x: Tensor) -> Tensor:
 
 def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
     """Return the expected statistics of both summands given what is observed, under responsibilities (N, K_x K_y)."""
+    _, pairs, back = reduction(params)
+    return back(gaussian_full.statistics_observed(pairs, x, resp))
+
+
+def reduction(
+    params: Params,
+) -> tuple[ModuleType, gaussian_full.Params, Callable[[gaussian_full.Stats], Stats]]:
+    """Return the collapsed mixture, and how its statistics give those of both summands."""
     x_part, y_part = parts(params)
-    counts, shifts, scatters = _pair_moments_observed(x_part, y_part, x, resp)
-    return Stats(
-        _summand_of_pairs(x_part, y_part, counts, shifts, scatters),
-        _summand_of_pairs(y_part, x_part, counts.mT, shifts.transpose(-3, -2), scatters.transpose(-4, -3)),
-    )
+
+    def back(pairs: gaussian_full.Stats) -> Stats:
+        counts, shifts, scatters = _by_pair(pairs, x_part, y_part)
+        return Stats(
+            _summand_of_pairs(x_part, y_part, counts, shifts, scatters),
+            _summand_of_pairs(y_part, x_part, counts.mT, shifts.transpose(-3, -2), scatters.transpose(-4, -3)),
+        )
+
+    return gaussian_full, collapse(x_part, y_part), back
 
 
-def _pair_moments_observed(
-    x_part: gaussian_full.Params, y_part: gaussian_full.Params, x: Tensor, resp: Tensor
+def _by_pair(
+    pairs: gaussian_full.Stats, part: gaussian_full.Params, other: gaussian_full.Params
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the expected counts (K, L), shifts (K, L, D) and scatters (K, L, D, D) of the sum for each pair."""
-    pairs = gaussian_full.statistics_observed(collapse(x_part, y_part), x, resp)
-    sizes = x_part.weights.shape[-1], y_part.weights.shape[-1]
+    """Return counts (K, L), shifts (K, L, D) and scatters (K, L, D, D) of the collapsed mixture's K L components."""
+    sizes = part.weights.shape[-1], other.weights.shape[-1]
     return pairs.counts.unflatten(-1, sizes), pairs.shifts.unflatten(-2, sizes), pairs.scatters.unflatten(-3, sizes)
 
 
@@ -320,7 +333,18 @@ class KnownNoise:
 
     def statistics_observed(self, params: gaussian_full.Params, x: Tensor, resp: Tensor) -> gaussian_full.Stats:
         """Return the expected statistics of x before the noise given what is observed, under (N, K_x K_y) resp."""
-        return _summand_of_pairs(params, self.noise, *_pair_moments_observed(params, self.noise, x, resp))
+        _, pairs, back = self.reduction(params)
+        return back(gaussian_full.statistics_observed(pairs, x, resp))
+
+    def reduction(
+        self, params: gaussian_full.Params
+    ) -> tuple[ModuleType, gaussian_full.Params, Callable[[gaussian_full.Stats], gaussian_full.Stats]]:
+        """Return the collapsed mixture, and how its statistics give those of x before the noise."""
+
+        def back(pairs: gaussian_full.Stats) -> gaussian_full.Stats:
+            return _summand_of_pairs(params, self.noise, *_by_pair(pairs, params, self.noise))
+
+        return gaussian_full, collapse(params, self.noise), back
 
     def m_step(self, stats: gaussian_full.Stats, prior: gaussian_full.Prior | None = None) -> gaussian_full.Params:
         """Return the parameters of x that maximise the expected log density of x and k, plus log prior if given."""

@@ -22,6 +22,8 @@ from mixproof.models.initial import partition
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
+additive = True
+
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -118,6 +120,45 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
     weighted = weights * deviations
     scatter = (weighted.mT @ deviations + remaining).sum(-3)
     return Stats(resp.sum(-2), (weights * completed).sum(-2), weighted.sum(-2), scatter)
+
+
+class _Whitened:
+    """A pass in deviations: loses to a center far away what rounding the data there loses, and no more.
+
+    One factor whitens rows and locations alike, once for all components; the scatter over all components has one side
+    about their own locations and the other about the center.
+    """
+
+    def __init__(self, params: Params, center: Tensor):
+        self.params, self.center = params, center
+        self.locs = params.locs - center
+        self.width = self.locs.numel()
+        factor = cholesky(params.covariance)
+        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        self.whitening = torch.linalg.solve_triangular(factor, identity, upper=False, left=False)
+        self.whitened_locs = self.whitening @ self.locs.mT  # (D, K)
+        self.constant = params.weights.log() - (len(factor) * math.log(2 * math.pi) + log_det(factor)) / 2
+
+    def table(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(x_n, z_n = k), shape (K, n), for rows x (n, D), and their x - center, (D, n)."""
+        centred = torch.sub(x.mT, self.center[:, None], out=x.new_empty(x.shape[1], len(x)))
+        deviations = (self.whitening @ centred)[:, None] - self.whitened_locs[..., None]  # (D, K, n)
+        return self.constant[:, None] - deviations.square_().sum(0) / 2, centred
+
+    def sums(self, centred: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
+        """Return the sums of r, of r (x - loc), and of r (x - loc)(x - center)^T over all components."""
+        weighted = (centred[:, None] - self.locs.mT[..., None]).mul_(resp)  # (D, K, n)
+        return resp.sum(-1), weighted.sum(-1), weighted.sum(1) @ centred.mT
+
+    def statistics(self, sums: tuple[Tensor, ...]) -> Stats:
+        counts, shifts, scatter = sums
+        scatter = scatter - (shifts[:, None] * self.locs.mT).sum(-1)
+        return Stats(counts, shifts.mT + counts[:, None] * self.params.locs, shifts.mT, (scatter + scatter.mT) / 2)
+
+
+def prepare(params: Params, center: Tensor) -> _Whitened:
+    """Return what a precise pass over rows needs of the parameters."""
+    return _Whitened(params, center)
 
 
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
