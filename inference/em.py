@@ -104,14 +104,14 @@ def em(
             state.load(file, data)
         if not state.trace:
             state.point = data.evaluate(data.init, 0)
-        while len(state.trace) < max_steps and not state.converged_by(rtol):
+        while len(state.trace) < max_steps and not state.has_converged(data, rtol):
             state.step(data, rtol)
             if file is not None and is_first(group):
-                finished = len(state.trace) == max_steps or state.converged_by(rtol)
+                finished = len(state.trace) == max_steps or state.has_converged(data, rtol)
                 if finished or len(state.trace) % checkpoint_every == 0:
                     state.save(file, data)
     data.raise_for_collapse(state.point.params, len(state.trace))
-    converged = state.converged_by(rtol)
+    converged = state.has_converged(data, rtol)
     if not converged:
         warnings.warn(
             f"EM made {len(state.trace)} steps and the last still changed the log likelihood by "
@@ -173,6 +173,8 @@ class _Data:
                 "columns of x": num_features,
                 "type of x": str(self.like.dtype),
             }
+        self.noise = 0.0
+        """The relative error of the objective by roundings of the rows' densities that fall independently."""
         self._rounding = 0.0
 
     def together(self) -> AbstractContextManager[None]:
@@ -197,10 +199,12 @@ class _Data:
                     f"the log prior is {self.family.log_prior(params, self._prior).item()} {_when(step)}: a parameter "
                     "is at the edge of the prior's support"
                 )
-        image = self.family.m_step(found.stats, self._prior)
+        image = self.family.Params(*(value.to(self.like) for value in self.family.m_step(found.stats, self._prior)))
         objective, image = first_of(self.group, (objective, image))
         eps = torch.finfo(self.like.dtype).eps
-        self._rounding = 8 * eps * math.sqrt(num_rows) * (abs(objective.item()) + num_rows.item())
+        self.noise = 4 * eps / math.sqrt(num_rows)
+        spread = 8 * eps * math.sqrt(num_rows) * (abs(objective.item()) + num_rows.item())
+        self._rounding = max(spread, eps ** (2 / 3) * num_rows.item())  # the latter is what expectation permits itself
         self._bar.end_pass(step, objective.item())
         return _Point(params, objective.item(), image)
 
@@ -273,9 +277,14 @@ class _State:
         """Of the objective, by EM's own step; infinite after any other."""
         self._own_step_next = False
 
-    def converged_by(self, rtol: float) -> bool:
-        """Return whether EM's own step was the last and changed the objective by no more than a relative ``rtol``."""
-        return self.last_change <= rtol * abs(self.point.objective)
+    def has_converged(self, data: _Data, rtol: float) -> bool:
+        """Return whether EM's own step was the last and changed the objective by no more than a relative ``rtol``.
+
+        In float32 the rounding of the rows' log densities, which add up as they happen to fall, may hide so small a
+        change: then one within that rounding is enough, unless ``rtol`` is 0.
+        """
+        least = max(rtol, data.noise) if rtol > 0 else 0.0
+        return self.last_change <= least * abs(self.point.objective)
 
     def step(self, data: _Data, rtol: float) -> None:
         """Make one pass, at a candidate of the accelerator or at the image of EM."""

@@ -56,7 +56,7 @@ class Expectation(NamedTuple):
 def expectation(
     family: Any, params: Any, x: Tensor, row_weights: Tensor | None = None, *, chunk: int | None = None
 ) -> Expectation:
-    """Return the log likelihood of the rows and their expected sufficient statistics: the E-step and all sums over rows.
+    """Return the log likelihood of the rows and their expected sufficient statistics: the E-step and all its sums.
 
     Sums over chunks are float64 whatever the type of the data, so that neither the trace of EM nor its statistics
     depend on how many rows there are. Only statistics that hold the rows themselves keep the type of the data. A
@@ -141,8 +141,10 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
     total: tuple[Tensor, ...] = ()
     for start in range(0, len(x), chunk):
         table, kept = form.table(x[start : start + chunk])
+        if row_weights is not None:
+            table.masked_fill_(row_weights[start : start + chunk] == 0, 0)  # such a row may be impossible
         largest = table.amax(0)
-        resp = torch.nn.functional.threshold_(table - largest, floor, -torch.inf).exp_()
+        resp = torch.nn.functional.threshold(table - largest, floor, -torch.inf, inplace=True).exp_()
         normaliser = resp.sum(0)
         log_density = normaliser.log().add_(largest)
         if row_weights is None:
@@ -154,8 +156,8 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
         log_lik += log_density.sum(dtype=torch.float64)
         sums = form.sums(kept, resp)
         if total:
-            for sum_, part in zip(total, sums, strict=True):
-                sum_ += part
+            for so_far, part in zip(total, sums, strict=True):
+                so_far.add_(part)
         else:
             total = tuple(part.to(torch.float64, copy=True) for part in sums)
     return Expectation(log_lik, form.statistics(total))
@@ -163,6 +165,8 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
 
 def _in_one_piece(family: Any, params: Any, x: Tensor, row_weights: Tensor | None) -> Expectation:
     table = family.log_joint(params, x)
+    if row_weights is not None:
+        table = table.masked_fill((row_weights == 0)[:, None], 0)  # such a row may be impossible
     resp, log_density = table.softmax(-1), table.logsumexp(-1)
     if row_weights is not None:
         resp, log_density = resp * row_weights[:, None], log_density * row_weights

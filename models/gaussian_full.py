@@ -146,7 +146,7 @@ def features(x: Tensor, center: Tensor) -> Tensor:
 
 
 def _bands(size: int) -> list[tuple[int, int]]:
-    """Return the ends of at most four bands of rows of a matrix: few operations, and 10 / 16 of the matrix in blocks."""
+    """Return the ends of at most four bands of rows of a matrix: few operations on 10 / 16 of the matrix."""
     width = math.ceil(size / 4)
     return [(start, min(start + width, size)) for start in range(0, size, width)]
 
