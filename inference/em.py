@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.inference.validation import (
-    as_floating,
     check_params,
     check_prior,
+    check_row_weights,
     check_rows,
     data_support,
 )
@@ -129,27 +129,6 @@ def responsibilities(family: Any, params: Any, x: Any) -> Tensor:
     table = family.log_joint(params, x)
     _objective(family, params, table, step=0)
     return table.softmax(-1)
-
-
-def check_row_weights(weights: Any, x: Tensor) -> Tensor | None:
-    """Return row weights (N,) in the type of the data x (N, D), or say what is wrong with them.
-
-    Raises:
-        TypeError: they are not numbers.
-        ValueError: there is not one for each row, one is negative or not finite, or all are 0.
-    """
-    if weights is None:
-        return None
-    weights = as_floating(weights, "weights").to(x)
-    if weights.shape != x.shape[:1]:
-        raise ValueError(f"weights must have shape ({len(x)},), one for each row, not {tuple(weights.shape)}")
-    bad = ~(torch.isfinite(weights) & (weights >= 0))
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(f"weights[{row}] is {weights[row].item()}: a weight must be finite and not negative")
-    if not weights.sum() > 0:
-        raise ValueError("all weights are 0: at least one row must count")
-    return weights
 
 
 def _objective(

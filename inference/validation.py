@@ -61,6 +61,27 @@ def check_rows(family: Any, x: Any) -> Tensor:
     return check_data(x, data_support(family, x.shape[1]))
 
 
+def check_row_weights(weights: Any, x: Tensor) -> Tensor | None:
+    """Return row weights (N,) in the type of the data x (N, D), or say what is wrong with them.
+
+    Raises:
+        TypeError: they are not numbers.
+        ValueError: there is not one for each row, one is negative or not finite, or all are 0.
+    """
+    if weights is None:
+        return None
+    weights = as_floating(weights, "weights").to(x)
+    if weights.shape != x.shape[:1]:
+        raise ValueError(f"weights must have shape ({len(x)},), one for each row, not {tuple(weights.shape)}")
+    bad = ~(torch.isfinite(weights) & (weights >= 0))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"weights[{row}] is {weights[row].item()}: a weight must be finite and not negative")
+    if not weights.sum() > 0:
+        raise ValueError("all weights are 0: at least one row must count")
+    return weights
+
+
 def check_params(family: Any, params: Any, num_features: int | None = None) -> Any:
     """Return the parameters of a family as floating tensors, or say which field is wrong and where.
 
