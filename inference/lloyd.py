@@ -30,7 +30,7 @@ from mixproof.inference.validation import check_data, check_row_weights
 from mixproof.models.initial import check_num_components
 
 CHUNK = 2**18
-"""How many distances are in work at a time: they fit the cache of a core."""
+"""How many distances to work on at a time: they fit the cache of a core."""
 
 
 class Clusters(Protocol):
@@ -73,25 +73,24 @@ class Means:
     """The means of clusters. Deviations are what is summed, so that nothing is lost far from zero."""
 
     def __init__(self, x: Tensor, weights: Tensor) -> None:
-        self.x, self.weights = x, weights[:, None]
+        self.x, self.weights = x, weights
 
     def update(self, labels: Tensor, centers: Tensor) -> Tensor:
-        self.totals = self.totals_summed = _sums(self.weights, labels, len(centers))
-        for reference in (torch.zeros_like(centers), None):
-            reference = means if reference is None else reference
-            deviations = (self.x - reference.index_select(0, labels)) * self.weights
-            means = reference + _sums(deviations, labels, len(centers)) / self.totals
-            means = torch.where(self.totals > 0, means, centers)
+        means = torch.zeros_like(centers)
+        for _ in range(2):
+            sums, totals = _sums(self.x, means, labels, self.weights)
+            means = torch.where(totals > 0, means + sums / totals, centers)
+        self.totals = self.totals_summed = totals
         return means
 
     def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        x, weights, after, k = self.x[rows], self.weights[rows], labels[rows], len(centers)
-        self.totals = self.totals + _sums(weights, after, k) - _sums(weights, before, k)
+        x, weights = self.x.index_select(0, rows), self.weights[rows]
+        come, gain = _sums(x, centers, labels[rows], weights)
+        gone, loss = _sums(x, centers, before, weights)
+        self.totals = self.totals + gain - loss
         if (self.totals < self.totals_summed / 2).any():  # what has left would weigh in by its rounding
             shift = self.update(labels, centers) - centers
         else:
-            come = _sums((x - centers.index_select(0, after)) * weights, after, k)
-            gone = _sums((x - centers.index_select(0, before)) * weights, before, k)
             shift = (come - gone) / self.totals
         return centers + shift, (self.totals * shift.square()).sum()  # the theorem of Huygens and Steiner
 
@@ -160,30 +159,56 @@ class Assignment:
     """The nearest centre of every row, kept while the centres move.
 
     By the triangle inequality a row keeps its label until the centres have moved by the gap between its two nearest:
-    its own centre and the other one that comes nearest move by the two largest shifts at most.
+    its own centre and any other together move by the two largest shifts at most. Gaps are rounded down.
     """
 
     def __init__(self, x: Tensor, centers: Tensor, metric: Metric) -> None:
         self.x, self.centers, self.metric = x, centers, metric
-        self.labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        self.path = x.new_zeros(())  # what the centres have moved so far
-        self.safe_until = torch.full_like(x[:, 0], -torch.inf)  # (N,), the path at which a label may change
-        self.slack = 1.0
+        self.rounding = 4 * (x.shape[1] + 8) * torch.finfo(x.dtype).eps
+        if metric.power == 2:
+            self.origin = x.mean(0)
+            self.centred = (x - self.origin).double()
+            self.norms = torch.linalg.vector_norm(self.centred, dim=1).square()
+        self.labels = assign(x, centers, metric)
+        self.path = x.new_zeros((), dtype=torch.float64)  # how far the centres have moved
+        self.num_moves = 0
+        self.safe_until = torch.full(x.shape[:1], -torch.inf, dtype=torch.float64, device=x.device)  # on the path
         self.follow(centers)
 
     def follow(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring the labels up to date; return the numbers (n,) of the rows that changed and their labels before."""
-        shifts = torch.linalg.vector_norm(centers - self.centers, self.metric.power, dim=1)
+        """Bring the labels up to date; return the numbers (n,) of the rows that changed, and their labels before."""
+        shifts = torch.linalg.vector_norm((centers - self.centers).double(), self.metric.power, dim=1)
         self.path = self.path + shifts.topk(min(2, len(shifts))).values.sum()
         self.centers = centers
-        self.slack += 4 * torch.finfo(self.path.dtype).eps  # the rounding of this sum
-        rows = (self.safe_until <= self.path * self.slack).nonzero()[:, 0]
+        self.num_moves += 1
+        rows = (self.safe_until <= self.path * (1 + self.num_moves * self.rounding)).nonzero()[:, 0]
         before = self.labels[rows]
-        for some in rows.split(max(1, CHUNK // max(centers.shape))):
-            labels, gap = _two_nearest(self.x[some], centers, self.metric)
-            self.labels[some], self.safe_until[some] = labels, self.path + gap
+        for some in rows.split(_chunk(centers)):
+            labels = self.labels[some]
+            gap = self._gap(some, labels, centers)
+            unsure = (~(gap > 0)).nonzero()[:, 0]
+            labels[unsure] = assign(self.x.index_select(0, some[unsure]), centers, self.metric)
+            gap[unsure] = self._gap(some[unsure], labels[unsure], centers)
+            self.labels[some] = labels
+            self.safe_until[some] = self.path + gap
         changed = (self.labels[rows] != before).nonzero()[:, 0]
         return rows[changed], before[changed]
+
+    def _gap(self, rows: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+        """Return by how much farther than the centre of its label (n,) the nearest other centre is from each row."""
+        if self.metric.power == 1:
+            table = torch.cdist(centers, self.x.index_select(0, rows), p=1)
+            norm = error = 0.0
+        else:  # of squares, expanded and less the square of the row, with a bound on the rounding
+            origin, norm = (centers - self.origin).double(), self.norms[rows]
+            squares = origin.square().sum(1)
+            table = torch.addmm(squares[:, None], origin, self.centred.index_select(0, rows).mT, alpha=-2)
+            error = self.rounding * (norm + squares.max())
+        own = table.gather(0, labels[None])[0]
+        other = table.scatter_(0, labels[None], torch.inf).amin(0)
+        if self.metric.power == 2:
+            own, other = (own + norm + error).sqrt(), (other + norm - error).clamp_min(0).sqrt()
+        return other.double() * (1 - self.rounding) - own
 
 
 def assign(x: Tensor, centers: Tensor, metric: Metric) -> Tensor:
@@ -194,7 +219,11 @@ def assign(x: Tensor, centers: Tensor, metric: Metric) -> Tensor:
         centers: (K, D).
         metric: ``SQUARED_EUCLIDEAN`` or ``MANHATTAN``.
     """
-    return _distances(x, centers, metric).argmin(1)
+    # From differences: the expanded square would lose clusters that are narrow beside the spread of the data. The p-th
+    # power is monotone and may be left out.
+    exact = "donot_use_mm_for_euclid_dist"
+    chunks = x.split(_chunk(centers))
+    return torch.cat([torch.cdist(rows, centers, metric.power, compute_mode=exact).argmin(1) for rows in chunks])
 
 
 def update(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric, weights: Tensor | None = None) -> Tensor:
@@ -220,51 +249,29 @@ def deviations(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric) -> Te
         metric: ``SQUARED_EUCLIDEAN`` (distances are squared) or ``MANHATTAN``.
     """
     differences = x - centers.index_select(0, labels)
-    return (differences.square() if metric.power == 2 else differences.abs()).mT.contiguous().sum(0)
+    powers = differences.square() if metric.power == 2 else differences.abs()
+    # As a product, much faster than a sum over few features.
+    return (powers.double() @ torch.ones(x.shape[1], dtype=torch.float64, device=x.device)).to(x.dtype)
 
 
-def _distances(x: Tensor, centers: Tensor, metric: Metric) -> Tensor:
-    """Return the distances (N, K), not squared, from differences: nothing is lost far from zero."""
-    return torch.cdist(x, centers, p=metric.power, compute_mode="donot_use_mm_for_euclid_dist")
+def _sums(x: Tensor, centers: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted sums (K, D) of the deviations of rows (n, D) from their centres, and of the weights (K, 1).
 
-
-def _two_nearest(x: Tensor, centers: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Return the labels (n,) that ``assign`` gives, and by how much less the nearest centre is away than the second.
-
-    The gap is rounded down: two centres that move by less leave the label what it is.
+    As products with indicators, which are the same on every run also on a GPU.
     """
-    rounding = 4 * (x.shape[1] + 8) * torch.finfo(x.dtype).eps
-    if metric.power == 1 or x.shape[1] <= 4:
-        first, labels, second = _two_least(_distances(x, centers, metric))
-        return labels, second - first - rounding * second
-    # The expanded square is a matrix product; where its rounding could hide which centre is nearest, it is not trusted.
-    origin = centers.mean(0)
-    x_, centers_ = (x - origin).double(), (centers - origin).double()
-    size = centers_.square().sum(1)
-    first, labels, second = _two_least(torch.addmm(size, x_, centers_.mT, alpha=-2))
-    norm = x_.square().sum(1)
-    error = rounding * (norm + size.max())
-    lower, upper = (second + norm - error).clamp_min(0).sqrt(), (first + norm + error).sqrt()
-    gap = lower - upper - rounding * lower
-    unsure = (~(gap > 0)).nonzero()[:, 0]
-    labels[unsure] = assign(x[unsure], centers, metric)
-    return labels, gap.to(x.dtype)
+    sums = torch.zeros_like(centers, dtype=torch.float64)
+    totals = torch.zeros_like(sums[:, :1])
+    size = _chunk(centers)
+    for rows, own, counts in zip(x.split(size), labels.split(size), weights.split(size), strict=True):
+        indicators = sums.new_zeros(len(centers), len(rows)).scatter_(0, own[None], counts[None].double())
+        sums += indicators @ (rows - centers.index_select(0, own)).double()
+        totals += indicators.sum(1, keepdim=True)
+    return sums.to(x.dtype), totals.to(x.dtype)
 
 
-def _two_least(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the least entry of each row (n,), its column (n,), and the least of the others (n,)."""
-    least, columns = table.min(1)
-    return least, columns, table.scatter_(1, columns[:, None], torch.inf).amin(1)
-
-
-def _sums(values: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Return the sums (K, D) of rows (n, D) by their labels (n,), the same on every run also on a GPU."""
-    clusters = torch.arange(k, device=labels.device)[:, None]
-    total = torch.zeros(k, values.shape[1], dtype=torch.float64, device=values.device)
-    size = max(1, CHUNK // max(k, values.shape[1]))
-    for rows, own in zip(values.split(size), labels.split(size), strict=True):
-        total += (own == clusters).double() @ rows.double()
-    return total.to(values.dtype)
+def _chunk(centers: Tensor) -> int:
+    """Return how many rows to work on at a time."""
+    return max(1, CHUNK // max(centers.shape))
 
 
 def lloyd(
