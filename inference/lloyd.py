@@ -181,18 +181,22 @@ class Assignment:
         self.path = self.path + shifts.topk(min(2, len(shifts))).values.sum()
         self.centers = centers
         self.num_moves += 1
-        rows = (self.safe_until <= self.path * (1 + self.num_moves * self.rounding)).nonzero()[:, 0]
-        before = self.labels[rows]
-        for some in rows.split(_chunk(centers)):
-            labels = self.labels[some]
-            gap = self._gap(some, labels, centers)
-            unsure = (~(gap > 0)).nonzero()[:, 0]
-            labels[unsure] = assign(self.x.index_select(0, some[unsure]), centers, self.metric)
-            gap[unsure] = self._gap(some[unsure], labels[unsure], centers)
-            self.labels[some] = labels
-            self.safe_until[some] = self.path + gap
-        changed = (self.labels[rows] != before).nonzero()[:, 0]
-        return rows[changed], before[changed]
+        suspects = (self.safe_until <= self.path * (1 + self.num_moves * self.rounding)).nonzero()[:, 0]
+        suspects = self._measure(suspects)
+        before = self.labels.index_select(0, suspects)
+        self.labels[suspects] = assign(self.x.index_select(0, suspects), centers, self.metric)
+        self._measure(suspects)
+        changed = (self.labels.index_select(0, suspects) != before).nonzero()[:, 0]
+        return suspects[changed], before[changed]
+
+    def _measure(self, rows: Tensor) -> Tensor:
+        """Note until when the labels of some rows are safe, and return the rows (n,) that are not safe even now."""
+        suspects = []
+        for some in rows.split(_chunk(self.centers)):
+            gap = self._gap(some, self.labels.index_select(0, some), self.centers)
+            self.safe_until.index_copy_(0, some, gap + self.path)
+            suspects.append(some[~(gap > 0)])
+        return torch.cat(suspects)
 
     def _gap(self, rows: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
         """Return by how much farther than the centre of its label (n,) the nearest other centre is from each row."""
@@ -200,7 +204,7 @@ class Assignment:
             table = torch.cdist(centers, self.x.index_select(0, rows), p=1)
             norm = error = 0.0
         else:  # of squares, expanded and less the square of the row, with a bound on the rounding
-            origin, norm = (centers - self.origin).double(), self.norms[rows]
+            origin, norm = (centers - self.origin).double(), self.norms.index_select(0, rows)
             squares = origin.square().sum(1)
             table = torch.addmm(squares[:, None], origin, self.centred.index_select(0, rows).mT, alpha=-2)
             error = self.rounding * (norm + squares.max())
@@ -437,7 +441,7 @@ def _lloyd(
             rows, before = assignment.follow(centers)
         if not len(rows) or step > max_steps:
             break
-        x_, weights_, after = x[rows], weights[rows], labels[rows]
+        x_, weights_, after = x.index_select(0, rows), weights[rows], labels[rows]
         fall = weights_ @ (deviations(x_, before, centers, metric) - deviations(x_, after, centers, metric))
         counts += _counts(after, weights_, k) - _counts(before, weights_, k)
         if counts.all():
