@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.initial import partition
+from mixproof.models.initial import partition, row_weights
 
 
 class Params(NamedTuple):
@@ -137,16 +137,20 @@ def moments(params: Params) -> tuple[Tensor, Tensor]:
     return mean, between + torch.diag_embed(params.weights @ (params.probs * (1 - params.probs)))
 
 
-def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
+def init_params(
+    x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++", weights: Tensor | None = None
+) -> Params:
     """Return a start for EM: the shares and frequencies of a partition of x (N, D), drawn to those of all the data.
 
     One pseudo-observation at the overall frequencies keeps a part from excluding a value that it has not seen, and half
     a one and half a zero more keep those frequencies inside (0, 1).
+    Rows count as often as their weights (N,) say; None counts each once.
     """
-    resp = partition(x, num_components, generator, method)
-    counts = resp.sum(0)
-    overall = (x.sum(0) + 0.5) / (len(x) + 1)
-    return Params((counts + 1) / (counts + 1).sum(), (resp.mT @ x + overall) / (counts[:, None] + 1))
+    weights = row_weights(x, weights)
+    parts = partition(x, num_components, generator, method, weights) * weights[:, None]
+    counts, total = parts.sum(0), weights.sum()
+    overall = (weights @ x + 0.5) / (total + 1)
+    return Params((counts + 1) / (counts + 1).sum(), (parts.mT @ x + overall) / (counts[:, None] + 1))
 
 
 @dataclass(frozen=True)
@@ -218,8 +222,13 @@ class UniformWeights:
         return moments(Params(*params))
 
     def init_params(
-        self, x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++"
+        self,
+        x: Tensor,
+        num_components: int,
+        generator: torch.Generator,
+        method: str = "k-means++",
+        weights: Tensor | None = None,
     ) -> UniformWeights.Params:
-        """Return a start for EM: uniform weights, and the frequencies of a partition of x (N, D)."""
-        start = init_params(x, num_components, generator, method)
+        """Return a start for EM: uniform weights, and frequencies of a partition of x (N, D), its rows weighted (N,)."""
+        start = init_params(x, num_components, generator, method, weights)
         return UniformWeights.Params(torch.full_like(start.weights, 1 / num_components), start.probs)

@@ -14,9 +14,7 @@ from torch import Tensor
 def partition(
     x: Tensor, num_components: int, generator: torch.Generator, method: str, weights: Tensor | None = None
 ) -> Tensor:
-    """Return the weights (N, K) of the rows in each of K parts: a row of x (N, D) counts where its nearest seed is.
-
-    Without weights these are responsibilities of 0 and 1.
+    """Return responsibilities (N, K) of 0 and 1 that assign each row of x (N, D) to the nearest of K seeds.
 
     Args:
         x: (N, D), N >= K.
@@ -37,42 +35,51 @@ def partition(
     if not torch.isfinite(x).all():
         row, column = (~torch.isfinite(x)).nonzero()[0].tolist()
         raise ValueError(f"x[{row}, {column}] is {x[row, column].item()}: drop or impute the row")
-    num_components = check_num_components(num_components, len(x) if weights is None else int((weights > 0).sum()))
+    weights = row_weights(x, weights)
+    num_components = check_num_components(num_components, int((weights > 0).sum()))
     if method == "k-means++":
         rows = spread_rows(x, num_components, generator, weights)
     elif method == "random":
-        rows = random_rows(len(x), num_components, generator, weights)
+        uniform = torch.rand(len(x), generator=generator, device=generator.device, dtype=torch.float64)
+        # Efraimidis and Spirakis (2006): the order of these keys draws one by one, in proportion to the weights
+        rows = (uniform.log() / weights.detach().to(uniform)).topk(num_components).indices
     else:
         raise ValueError(f'method must be "k-means++" or "random", not {method!r}')
     scaled = rescale(x)
     labels = torch.cdist(scaled, scaled[rows.to(x.device)], compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
-    parts = torch.nn.functional.one_hot(labels, num_components).to(x.dtype)
-    return parts if weights is None else parts * weights[:, None]
+    return torch.nn.functional.one_hot(labels, num_components).to(x.dtype)
 
 
-def random_rows(num_rows: int, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
-    """Return the numbers (k,) of different rows, drawn one after another with chances in proportion to their weights.
+def row_weights(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Return how often each row of x (N, D) counts, (N,): once unless weights are given.
 
     Raises:
-        ValueError: fewer than k rows have weight.
+        ValueError: there is not one weight for each row, or one is negative or not finite.
     """
     if weights is None:
-        return torch.randperm(num_rows, generator=generator, device=generator.device)[:k]
-    return torch.multinomial(weights.detach().to(generator.device), k, generator=generator)
+        return torch.ones_like(x[:, 0])
+    if weights.shape != x.shape[:1]:
+        raise ValueError(f"weights must have shape ({len(x)},), one for each row, not {tuple(weights.shape)}")
+    if not (torch.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError("a weight must be finite and not negative")
+    return weights.to(x)
 
 
 def spread_rows(x: Tensor, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
     """Return the numbers (k,) of k rows of finite x (N, D), drawn by k-means++ (Arthur and Vassilvitskii 2007).
 
     The drawing is scikit-learn's, on the CPU, seeded from the generator. Rows repeat only if fewer than k are distinct.
-    A row is as likely as if it were there as often as its weight (N,) says.
+    A row is as likely as if it were there as often as its weight (N,) says; one of weight 0 is never drawn.
     """
     rows = rescale(x.detach().cpu().double())
+    weights = row_weights(rows, weights).detach()
+    candidates = weights.nonzero()[:, 0]
+    rows = rows[candidates]
     # scikit-learn expands the square, which cancels far from zero; the draw does not depend on the location
     rows = rows - rows.mean(0)
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    sample_weight = None if weights is None else weights.detach().cpu().double().numpy()
-    return torch.as_tensor(kmeans_plusplus(rows.numpy(), k, sample_weight=sample_weight, random_state=seed)[1])
+    _, drawn = kmeans_plusplus(rows.numpy(), k, sample_weight=weights[candidates].numpy(), random_state=seed)
+    return candidates[torch.as_tensor(drawn)]
 
 
 def rescale(x: Tensor) -> Tensor:
