@@ -146,8 +146,9 @@ def init_params(
     a one and half a zero more keep those frequencies inside (0, 1).
     Rows count as often as their weights (N,) say; None counts each once.
     """
+    resp = partition(x, num_components, generator, method, weights)
     weights = row_weights(x, weights)
-    parts = partition(x, num_components, generator, method, weights) * weights[:, None]
+    parts = resp * weights[:, None]
     counts, total = parts.sum(0), weights.sum()
     overall = (weights @ x + 0.5) / (total + 1)
     return Params((counts + 1) / (counts + 1).sum(), (parts.mT @ x + overall) / (counts[:, None] + 1))
@@ -229,6 +230,6 @@ class UniformWeights:
         method: str = "k-means++",
         weights: Tensor | None = None,
     ) -> UniformWeights.Params:
-        """Return a start for EM: uniform weights, and frequencies of a partition of x (N, D), its rows weighted (N,)."""
+        """Return a start for EM: uniform weights, and frequencies of a partition of x (N, D), rows weighted (N,)."""
         start = init_params(x, num_components, generator, method, weights)
         return UniformWeights.Params(torch.full_like(start.weights, 1 / num_components), start.probs)

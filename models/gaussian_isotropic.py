@@ -130,8 +130,9 @@ class GaussianIsotropic:
         weights: Tensor | None = None,
     ) -> GaussianIsotropic.Params:
         """Return a start for EM: the shares and means of a partition of x (N, D), its rows weighted (N,)."""
+        resp = partition(x, num_components, generator, method, weights)
         weights = row_weights(x, weights)
-        parts = partition(x, num_components, generator, method, weights) * weights[:, None]
+        parts = resp * weights[:, None]
         counts = parts.sum(0)
         locs = (parts.mT @ x) / counts.where(counts > 0, 1)[:, None]
         return GaussianIsotropic.Params((counts + 1) / (counts + 1).sum(), locs)

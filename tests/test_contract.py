@@ -53,7 +53,7 @@ CONTRACT = {
     "log_prior": ["params", "prior"],
     "sample": ["params", "num_samples", "generator"],
     "moments": ["params"],
-    "init_params": ["x", "num_components", "generator", "method"],
+    "init_params": ["x", "num_components", "generator", "method", "weights"],
 }
 
 
