@@ -109,7 +109,7 @@ class Medians:
         self.num_blocks = -(-len(x) // self.size)
         block = (torch.arange(len(x), device=x.device) // self.size).expand_as(self.order)
         self.block = torch.empty_like(self.order).scatter_(1, self.order, block).mT.contiguous()  # (N, D)
-        # Weights in whole multiples of a power of two have exact sums in any order, and halves that are told exactly.
+        # Weights in whole multiples of a power of two have exact sums in any order.
         unit = 2.0 ** (60 - math.frexp(weights.double().sum().item())[1])
         self.mass = torch.where(weights > 0, (weights.double() * unit).round().clamp_min(1), 0).long()
 
@@ -140,7 +140,8 @@ class Medians:
         clusters = torch.arange(len(centers), device=labels.device)[:, None, None]
         order, values = (sorted_.expand(len(centers), -1, -1) for sorted_ in (self.order, self.values))
         middle = []
-        for goal in (total, total + 1):  # the lower row reaches half of the mass, the upper one more than half
+        slack = total >> 50  # the weights' own rounding: thirds add up to a half only to that
+        for goal in (total - slack, total + slack + 1):  # the lower row reaches half of the mass, the upper one more
             block = (2 * up_to < goal).sum(-1, keepdim=True).clamp_max(self.num_blocks - 1)
             places = (block * self.size + offsets).clamp_max(len(labels) - 1)  # (K, D, size)
             rows = order.gather(-1, places)
@@ -427,6 +428,12 @@ def _lloyd(
         raise ValueError(f"max_steps must be at least 1, not {max_steps}")
     assignment = Assignment(x, centers, metric)
     labels, k = assignment.labels, len(centers)
+
+    def follow(centers: Tensor) -> tuple[Tensor, Tensor]:
+        rows, before = assignment.follow(centers)
+        count = weights[rows] > 0  # the others move nothing
+        return rows[count], before[count]
+
     _fill_empty_clusters(x, weights, assignment, centers, clusters, 1)
     centers = clusters.update(labels, centers)
     counts = _counts(labels, weights, k)
@@ -435,10 +442,10 @@ def _lloyd(
         raise ValueError(f"the objective overflows {x.dtype}: rescale x, whose largest entry is {x.abs().max():.3g}")
     falls: list[Tensor] = []  # by how much each later step lowers J
     for step in range(2, max_steps + 2):
-        rows, before = assignment.follow(centers)
+        rows, before = follow(centers)
         if not len(rows):  # clear the rounding that the moves have gathered before the last word
             centers = clusters.update(labels, centers)
-            rows, before = assignment.follow(centers)
+            rows, before = follow(centers)
         if not len(rows) or step > max_steps:
             break
         x_, weights_, after = x.index_select(0, rows), weights[rows], labels[rows]
