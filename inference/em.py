@@ -239,21 +239,22 @@ class _Data:
         if getattr(support, "base_constraint", support) is not constraints.real:
             return
         with self.together():
-            for block in self._pieces():
-                _raise_for_collapse(self._observed, params, block, step)
+            for piece in self._pieces():
+                _raise_for_collapse(self._observed, params, piece, step)
 
     def _explain(self, params: Any, step: int) -> None:
         """Say which row or component makes the log likelihood not finite."""
-        for block in self._pieces():
-            raise_for_impossible(self._observed.log_joint(params, block.x), block.first_row, _when(step))
+        for piece in self._pieces():
+            raise_for_impossible(self._observed.log_joint(params, piece.x), piece, _when(step))
         raise ArithmeticError(f"the log likelihood overflows {_when(step)}: rescale x")
 
     def _pieces(self) -> Iterator[Block]:
         """Yield the rows in pieces small enough for a table of K D numbers a row."""
         for block in self._rows:
             for start in range(0, len(block.x), ROWS_AT_ONCE):
-                rows = block.x[start : start + ROWS_AT_ONCE]
-                yield Block(block.first_row + start, rows, None)
+                rows = slice(start, start + ROWS_AT_ONCE)
+                weights = None if block.weights is None else block.weights[rows]
+                yield Block(block.first_row + start, block.x[rows], weights)
 
     def _no_spread(self) -> str:
         """Return the advice that a start without spread calls for, if the data are to blame."""
@@ -372,7 +373,7 @@ def responsibilities(family: Any, params: Any, x: Any, *, missing: bool = False)
     x = check_rows(family, x, missing=missing)
     params = family.Params(*(value.to(x) for value in check_params(family, params, x.shape[1])))
     table = (_observed(family) if missing else family).log_joint(params, x)
-    raise_for_impossible(table, 0, _when(0))
+    raise_for_impossible(table, Block(0, x, None), _when(0))
     return table.softmax(-1)
 
 
@@ -400,37 +401,39 @@ def _when(step: int) -> str:
     return "at the start" if step == 0 else f"at step {step}"
 
 
-def raise_for_impossible(table: Tensor, first_row: int, when: str) -> None:
-    """Say which component has collapsed, or which row is impossible, by the table (n, K) of log p(x_n, z_n = k)."""
-    impossible = torch.isnan(table) | (table == torch.inf)
+def raise_for_impossible(table: Tensor, block: Block, when: str) -> None:
+    """Say which component has collapsed, or which row that counts is impossible, by the table (n, K) of log joints."""
+    counts = torch.ones_like(table[:, 0], dtype=torch.bool) if block.weights is None else block.weights > 0
+    impossible = (torch.isnan(table) | (table == torch.inf)) & counts[:, None]
     if impossible.any():
         row, k = impossible.nonzero()[0].tolist()
         raise ValueError(
             f"component {k} has collapsed {when}: its spread is zero to rounding, so that the density of row "
-            f"{first_row + row} is not finite. Give a prior, use fewer components, or start elsewhere"
+            f"{block.first_row + row} is not finite. Give a prior, use fewer components, or start elsewhere"
         )
-    log_lik = table.logsumexp(-1)
-    if (log_lik == -torch.inf).any():
-        row = int((log_lik == -torch.inf).nonzero()[0])
+    excluded = (table.logsumexp(-1) == -torch.inf) & counts
+    if excluded.any():
+        row = int(excluded.nonzero()[0])
         raise ValueError(
-            f"row {first_row + row} is impossible under every component {when}: its density underflows to 0. Start "
-            "from parameters under which each row has positive density, as init_params gives"
+            f"row {block.first_row + row} is impossible under every component {when}: its density underflows to 0. "
+            "Start from parameters under which each row has positive density, as init_params gives"
         )
 
 
 def _raise_for_collapse(family: Any, params: Any, block: Block, step: int) -> None:
     """Raise if at the row where a component is most probable its density changes with the rounding of the data."""
-    x = block.x
+    x = block.x if block.weights is None else block.x[block.weights > 0]
+    if len(x) == 0:
+        return
     table = family.log_joint(params, x)
     rows = table.argmax(0)
     nudged = x[rows] + torch.finfo(x.dtype).eps * x.nan_to_num().abs().amax(0)
     moved = table[rows].softmax(-1) * (family.log_joint(params, nudged) - table[rows]).abs()
-    row, k = divmod(int(moved.argmax()), moved.shape[1])
-    if not moved[row, k] < 0.5:  # what a standard deviation from the location costs
+    k = int(moved.amax(0).argmax())
+    if not moved[:, k].amax() < 0.5:  # what a standard deviation from the location costs
         raise ValueError(
-            f"component {k} has collapsed at step {step}: its spread is below the rounding of x, so that the "
-            f"density of row {block.first_row + int(rows[row])} means nothing. Give a prior, use fewer components, or "
-            "start elsewhere"
+            f"component {k} has collapsed at step {step}: its spread is below the rounding of x, so that its density "
+            "means nothing. Give a prior, use fewer components, or start elsewhere"
         )
 
 

@@ -75,7 +75,7 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
     def fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> Self:
         """Fit the parameters by EM and return the estimator.
 
-        A start is seeded by rows of positive weight, each as likely as if its weight were 1.
+        A start is seeded by rows, each as likely as if it were there as often as its weight says.
 
         Args:
             X: (N, D), the data.
@@ -93,14 +93,17 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
         if weights is not None and not weights.any():
             raise ValueError("sample_weight is zero in every row: at least one row must count")
         row_weights = check_row_weights(weights, x)
-        if row_weights is not None:  # a row that does not count must not be the seed of a component either
+        if row_weights is not None:  # a row that does not count may be impossible under the fit
             x, row_weights = x[row_weights > 0], row_weights[row_weights > 0]
         num_components = check_num_components(self.n_components, len(x))
         generator = self._generator()
-        starts = [family.init_params(x, num_components, generator, self.init_params) for _ in range(self.n_init)]
+        settings = (num_components, generator, self.init_params, row_weights)
+        starts = [family.init_params(x, *settings) for _ in range(self.n_init)]
         prior = check_prior(family, self.prior, starts[0])
         if prior is not None:  # it keeps regular what few rows leave singular, from the first step on
-            parts = [partition(x, num_components, generator, self.init_params) for _ in starts]
+            parts = [partition(x, *settings) for _ in starts]
+            if row_weights is not None:
+                parts = [part * row_weights[:, None] for part in parts]
             starts = [
                 family.m_step(family.statistics(start, x, part), prior)
                 for start, part in zip(starts, parts, strict=True)

@@ -2,27 +2,47 @@ r"""Lloyd's algorithm: K-means and K-medians, one loop with two metrics.
 
 Both lower
 
-.. math:: J(X, Z, \mu) = \sum_n \sum_k z_{nk} \sum_d |x_{nd} - \mu_{kd}|^p
+.. math:: J(X, Z, \mu) = \sum_n w_n \sum_k z_{nk} \sum_d |x_{nd} - \mu_{kd}|^p
 
 by turns: each row goes to its nearest centre, and each centre to the point that minimises J over its rows. For p = 2
 that is the mean (Lloyd, "Least squares quantization in PCM", 1982, Method I), for p = 1 the coordinate-wise median
 (problem 1 of the exercise sheet). Neither half-step raises J, and there are finitely many partitions, so a fixed point
-is reached; it is a local optimum, hence the restarts.
+is reached; it is a local optimum, hence the restarts. The weights w_n are 1 unless given.
+
+After the first step both half-steps touch few rows. The triangle inequality tells which rows may have a new nearest
+centre (after Hamerly, "Making k-means even faster", 2010, with one bound for a row where he has two), and a centre is
+moved by the rows that change cluster. The results are those of the full half-steps, ``assign`` and ``update``.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
-from mixproof.inference.validation import check_data
+from mixproof.inference.validation import check_data, check_row_weights
 from mixproof.models.initial import check_num_components
+
+CHUNK = 2**18
+"""How many distances to work on at a time: they fit the cache of a core."""
+
+
+class Clusters(Protocol):
+    """The centres of the clusters of fixed rows, brought up to date by the rows that change cluster."""
+
+    def update(self, labels: Tensor, centers: Tensor) -> Tensor:
+        """Return the centres (K, D) of all rows by their labels (N,); a cluster without weight keeps its centre."""
+        ...
+
+    def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the centres (K, D) after some rows (n,) left the clusters ``before`` (n,), and how much J fell."""
+        ...
 
 
 class Metric(NamedTuple):
@@ -30,10 +50,10 @@ class Metric(NamedTuple):
 
     power: int
     """p: the distance of a row from a centre is the sum over d of abs(x_d - mu_d)^p."""
-    center: Callable[[Tensor], Tensor]
-    """The point (D,) with the least total distance from the given rows (M, D), M >= 1."""
-    seeds: Callable[[Tensor, int, torch.Generator], Tensor]
-    """Centres (K, D) to start from, given the data, K and the source of randomness."""
+    clusters: Callable[[Tensor, Tensor], Clusters]
+    """What finds the centres, given the rows (N, D) and their weights (N,)."""
+    seeds: Callable[[Tensor, int, torch.Generator, Tensor], Tensor]
+    """Centres (K, D) to start from, given the rows, K, the source of randomness and the weights."""
 
 
 class Clustering(NamedTuple):
@@ -49,22 +69,151 @@ class Clustering(NamedTuple):
     """Whether another step would change nothing."""
 
 
-def mean(rows: Tensor) -> Tensor:
-    """Return the mean (D,) of rows (M, D), accurate also where they lie far from zero."""
-    rough = rows.mean(0)
-    return rough + (rows - rough).mean(0)
+class Means:
+    """The means of clusters. Deviations are what is summed, so that nothing is lost far from zero."""
+
+    def __init__(self, x: Tensor, weights: Tensor) -> None:
+        self.x, self.weights = x, weights
+
+    def update(self, labels: Tensor, centers: Tensor) -> Tensor:
+        means = torch.zeros_like(centers)
+        for _ in range(2):
+            sums, totals = _sums(self.x, means, labels, self.weights)
+            means = torch.where(totals > 0, means + sums / totals, centers)
+        self.totals = self.totals_summed = totals
+        return means
+
+    def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        x, weights = self.x.index_select(0, rows), self.weights[rows]
+        come, gain = _sums(x, centers, labels[rows], weights)
+        gone, loss = _sums(x, centers, before, weights)
+        self.totals = self.totals + gain - loss
+        if (self.totals < self.totals_summed / 2).any():  # what has left would weigh in by its rounding
+            shift = self.update(labels, centers) - centers
+        else:
+            shift = (come - gone) / self.totals
+        return centers + shift, (self.totals * shift.square()).sum()  # the theorem of Huygens and Steiner
 
 
-def median(rows: Tensor) -> Tensor:
-    """Return the coordinate-wise median (D,) of rows (M, D); of an even number, the midpoint of the middle two."""
-    rows = rows.contiguous()  # torch 2.13 returns arbitrary memory for the median of an expanded tensor
-    lower = rows.median(0).values
-    upper = -(-rows).median(0).values  # torch takes the lower of the middle two, which reflection makes the upper
-    return (lower + upper) / 2
+class Medians:
+    """The coordinate-wise medians of clusters; between two rows that share the weight evenly, the midpoint.
+
+    Each feature is sorted once, and the sorted rows are cut into about sqrt(N) blocks. The weight of every cluster in
+    every block is kept, which says in which block a median lies; only the rows of that block are looked at.
+    """
+
+    def __init__(self, x: Tensor, weights: Tensor) -> None:
+        self.x, self.weights = x, weights
+        self.values, self.order = x.mT.sort(-1)  # (D, N)
+        self.size = 1 << len(x).bit_length() // 2
+        self.num_blocks = -(-len(x) // self.size)
+        block = (torch.arange(len(x), device=x.device) // self.size).expand_as(self.order)
+        self.block = torch.empty_like(self.order).scatter_(1, self.order, block).mT.contiguous()  # (N, D)
+        # Weights in whole multiples of a power of two have exact sums in any order.
+        unit = 2.0 ** (60 - math.frexp(weights.double().sum().item())[1])
+        self.mass = torch.where(weights > 0, (weights.double() * unit).round().clamp_min(1), 0).long()
+
+    def update(self, labels: Tensor, centers: Tensor) -> Tensor:
+        self.table = labels.new_zeros(*centers.shape, self.num_blocks)  # mass
+        self._put(self.mass, labels, self.block)
+        return self._medians(labels, centers)
+
+    def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        self._put(-self.mass[rows], before, self.block[rows])
+        self._put(self.mass[rows], labels[rows], self.block[rows])
+        medians = self._medians(labels, centers)
+        touched = (medians != centers).any(1)[labels].nonzero()[:, 0]
+        x, own = self.x[touched], labels[touched]
+        fall = deviations(x, own, centers, MANHATTAN) - deviations(x, own, medians, MANHATTAN)
+        return medians, self.weights[touched] @ fall
+
+    def _put(self, mass: Tensor, labels: Tensor, block: Tensor) -> None:
+        """Add the mass (n,) of rows to the table, given their clusters (n,) and their blocks (n, D)."""
+        features = torch.arange(block.shape[1], device=block.device)
+        cells = (labels[:, None] * len(features) + features) * self.num_blocks + block
+        self.table.view(-1).index_add_(0, cells.flatten(), mass[:, None].expand_as(cells).flatten())
+
+    def _medians(self, labels: Tensor, centers: Tensor) -> Tensor:
+        up_to = self.table.cumsum(-1)  # (K, D, number of blocks)
+        total = up_to[..., -1:]
+        offsets = torch.arange(self.size, device=labels.device)
+        clusters = torch.arange(len(centers), device=labels.device)[:, None, None]
+        order, values = (sorted_.expand(len(centers), -1, -1) for sorted_ in (self.order, self.values))
+        middle = []
+        slack = total >> 50  # the weights' own rounding: thirds add up to a half only to that
+        for goal in (total - slack, total + slack + 1):  # the lower row reaches half of the mass, the upper one more
+            block = (2 * up_to < goal).sum(-1, keepdim=True).clamp_max(self.num_blocks - 1)
+            places = (block * self.size + offsets).clamp_max(len(labels) - 1)  # (K, D, size)
+            rows = order.gather(-1, places)
+            mass = self.mass[rows] * (labels[rows] == clusters)
+            reached = (up_to - self.table).gather(-1, block) + mass.cumsum(-1)
+            place = (2 * reached < goal).sum(-1, keepdim=True).clamp_max(self.size - 1)
+            middle.append(values.gather(-1, places.gather(-1, place))[..., 0])
+        return torch.where(total[..., 0] > 0, (middle[0] + middle[1]) / 2, centers)
 
 
-SQUARED_EUCLIDEAN = Metric(2, mean, kmeans_plusplus)
-MANHATTAN = Metric(1, median, kmedians_plusplus)
+SQUARED_EUCLIDEAN = Metric(2, Means, kmeans_plusplus)
+MANHATTAN = Metric(1, Medians, kmedians_plusplus)
+
+
+class Assignment:
+    """The nearest centre of every row, kept while the centres move.
+
+    By the triangle inequality a row keeps its label until the centres have moved by the gap between its two nearest:
+    its own centre and any other together move by the two largest shifts at most. Gaps are rounded down.
+    """
+
+    def __init__(self, x: Tensor, centers: Tensor, metric: Metric) -> None:
+        self.x, self.centers, self.metric = x, centers, metric
+        self.rounding = 4 * (x.shape[1] + 8) * torch.finfo(x.dtype).eps
+        if metric.power == 2:
+            self.origin = x.mean(0)
+            self.centred = (x - self.origin).double()
+            self.norms = torch.linalg.vector_norm(self.centred, dim=1).square()
+        self.labels = assign(x, centers, metric)
+        self.path = x.new_zeros((), dtype=torch.float64)  # how far the centres have moved
+        self.num_moves = 0
+        self.safe_until = torch.full(x.shape[:1], -torch.inf, dtype=torch.float64, device=x.device)  # on the path
+        self.follow(centers)
+
+    def follow(self, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring the labels up to date; return the numbers (n,) of the rows that changed, and their labels before."""
+        shifts = torch.linalg.vector_norm((centers - self.centers).double(), self.metric.power, dim=1)
+        self.path = self.path + shifts.topk(min(2, len(shifts))).values.sum()
+        self.centers = centers
+        self.num_moves += 1
+        suspects = (self.safe_until <= self.path * (1 + self.num_moves * self.rounding)).nonzero()[:, 0]
+        suspects = self._measure(suspects)
+        before = self.labels.index_select(0, suspects)
+        self.labels[suspects] = assign(self.x.index_select(0, suspects), centers, self.metric)
+        self._measure(suspects)
+        changed = (self.labels.index_select(0, suspects) != before).nonzero()[:, 0]
+        return suspects[changed], before[changed]
+
+    def _measure(self, rows: Tensor) -> Tensor:
+        """Note until when the labels of some rows are safe, and return the rows (n,) that are not safe even now."""
+        suspects = []
+        for some in rows.split(_chunk(self.centers)):
+            gap = self._gap(some, self.labels.index_select(0, some), self.centers)
+            self.safe_until.index_copy_(0, some, gap + self.path)
+            suspects.append(some[~(gap > 0)])
+        return torch.cat(suspects)
+
+    def _gap(self, rows: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+        """Return by how much farther than the centre of its label (n,) the nearest other centre is from each row."""
+        if self.metric.power == 1:
+            table = torch.cdist(centers, self.x.index_select(0, rows), p=1)
+            norm = error = 0.0
+        else:  # of squares, expanded and less the square of the row, with a bound on the rounding
+            origin, norm = (centers - self.origin).double(), self.norms.index_select(0, rows)
+            squares = origin.square().sum(1)
+            table = torch.addmm(squares[:, None], origin, self.centred.index_select(0, rows).mT, alpha=-2)
+            error = self.rounding * (norm + squares.max())
+        own = table.gather(0, labels[None])[0]
+        other = table.scatter_(0, labels[None], torch.inf).amin(0)
+        if self.metric.power == 2:
+            own, other = (own + norm + error).sqrt(), (other + norm - error).clamp_min(0).sqrt()
+        return other.double() * (1 - self.rounding) - own
 
 
 def assign(x: Tensor, centers: Tensor, metric: Metric) -> Tensor:
@@ -77,26 +226,26 @@ def assign(x: Tensor, centers: Tensor, metric: Metric) -> Tensor:
     """
     # From differences: the expanded square would lose clusters that are narrow beside the spread of the data. The p-th
     # power is monotone and may be left out.
-    distances = torch.cdist(x, centers, p=metric.power, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.argmin(1)
+    exact = "donot_use_mm_for_euclid_dist"
+    chunks = x.split(_chunk(centers))
+    return torch.cat([torch.cdist(rows, centers, metric.power, compute_mode=exact).argmin(1) for rows in chunks])
 
 
-def update(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric) -> Tensor:
+def update(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric, weights: Tensor | None = None) -> Tensor:
     """Return the centres (K, D) with the least total distance from their rows: the second half-step.
 
     Args:
         x: (N, D), the data.
         labels: (N,), integers from 0 to K - 1.
-        centers: (K, D), the present centres; one without rows stays where it is.
+        centers: (K, D), the present centres; one whose rows have no weight stays where it is.
         metric: ``SQUARED_EUCLIDEAN`` or ``MANHATTAN``.
+        weights: (N,), how often each row counts; None counts each once.
     """
-    counts = labels.bincount(minlength=len(centers)).tolist()
-    clusters = x[labels.argsort(stable=True)].split(counts)
-    return torch.stack([metric.center(rows) if len(rows) else centers[k] for k, rows in enumerate(clusters)])
+    return metric.clusters(x, torch.ones_like(x[:, 0]) if weights is None else weights).update(labels, centers)
 
 
 def deviations(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric) -> Tensor:
-    """Return the distance (N,) of each row from the centre of its cluster; the objective J is their sum.
+    """Return the distance (N,) of each row from the centre of its cluster; the objective J is their weighted sum.
 
     Args:
         x: (N, D), the data.
@@ -104,10 +253,35 @@ def deviations(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric) -> Te
         centers: (K, D).
         metric: ``SQUARED_EUCLIDEAN`` (distances are squared) or ``MANHATTAN``.
     """
-    return (x - centers[labels]).abs().pow(metric.power).sum(1)
+    differences = x - centers.index_select(0, labels)
+    powers = differences.square() if metric.power == 2 else differences.abs()
+    # As a product, much faster than a sum over few features.
+    return (powers.double() @ torch.ones(x.shape[1], dtype=torch.float64, device=x.device)).to(x.dtype)
 
 
-def lloyd(x: Tensor, centers: Tensor, metric: Metric, *, max_steps: int = 300) -> Clustering:
+def _sums(x: Tensor, centers: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted sums (K, D) of the deviations of rows (n, D) from their centres, and of the weights (K, 1).
+
+    As products with indicators, which are the same on every run also on a GPU.
+    """
+    sums = torch.zeros_like(centers, dtype=torch.float64)
+    totals = torch.zeros_like(sums[:, :1])
+    size = _chunk(centers)
+    for rows, own, counts in zip(x.split(size), labels.split(size), weights.split(size), strict=True):
+        indicators = sums.new_zeros(len(centers), len(rows)).scatter_(0, own[None], counts[None].double())
+        sums += indicators @ (rows - centers.index_select(0, own)).double()
+        totals += indicators.sum(1, keepdim=True)
+    return sums.to(x.dtype), totals.to(x.dtype)
+
+
+def _chunk(centers: Tensor) -> int:
+    """Return how many rows to work on at a time."""
+    return max(1, CHUNK // max(centers.shape))
+
+
+def lloyd(
+    x: Tensor, centers: Tensor, metric: Metric, *, weights: Tensor | None = None, max_steps: int = 300
+) -> Clustering:
     """Run Lloyd's algorithm from given centres until no label changes.
 
     A cluster that loses all its rows is given the row farthest from its own centre, with a warning.
@@ -116,6 +290,7 @@ def lloyd(x: Tensor, centers: Tensor, metric: Metric, *, max_steps: int = 300) -
         x: (N, D), the data; computed in their precision, integers as float64.
         centers: (K, D), where to start.
         metric: ``SQUARED_EUCLIDEAN`` or ``MANHATTAN``.
+        weights: (N,), how often each row counts, not negative; None counts each once.
         max_steps: how many pairs of half-steps at most.
 
     Returns:
@@ -135,13 +310,21 @@ def lloyd(x: Tensor, centers: Tensor, metric: Metric, *, max_steps: int = 300) -
     if not centers.isfinite().all():
         k, d = (~centers.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"centers[{k}, {d}] is {centers[k, d].item()}: every starting centre must be finite")
-    check_num_components(len(centers), len(x))
-    clustering = _lloyd(x, centers, metric, max_steps)
+    weights = _check_weights(weights, x, len(centers))
+    clustering = _lloyd(x, weights, centers, metric, metric.clusters(x, weights), max_steps)
     _warn_unless_converged(clustering)
     return clustering
 
 
-def kmeans(x: Tensor, k: int, *, num_starts: int = 10, generator: torch.Generator, max_steps: int = 300) -> Clustering:
+def kmeans(
+    x: Tensor,
+    k: int,
+    *,
+    num_starts: int = 10,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
+    max_steps: int = 300,
+) -> Clustering:
     """Cluster rows about k means: the least within-cluster sum of squares over several starts of Lloyd's algorithm.
 
     Lloyd 1982, Method I, from the seeds of Arthur and Vassilvitskii 2007, section 2.2.
@@ -151,6 +334,7 @@ def kmeans(x: Tensor, k: int, *, num_starts: int = 10, generator: torch.Generato
         k: the number of clusters.
         num_starts: how many seedings; the result with the least objective is returned.
         generator: the only source of randomness.
+        weights: (N,), how often each row counts, not negative; None counts each once.
         max_steps: how many steps at most from each start.
 
     Returns:
@@ -164,13 +348,19 @@ def kmeans(x: Tensor, k: int, *, num_starts: int = 10, generator: torch.Generato
         ValueError: x is not a finite (N, D), k is below 1 or above the number of distinct rows, num_starts or max_steps
             is below 1, or the objective overflows.
     """
-    clustering = _best_start(x, k, SQUARED_EUCLIDEAN, num_starts=num_starts, generator=generator, max_steps=max_steps)
+    clustering = _best_start(x, k, SQUARED_EUCLIDEAN, num_starts, generator, weights, max_steps)
     _warn_unless_converged(clustering)
     return clustering
 
 
 def kmedians(
-    x: Tensor, k: int, *, num_starts: int = 10, generator: torch.Generator, max_steps: int = 300
+    x: Tensor,
+    k: int,
+    *,
+    num_starts: int = 10,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
+    max_steps: int = 300,
 ) -> Clustering:
     """Cluster rows about k coordinate-wise medians: the least total absolute deviation over several starts.
 
@@ -181,6 +371,7 @@ def kmedians(
         k: the number of clusters.
         num_starts: how many seedings; the result with the least objective is returned.
         generator: the only source of randomness.
+        weights: (N,), how often each row counts, not negative; None counts each once.
         max_steps: how many steps at most from each start.
 
     Returns:
@@ -194,61 +385,125 @@ def kmedians(
         ValueError: x is not a finite (N, D), k is below 1 or above the number of distinct rows, num_starts or max_steps
             is below 1, or the objective overflows.
     """
-    clustering = _best_start(x, k, MANHATTAN, num_starts=num_starts, generator=generator, max_steps=max_steps)
+    clustering = _best_start(x, k, MANHATTAN, num_starts, generator, weights, max_steps)
     _warn_unless_converged(clustering)
     return clustering
 
 
 def _best_start(
-    x: Tensor, k: int, metric: Metric, *, num_starts: int, generator: torch.Generator, max_steps: int
+    x: Tensor,
+    k: int,
+    metric: Metric,
+    num_starts: int,
+    generator: torch.Generator,
+    weights: Tensor | None,
+    max_steps: int,
 ) -> Clustering:
     x = check_data(x).detach()
     k = check_num_components(k, len(x))
+    weights = _check_weights(weights, x, k)
     if num_starts < 1:
         raise ValueError(f"num_starts must be at least 1, not {num_starts}")
-    starts = (_lloyd(x, metric.seeds(x, k, generator), metric, max_steps) for _ in range(num_starts))
+    clusters = metric.clusters(x, weights)
+    starts = (
+        _lloyd(x, weights, metric.seeds(x, k, generator, weights), metric, clusters, max_steps)
+        for _ in range(num_starts)
+    )
     return min(starts, key=lambda clustering: clustering.objective[-1].item())
 
 
-def _lloyd(x: Tensor, centers: Tensor, metric: Metric, max_steps: int) -> Clustering:
+def _check_weights(weights: Tensor | None, x: Tensor, k: int) -> Tensor:
+    """Return weights (N,), of which at least k are positive, or say what is wrong with them."""
+    weights = check_row_weights(weights, x)
+    if weights is None:
+        weights = torch.ones_like(x[:, 0])
+    check_num_components(k, int((weights > 0).sum()))
+    return weights.detach()
+
+
+def _lloyd(
+    x: Tensor, weights: Tensor, centers: Tensor, metric: Metric, clusters: Clusters, max_steps: int
+) -> Clustering:
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, not {max_steps}")
-    eps = torch.finfo(x.dtype).eps
-    # A centre is rounded to eps times its size, which moves J by no more than this; J itself is rounded in its sums.
-    center_rounding = len(x) * (2 * eps * x.abs().amax(0)).pow(metric.power).sum()
-    sum_rounding = 4 * eps * (x.shape[1] + len(x).bit_length())
-    objective: list[Tensor] = []
-    nearest = assign(x, centers, metric)
-    for step in range(1, max_steps + 1):
-        labels = _fill_empty_clusters(x, nearest, centers, metric, step)
-        centers = update(x, labels, centers, metric)
-        objective.append(deviations(x, labels, centers, metric).sum())
-        if not objective[-1].isfinite():
-            raise ValueError(
-                f"the objective overflows {x.dtype}: rescale x, whose largest entry is {x.abs().max():.3g}"
-            )
-        if step > 1 and objective[-1] > objective[-2] * (1 + sum_rounding) + center_rounding:
-            raise RuntimeError(
-                f"the objective rose from {objective[-2].item()} to {objective[-1].item()} at step {step}, which "
-                "Lloyd's algorithm cannot do: please report this as a bug of mixproof"
-            )
-        nearest = assign(x, centers, metric)
-        converged = torch.equal(nearest, labels)
-        if converged:
+    assignment = Assignment(x, centers, metric)
+    labels, k = assignment.labels, len(centers)
+
+    def follow(centers: Tensor) -> tuple[Tensor, Tensor]:
+        rows, before = assignment.follow(centers)
+        count = weights[rows] > 0  # the others move nothing
+        return rows[count], before[count]
+
+    _fill_empty_clusters(x, weights, assignment, centers, clusters, 1)
+    centers = clusters.update(labels, centers)
+    counts = _counts(labels, weights, k)
+    first = (weights * deviations(x, labels, centers, metric)).sum()
+    if not first.isfinite():
+        raise ValueError(f"the objective overflows {x.dtype}: rescale x, whose largest entry is {x.abs().max():.3g}")
+    falls: list[Tensor] = []  # by how much each later step lowers J
+    for step in range(2, max_steps + 2):
+        rows, before = follow(centers)
+        if not len(rows):  # clear the rounding that the moves have gathered before the last word
+            centers = clusters.update(labels, centers)
+            rows, before = follow(centers)
+        if not len(rows) or step > max_steps:
             break
-    return Clustering(centers, labels, torch.stack(objective), converged)
+        x_, weights_, after = x.index_select(0, rows), weights[rows], labels[rows]
+        fall = weights_ @ (deviations(x_, before, centers, metric) - deviations(x_, after, centers, metric))
+        counts += _counts(after, weights_, k) - _counts(before, weights_, k)
+        if counts.all():
+            centers, gain = clusters.move(rows, before, labels, centers)
+        else:
+            gain = (weights * deviations(x, labels, centers, metric)).sum()
+            _fill_empty_clusters(x, weights, assignment, centers, clusters, step)
+            centers = clusters.update(labels, centers)
+            counts = _counts(labels, weights, k)
+            gain = gain - (weights * deviations(x, labels, centers, metric)).sum()
+        falls.append(fall + gain)
+    converged = not len(rows)
+    if not converged:
+        labels[rows] = before
+        centers = clusters.update(labels, centers)
+    last = (weights * deviations(x, labels, centers, metric)).sum()
+    later = torch.stack([*falls, torch.zeros_like(last)]).flip(0).cumsum(0).flip(0)  # from each step to the last
+    _raise_unless_sum(x, weights, metric, first, later[0], last, len(falls) + 1)
+    return Clustering(centers, labels, last + later, converged)
 
 
-def _fill_empty_clusters(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric, step: int) -> Tensor:
-    """Return labels (N,) that leave no cluster empty: each empty one takes the row farthest from its own centre.
+def _raise_unless_sum(
+    x: Tensor, weights: Tensor, metric: Metric, first: Tensor, fall: Tensor, last: Tensor, num_steps: int
+) -> None:
+    """Raise unless J fell by what the steps lowered it, to rounding: it then fell at each of them."""
+    eps = torch.finfo(x.dtype).eps
+    size, total = x.abs().amax(0), weights.sum()
+    # A centre is rounded to eps times its size, at each move anew, and the sums are rounded to eps times theirs.
+    drift = 2 * eps * num_steps * size
+    rounding = 8 * eps * num_steps * (x.shape[1] + len(x).bit_length()) * first
+    rounding = rounding + total * drift.pow(metric.power).sum() + 2 * num_steps * drift.sum() * (total * first).sqrt()
+    if not (first - fall - last).abs() <= rounding:
+        raise RuntimeError(
+            f"the objective went from {first.item()} to {last.item()} in {num_steps} steps that lowered it by "
+            f"{fall.item()}, which Lloyd's algorithm cannot do: please report this as a bug of mixproof"
+        )
+
+
+def _counts(labels: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Return the numbers (K,) of rows with weight, by the labels (n,) and the weights (n,) of rows."""
+    return torch.zeros(k, dtype=torch.long, device=labels.device).index_add_(0, labels, (weights > 0).long())
+
+
+def _fill_empty_clusters(
+    x: Tensor, weights: Tensor, assignment: Assignment, centers: Tensor, clusters: Clusters, step: int
+) -> None:
+    """Leave no cluster empty: each empty one takes the row farthest from its own centre.
 
     One at a time, about centres brought up to date: the row then gives up a positive distance, so that J falls, and it
-    leaves other rows behind in its old cluster, since a row alone lies on its centre.
+    leaves other rows behind in its old cluster, since a row alone lies on its centre. Rows without weight stay.
     """
-    k = len(centers)
-    while len(empty := (labels.bincount(minlength=k) == 0).nonzero()):
-        centers = update(x, labels, centers, metric)
-        distances = deviations(x, labels, centers, metric)
+    k, labels = len(centers), assignment.labels
+    while len(empty := (_counts(labels, weights, k) == 0).nonzero()):
+        centers = clusters.update(labels, centers)
+        distances = deviations(x, labels, centers, assignment.metric).where(weights > 0, 0)
         farthest = int(distances.argmax())
         if distances[farthest] == 0:
             raise ValueError(
@@ -260,9 +515,8 @@ def _fill_empty_clusters(x: Tensor, labels: Tensor, centers: Tensor, metric: Met
             RuntimeWarning,
             stacklevel=4,
         )
-        labels = labels.clone()
         labels[farthest] = cluster
-    return labels
+        assignment.safe_until[farthest] = -torch.inf
 
 
 def _warn_unless_converged(clustering: Clustering) -> None:

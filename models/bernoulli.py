@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.initial import partition
+from mixproof.models.initial import partition, row_weights
 
 additive = True
 
@@ -165,16 +165,21 @@ def moments(params: Params) -> tuple[Tensor, Tensor]:
     return mean, between + torch.diag_embed(params.weights @ (params.probs * (1 - params.probs)))
 
 
-def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
+def init_params(
+    x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++", weights: Tensor | None = None
+) -> Params:
     """Return a start for EM: the shares and frequencies of a partition of x (N, D), drawn to those of all the data.
 
     One pseudo-observation at the overall frequencies keeps a part from excluding a value that it has not seen, and half
     a one and half a zero more keep those frequencies inside (0, 1).
+    Rows count as often as their weights (N,) say; None counts each once.
     """
-    resp = partition(x, num_components, generator, method)
-    counts = resp.sum(0)
-    overall = (x.sum(0) + 0.5) / (len(x) + 1)
-    return Params((counts + 1) / (counts + 1).sum(), (resp.mT @ x + overall) / (counts[:, None] + 1))
+    resp = partition(x, num_components, generator, method, weights)
+    weights = row_weights(x, weights)
+    parts = resp * weights[:, None]
+    counts, total = parts.sum(0), weights.sum()
+    overall = (weights @ x + 0.5) / (total + 1)
+    return Params((counts + 1) / (counts + 1).sum(), (parts.mT @ x + overall) / (counts[:, None] + 1))
 
 
 @dataclass(frozen=True)
@@ -234,11 +239,10 @@ class UniformWeights:
         """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
         return UniformWeights.Stats(*statistics_observed(Params(*params), x, resp)[1:])
 
-    def reduction(
-        self, params: UniformWeights.Params
-    ) -> tuple[ModuleType, Params, Callable[[Stats], UniformWeights.Stats]]:
+    def reduction(self, params: UniformWeights.Params) -> tuple[ModuleType, Any, Callable[[Any], UniformWeights.Stats]]:
         """Return the family with free weights, and how its statistics give these."""
         free = sys.modules[__name__]
+
         return free, Params(*params), lambda stats: UniformWeights.Stats(stats.ones, stats.zeros)
 
     def m_step(self, stats: UniformWeights.Stats, prior: UniformWeights.Prior | None = None) -> UniformWeights.Params:
@@ -264,8 +268,13 @@ class UniformWeights:
         return moments(Params(*params))
 
     def init_params(
-        self, x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++"
+        self,
+        x: Tensor,
+        num_components: int,
+        generator: torch.Generator,
+        method: str = "k-means++",
+        weights: Tensor | None = None,
     ) -> UniformWeights.Params:
-        """Return a start for EM: uniform weights, and the frequencies of a partition of x (N, D)."""
-        start = init_params(x, num_components, generator, method)
+        """Return a start for EM: uniform weights, and frequencies of a partition of x (N, D), rows weighted (N,)."""
+        start = init_params(x, num_components, generator, method, weights)
         return UniformWeights.Params(torch.full_like(start.weights, 1 / num_components), start.probs)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.initial import partition
+from mixproof.models.initial import partition, row_weights
 
 additive = True
 
@@ -193,13 +193,19 @@ def moments(params: Params) -> tuple[Tensor, Tensor]:
     return mean, between + torch.diag_embed(params.weights @ params.variances)
 
 
-def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
+def init_params(
+    x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++", weights: Tensor | None = None
+) -> Params:
     """Return a start for EM: shares and means of a partition of x (N, D), and its variances within the parts for all.
 
     One pseudo-observation with the variances of all the data keeps the start regular where a part has a single row.
+    Rows count as often as their weights (N,) say; None counts each once.
     """
-    resp = partition(x, num_components, generator, method)
-    counts = resp.sum(0)
-    locs = (resp.mT @ x) / counts[:, None].clamp_min(1)
-    within = ((x - resp @ locs).square().sum(0) + x.var(0, correction=0)) / (len(x) + 1)
+    resp = partition(x, num_components, generator, method, weights)
+    weights = row_weights(x, weights)
+    parts = resp * weights[:, None]
+    counts, total = parts.sum(0), weights.sum()
+    locs = (parts.mT @ x) / counts.where(counts > 0, 1)[:, None]
+    centred = x - weights @ x / total
+    within = (weights @ (x - resp @ locs).square() + weights @ centred.square() / total) / (total + 1)
     return Params((counts + 1) / (counts + 1).sum(), locs, within.expand(num_components, -1).clone())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.initial import partition
+from mixproof.models.initial import partition, row_weights
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
@@ -293,15 +293,20 @@ def moments(params: Params) -> tuple[Tensor, Tensor]:
     return mean, torch.einsum("k,kij->ij", params.weights, params.covariances + between)
 
 
-def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
+def init_params(
+    x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++", weights: Tensor | None = None
+) -> Params:
     """Return a start for EM: shares and means of a partition of x (N, D), and its covariance within the parts for all.
 
     One pseudo-observation with the covariance of all the data keeps the start regular where a part has a single row.
+    Rows count as often as their weights (N,) say; None counts each once.
     """
-    resp = partition(x, num_components, generator, method)
-    counts = resp.sum(0)
-    locs = (resp.mT @ x) / counts[:, None].clamp_min(1)
-    residuals = x - resp @ locs
-    centred = x - x.mean(0)
-    within = (residuals.mT @ residuals + centred.mT @ centred / len(x)) / (len(x) + 1)
+    resp = partition(x, num_components, generator, method, weights)
+    weights = row_weights(x, weights)
+    parts = resp * weights[:, None]
+    counts, total = parts.sum(0), weights.sum()
+    locs = (parts.mT @ x) / counts.where(counts > 0, 1)[:, None]
+    centred = x - weights @ x / total
+    residuals, weighted = x - resp @ locs, weights[:, None]
+    within = (residuals.mT @ (weighted * residuals) + centred.mT @ (weighted * centred) / total) / (total + 1)
     return Params((counts + 1) / (counts + 1).sum(), locs, within.expand(num_components, -1, -1).clone())

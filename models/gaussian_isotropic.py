@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models import gaussian_spherical
-from mixproof.models.initial import partition
+from mixproof.models.initial import partition, row_weights
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,17 @@ class GaussianIsotropic:
         return mean, between + self.variance * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
 
     def init_params(
-        self, x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++"
+        self,
+        x: Tensor,
+        num_components: int,
+        generator: torch.Generator,
+        method: str = "k-means++",
+        weights: Tensor | None = None,
     ) -> GaussianIsotropic.Params:
-        """Return a start for EM: the shares and means of a partition of x (N, D)."""
-        resp = partition(x, num_components, generator, method)
-        counts = resp.sum(0)
-        return GaussianIsotropic.Params((counts + 1) / (counts + 1).sum(), (resp.mT @ x) / counts[:, None].clamp_min(1))
+        """Return a start for EM: the shares and means of a partition of x (N, D), its rows weighted (N,)."""
+        resp = partition(x, num_components, generator, method, weights)
+        weights = row_weights(x, weights)
+        parts = resp * weights[:, None]
+        counts = parts.sum(0)
+        locs = (parts.mT @ x) / counts.where(counts > 0, 1)[:, None]
+        return GaussianIsotropic.Params((counts + 1) / (counts + 1).sum(), locs)

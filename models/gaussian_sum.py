@@ -238,15 +238,20 @@ def moments(params: Params) -> tuple[Tensor, Tensor]:
 
 
 def init_params(
-    x: Tensor, num_components: tuple[int, int], generator: torch.Generator, method: str = "k-means++"
+    x: Tensor,
+    num_components: tuple[int, int],
+    generator: torch.Generator,
+    method: str = "k-means++",
+    weights: Tensor | None = None,
 ) -> Params:
     """Return a start for EM: x explains the data by a partition of x (N, D), and y spreads each part about 0.
 
     Both take half the covariance within the parts; the locations of y are drawn from that normal law.
+    Rows count as often as their weights (N,) say; None counts each once.
     """
     if not isinstance(num_components, tuple) or len(num_components) != 2:
         raise TypeError(f"the number of components must be a pair (K_x, K_y), not {num_components!r}")
-    start = gaussian_full.init_params(x, num_components[0], generator, method)
+    start = gaussian_full.init_params(x, num_components[0], generator, method, weights)
     check_num_components(num_components[1], len(x))
     half = start.covariances[0] / 2
     noise = torch.randn(num_components[1], x.shape[1], generator=generator, dtype=x.dtype, device=x.device)
@@ -365,9 +370,14 @@ class KnownNoise:
         return moments(Params(*params, *self.noise))
 
     def init_params(
-        self, x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++"
+        self,
+        x: Tensor,
+        num_components: int,
+        generator: torch.Generator,
+        method: str = "k-means++",
+        weights: Tensor | None = None,
     ) -> gaussian_full.Params:
-        """Return a start for EM: the partition of the noisy rows x (N, D) without their mean noise."""
-        start = gaussian_full.init_params(x, num_components, generator, method)
+        """Return a start for EM: the partition of the noisy rows x (N, D), weighted (N,), without their mean noise."""
+        start = gaussian_full.init_params(x, num_components, generator, method, weights)
         self._check_num_features(x.shape[1])
         return start._replace(locs=start.locs - gaussian_full.moments(self.noise)[0])

@@ -11,7 +11,9 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 
-def partition(x: Tensor, num_components: int, generator: torch.Generator, method: str) -> Tensor:
+def partition(
+    x: Tensor, num_components: int, generator: torch.Generator, method: str, weights: Tensor | None = None
+) -> Tensor:
     """Return responsibilities (N, K) of 0 and 1 that assign each row of x (N, D) to the nearest of K seeds.
 
     Args:
@@ -19,10 +21,12 @@ def partition(x: Tensor, num_components: int, generator: torch.Generator, method
         num_components: K.
         generator: the only source of randomness.
         method: ``"k-means++"`` spreads the seeds (Arthur and Vassilvitskii 2007); ``"random"`` draws K different rows.
+        weights: (N,), how often each row counts, not negative; None counts each once. Only rows that count are seeds.
 
     Raises:
         TypeError: x is not a floating tensor, or the number of components is not an integer.
-        ValueError: x is not a finite matrix, the method is another one, or K is below 1 or above N.
+        ValueError: x is not a finite matrix, the method is another one, or K is below 1 or above the number of rows
+            that count.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError("x must be a floating tensor: torch.as_tensor(x, dtype=torch.float64) makes one of numbers")
@@ -31,11 +35,14 @@ def partition(x: Tensor, num_components: int, generator: torch.Generator, method
     if not torch.isfinite(x).all():
         row, column = (~torch.isfinite(x)).nonzero()[0].tolist()
         raise ValueError(f"x[{row}, {column}] is {x[row, column].item()}: drop or impute the row")
-    num_components = check_num_components(num_components, len(x))
+    weights = row_weights(x, weights)
+    num_components = check_num_components(num_components, int((weights > 0).sum()))
     if method == "k-means++":
-        rows = spread_rows(x, num_components, generator)
+        rows = spread_rows(x, num_components, generator, weights)
     elif method == "random":
-        rows = torch.randperm(len(x), generator=generator, device=generator.device)[:num_components]
+        uniform = torch.rand(len(x), generator=generator, device=generator.device, dtype=torch.float64)
+        # Efraimidis and Spirakis (2006): the order of these keys draws one by one, in proportion to the weights
+        rows = (uniform.log() / weights.detach().to(uniform)).topk(num_components).indices
     else:
         raise ValueError(f'method must be "k-means++" or "random", not {method!r}')
     scaled = rescale(x)
@@ -43,16 +50,36 @@ def partition(x: Tensor, num_components: int, generator: torch.Generator, method
     return torch.nn.functional.one_hot(labels, num_components).to(x.dtype)
 
 
-def spread_rows(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def row_weights(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Return how often each row of x (N, D) counts, (N,): once unless weights are given.
+
+    Raises:
+        ValueError: there is not one weight for each row, or one is negative or not finite.
+    """
+    if weights is None:
+        return torch.ones_like(x[:, 0])
+    if weights.shape != x.shape[:1]:
+        raise ValueError(f"weights must have shape ({len(x)},), one for each row, not {tuple(weights.shape)}")
+    if not (torch.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError("a weight must be finite and not negative")
+    return weights.to(x)
+
+
+def spread_rows(x: Tensor, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
     """Return the numbers (k,) of k rows of finite x (N, D), drawn by k-means++ (Arthur and Vassilvitskii 2007).
 
     The drawing is scikit-learn's, on the CPU, seeded from the generator. Rows repeat only if fewer than k are distinct.
+    A row is as likely as if it were there as often as its weight (N,) says; one of weight 0 is never drawn.
     """
     rows = rescale(x.detach().cpu().double())
+    weights = row_weights(rows, weights).detach()
+    candidates = weights.nonzero()[:, 0]
+    rows = rows[candidates]
     # scikit-learn expands the square, which cancels far from zero; the draw does not depend on the location
     rows = rows - rows.mean(0)
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    return torch.as_tensor(kmeans_plusplus(rows.numpy(), k, random_state=seed)[1])
+    _, drawn = kmeans_plusplus(rows.numpy(), k, sample_weight=weights[candidates].numpy(), random_state=seed)
+    return candidates[torch.as_tensor(drawn)]
 
 
 def rescale(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.initial import partition
+from mixproof.models.initial import partition, row_weights
 
 
 class Params(NamedTuple):
@@ -157,13 +157,19 @@ def moments(params: Params) -> tuple[Tensor, Tensor]:
     return mean, between + torch.diag_embed(params.weights @ (2 * params.scales.square()))
 
 
-def init_params(x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++") -> Params:
+def init_params(
+    x: Tensor, num_components: int, generator: torch.Generator, method: str = "k-means++", weights: Tensor | None = None
+) -> Params:
     """Return a start for EM: shares and medians of a partition of x (N, D), and its mean deviations for all.
 
     One pseudo-observation with the deviation of all the data keeps the start regular where a part has a single row.
+    Rows count as often as their weights (N,) say; None counts each once.
     """
-    resp = partition(x, num_components, generator, method)
-    counts = resp.sum(0)
-    locs = weighted_median(x, resp)
-    within = ((x - resp @ locs).abs().sum(0) + (x - x.mean(0)).abs().mean(0)) / (len(x) + 1)
+    resp = partition(x, num_components, generator, method, weights)
+    weights = row_weights(x, weights)
+    parts = resp * weights[:, None]
+    counts, total = parts.sum(0), weights.sum()
+    locs = weighted_median(x, parts)
+    centred = x - weights @ x / total
+    within = (weights @ (x - resp @ locs).abs() + weights @ centred.abs() / total) / (total + 1)
     return Params((counts + 1) / (counts + 1).sum(), locs, within.expand(num_components, -1).clone())

@@ -39,6 +39,7 @@ from mixproof.models import (
     laplace,
 )
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
+from mixproof.models.initial import partition
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_inverse_wishart
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ CONTRACT = {
     "log_prior": ["params", "prior"],
     "sample": ["params", "num_samples", "generator"],
     "moments": ["params"],
-    "init_params": ["x", "num_components", "generator", "method"],
+    "init_params": ["x", "num_components", "generator", "method", "weights"],
 }
 
 
@@ -118,6 +119,58 @@ def test_contract_names_are_present_in_order(case: Case) -> None:
     assert inspect.signature(case.family.init_params).parameters["method"].default == "k-means++"
     for name in ("m_step", "model"):
         assert inspect.signature(getattr(case.family, name)).parameters["prior"].default is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_start_counts_a_row_as_often_as_its_weight_says(case: Case, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same seeds, weighted rows and repeated rows give the same start."""
+    x = case.data(seed, 40)
+    weights = torch.randint(0, 4, (40,), generator=seeded(seed))
+    seeds = weights.nonzero()[:, 0]
+    copies = weights.cumsum(0) - weights  # where the first of each row is
+    monkeypatch.setattr("mixproof.models.initial.spread_rows", lambda x, k, *others: seeds[:k])
+    weighted = case.family.init_params(x, case.num_components(), seeded(1), weights=weights)
+    monkeypatch.setattr("mixproof.models.initial.spread_rows", lambda x, k, *others: copies[seeds[:k]])
+    repeated = case.family.init_params(x.repeat_interleave(weights, 0), case.num_components(), seeded(1))
+    assert_equal_to_rounding(weighted, repeated)
+    plain = case.family.init_params(x, case.num_components(), seeded(1))
+    assert any(not torch.allclose(a, b) for a, b in zip(weighted, plain, strict=True))
+    ones = case.family.init_params(x, case.num_components(), seeded(1), weights=torch.ones(40))
+    assert_equal_to_rounding(ones, plain)
+
+
+@pytest.mark.parametrize("method", ["k-means++", "random"])
+def test_row_of_weight_zero_is_no_seed(method: str) -> None:
+    x = randn(30, 2, seed=0)
+    for seed in range(20):
+        weights = torch.zeros(30)
+        weights[torch.randperm(30, generator=seeded(seed))[:3]] = torch.tensor([0.1, 1.0, 9.0])
+        resp = partition(x, 3, seeded(seed), method, weights)
+        assert resp[weights > 0].sum(0).tolist() == [1, 1, 1]
+        with pytest.raises(ValueError, match="4 components need at least as many rows, and x has 3"):
+            partition(x, 4, seeded(seed), method, weights)
+    for bad, words in ((-weights, "must be finite and not negative"), (weights[:4], r"must have shape \(30,\)")):
+        with pytest.raises(ValueError, match=words):
+            partition(x, 2, seeded(0), method, bad)
+
+
+def test_random_seeds_are_drawn_in_proportion_to_the_weights() -> None:
+    """One after another: the pairs of seeds, as far as their parts tell them apart, have the shares of that law."""
+    x, weights = torch.arange(4.0, dtype=torch.float64)[:, None], torch.tensor([1.0, 2.0, 0.0, 5.0])
+    generator, num_draws = seeded(0), 4000
+    draws = torch.stack([partition(x, 2, generator, "random", weights) for _ in range(num_draws)])
+    pairs = {(i, j): weights[i] / 8 * weights[j] / (8 - weights[i]) for i in (0, 1, 3) for j in (0, 1, 3) if i != j}
+    parts = {pair: partition_of(x, pair) for pair in pairs}
+    for pair, part in parts.items():
+        same = [other for other in pairs if torch.equal(parts[other], part)]
+        share = sum(float(pairs[other]) for other in same)
+        observed = (draws == part).all(-1).all(-1).double().mean().item()
+        assert abs(observed - share) <= 5 * math.sqrt(share * (1 - share) / num_draws), pair
+
+
+def partition_of(x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Return the responsibilities that assign each row to the nearest of some rows."""
+    return torch.nn.functional.one_hot((x - x[list(rows), 0]).abs().argmin(1), len(rows)).to(x)
 
 
 def test_contract_is_documented_with_maths_and_shapes(case: Case) -> None:

@@ -58,8 +58,6 @@ def peer_at(model: GaussianMixture) -> PeerGaussianMixture:
 def expected_failures(estimator: Any) -> dict[str, str]:
     """Return the checks that an estimator cannot pass, and why."""
     equivalence = "check_sample_weight_equivalence_on_dense_data"
-    if estimator.n_components > 1:
-        return {equivalence: "a start is seeded by rows, and weighted rows are not the same rows as repeated ones"}
     if isinstance(estimator, GaussianMixture) and estimator.covariance_type in ("full", "tied"):
         return {equivalence: "15 rows of 30 features have no positive definite covariance, and none is made up"}
     return {}
