@@ -32,7 +32,9 @@ Column = Literal["continuous", "discrete"] | Sequence[float]
 NUM_SAMPLES = 2**16
 NUM_PILOT = 2**14
 SMALLEST_EFFECTIVE_SIZE = 5000
+"""How many draws the proposal's weighted ones must be worth for averages under them to be near normal."""
 SMALLEST_OVERLAP = 1000
+"""How many draws both sides of a bridge must be worth, else law and proposal are too far apart to tell anything."""
 REPEATS = 8
 """So many equal draws are an atom: continuous ones in single precision repeat two or three times."""
 
@@ -58,7 +60,7 @@ def verify_density(
 
     Args:
         log_prob: of points (N, D) returns their log densities (N,), or log probabilities on a finite support. It must
-            be minus infinity (not an error) where the density vanishes.
+            be minus infinity (not an error, not NaN) where the density vanishes.
         sample: ``sample(num_samples, generator)`` returns independent draws (N, D), or (N,) for a law on the line.
         support: all points (M, D) of a finite support; None for a density.
         columns: one statement for each column, None if all are ``"continuous"``: ``"discrete"`` for whole numbers,
@@ -77,9 +79,11 @@ def verify_density(
         proposal covers too little of the law.
 
     Raises:
-        ValueError: the support has repeated points, the sampler does not return (N, D), or ``columns`` does not fit
-            its draws.
+        ValueError: the support has repeated points or is given beside ``columns``, the sampler does not return (N, D),
+            or ``columns`` does not fit its draws.
     """
+    if support is not None and columns is not None:
+        raise ValueError("a finite support is discrete: give columns only without a support")
     subject = subject or "the density"
     generator = torch.Generator().manual_seed(seed)
     pilot = draw(sample, NUM_PILOT, generator)  # apart, so that what is fitted to it is independent of the draws
@@ -87,55 +91,73 @@ def verify_density(
     if not (pilot.isfinite().all() and draws.isfinite().all()):
         nan = float("nan")
         return conclude(subject, [Check("finite draws", False, nan, nan, detail="the sampler is not finite")], seed)
-    if support is not None and columns is not None:
-        raise ValueError("a finite support is discrete: give columns only without a support")
-    share = false_alarm / 6  # of the checks below
+    share = false_alarm / 6  # of the tests that can alarm by chance
     extra = []
     if cdf is not None:
         extra.append(distribution_function_agrees(cdf, draws, generator=generator, false_alarm=share))
     try:
-        support = None if support is None else support.reshape(len(support), -1).to(torch.float64)
-        if support is not None:
-            checks = [
-                sums_to_one(log_prob, support),
-                frequencies_agree(log_prob, draws, support, false_alarm=false_alarm - share * len(extra)),
-            ]
-            return conclude(subject, checks + extra, seed)
-        columns = fitting_columns(columns, pilot, draws)
-        repeated = no_atoms(draws, columns)
-        if not repeated.passed:
-            return conclude(subject, [repeated, *extra], seed)
-        summed = grid_integral(log_prob, draws, columns=columns) if draws.shape[1] in GRID else None
-        checks = [] if summed is None else [summed]
-        if set(columns) == {"discrete"}:
-            seen = torch.unique(pilot, dim=0)
-            checks.append(frequencies_agree(log_prob, draws, seen, complete=False, false_alarm=share))
-        log_proposal, points = proposal(pilot, num_samples, generator, columns=columns)
-        log_weights = heights(log_prob, points) - log_proposal(points)
-        log_ratios = heights(log_prob, draws) - log_proposal(draws)
-        checks.append(bridge(log_ratios, log_weights, false_alarm=share))
+        if support is None:
+            checks = _continuous_or_infinite(log_prob, pilot, draws, columns, generator, share)
+        else:
+            points = support.reshape(len(support), -1).to(torch.float64)
+            left = false_alarm - share * len(extra)
+            checks = [sums_to_one(log_prob, points), frequencies_agree(log_prob, draws, points, false_alarm=left)]
     except DensityError as error:
-        failed = Check("log_prob", False, float("nan"), 0.0, counterexample={"points": error.points}, detail=str(error))
-        return conclude(subject, [failed, *extra], seed)
-    effective = effective_size(log_weights)
-    options: dict[str, Any] = {"generator": generator, "false_alarm": share}
-    if effective < SMALLEST_EFFECTIVE_SIZE:
-        detail = f"the proposal's draws are worth only {effective:.0f}: law and normalisation were not tested apart"
-        checks[-1] = checks[-1]._replace(detail=detail)
-        checks.append(expectations_agree(pilot, draws, points, log_weights, log_ratios=log_ratios, **options))
-        overlap = min(effective_size(side) for side in (log_sigmoid(-log_ratios), log_sigmoid(log_weights)))
-        if overlap < SMALLEST_OVERLAP:
-            nan, detail = float("nan"), f"the density and the proposal share draws worth only {overlap:.0f}"
-            checks.append(Check("overlap with the proposal", False, nan, nan, detail=detail))
-    else:
-        checks.append(sampled_integral(log_weights, false_alarm=share))
-        checks.append(expectations_agree(pilot, draws, points, log_weights, **options))
-        checks.append(projections_agree(pilot, draws, points, log_weights, **options))
+        found = {"points": error.points}
+        checks = [Check("log_prob", False, float("nan"), 0.0, counterexample=found, detail=str(error))]
     return conclude(subject, checks + extra, seed)
 
 
+def _continuous_or_infinite(
+    log_prob: LogProb,
+    pilot: Tensor,
+    draws: Tensor,
+    columns: Sequence[Column] | None,
+    generator: torch.Generator,
+    share: float,
+) -> list[Check]:
+    """Return the checks of a law without a finite support, each test with its share of the false alarms."""
+    kinds = fitting_columns(columns, pilot, draws)
+    repeated = no_atoms(draws, kinds)
+    if not repeated.passed:
+        return [repeated]
+    summed = grid_integral(log_prob, draws, columns=kinds) if draws.shape[1] in GRID else None
+    checks = [] if summed is None else [summed]
+    if all(isinstance(kind, str) and kind == "discrete" for kind in kinds):
+        seen = torch.unique(pilot, dim=0)
+        checks.append(frequencies_agree(log_prob, draws, seen, complete=False, false_alarm=share))
+    log_proposal, points = proposal(pilot, len(draws), generator, columns=kinds)
+    log_weights = heights(log_prob, points) - log_proposal(points)
+    log_ratios = heights(log_prob, draws) - log_proposal(draws)
+    bridged = bridge(log_ratios, log_weights, false_alarm=share)
+    options: dict[str, Any] = {"generator": generator, "false_alarm": share}
+    effective = effective_size(log_weights)
+    if effective >= SMALLEST_EFFECTIVE_SIZE:
+        integral = sampled_integral(log_weights, false_alarm=share)
+        expectations = expectations_agree(pilot, draws, points, log_weights, **options)
+        return [
+            *checks,
+            bridged,
+            integral,
+            expectations,
+            projections_agree(pilot, draws, points, log_weights, **options),
+        ]
+    detail = f"the proposal's draws are worth only {effective:.0f}: law and normalisation were not tested apart"
+    checks.append(bridged._replace(detail=detail))
+    checks.append(expectations_agree(pilot, draws, points, log_weights, log_ratios=log_ratios, **options))
+    overlap = min(effective_size(side) for side in (log_sigmoid(-log_ratios), log_sigmoid(log_weights)))
+    if overlap < SMALLEST_OVERLAP:
+        nan, detail = float("nan"), f"the density and the proposal share draws worth only {overlap:.0f}"
+        checks.append(Check("overlap with the proposal", False, nan, nan, detail=detail))
+    return checks
+
+
 def fitting_columns(columns: Sequence[Column] | None, *samples: Tensor) -> list[Any]:
-    """Return what each column is, atoms as a sorted tensor, or say why samples (N, D) do not fit it.
+    """Return what each column is, atoms as a sorted tensor, or say why samples do not fit it.
+
+    Args:
+        columns: as in ``verify_density``.
+        samples: draws (N, D), each.
 
     Raises:
         ValueError: there is not one statement for each column, or a discrete column holds other than whole numbers.
@@ -155,7 +177,15 @@ def fitting_columns(columns: Sequence[Column] | None, *samples: Tensor) -> list[
 
 
 def no_atoms(draws: Tensor, columns: Sequence[Any]) -> Check:
-    """Check that values of draws (N, D) do not repeat, but for discrete columns and stated atoms."""
+    """Check that values of draws do not repeat, but for discrete columns and stated atoms.
+
+    Args:
+        draws: (N, D).
+        columns: D statements, as ``fitting_columns`` returns them.
+
+    Returns:
+        A check; where it fails its error is NaN, as nothing was measured of the density.
+    """
     name, nan = "no other atoms", float("nan")
     for j, column in enumerate(columns):
         if isinstance(column, str) and column == "discrete":

@@ -24,7 +24,7 @@ COARSE = 2.0**-7
 
 
 class DensityError(ValueError):
-    """A log density raised at some points (N, D), or returned something other than (N,)."""
+    """A log density raised at some points (N, D), was NaN there, or returned something other than (N,)."""
 
     def __init__(self, message: str, points: Tensor):
         super().__init__(message)
@@ -32,7 +32,15 @@ class DensityError(ValueError):
 
 
 def sums_to_one(log_prob: LogProb, support: Tensor) -> Check:
-    """Check that the probabilities of all points (M, D) of a finite support sum to one, to rounding."""
+    """Check that the probabilities of all points of a finite support sum to one, to rounding.
+
+    Args:
+        log_prob: of points (M, D) returns their log probabilities (M,).
+        support: all points (M, D).
+
+    Raises:
+        DensityError: as ``heights``.
+    """
     total = float(heights(log_prob, support).exp().sum())
     tolerance = rounding(log_prob, support)
     passed = abs(total - 1) <= tolerance
@@ -42,12 +50,23 @@ def sums_to_one(log_prob: LogProb, support: Tensor) -> Check:
 
 
 def grid_integral(log_prob: LogProb, draws: Tensor, *, columns: Sequence[Any] | None = None) -> Check | None:
-    """Check that a density integrates to one, on a grid about draws (N, D), D <= 3; None if that has too many points.
+    """Check that a density integrates to one, on a grid about draws.
 
     The box is the range of the draws, widened by itself on each side; discrete columns take all whole numbers in it.
     The tolerance is what the grid can resolve: how far the sums over the coarser grids inside it differ, and the mass
     in the outer half of the widening, of which less lies beyond it. A grid that resolves less than ``COARSE`` says
-    nothing, and passes with an infinite tolerance. ``columns`` is that of ``fitting_columns``.
+    nothing, and passes with an infinite tolerance.
+
+    Args:
+        log_prob: of points (M, D) returns their log densities (M,).
+        draws: (N, D), with at most three continuous columns.
+        columns: D statements, as ``fitting_columns`` returns them; None if all columns are continuous.
+
+    Returns:
+        The check, or None where the grid would have too many points.
+
+    Raises:
+        DensityError: as ``heights``.
     """
     name = "integrates to one on a grid"
     columns = ["continuous"] * draws.shape[1] if columns is None else columns
@@ -81,11 +100,7 @@ def grid_integral(log_prob: LogProb, draws: Tensor, *, columns: Sequence[Any] | 
         inner.append(~((axis < lo - w / 2) | (axis > hi + w / 2)) | (~fine & (not is_counted)))
     points = torch.cartesian_prod(*axes).reshape(-1, len(axes))
     parts = [heights(log_prob, part) for part in points.split(2**17)]
-    density = torch.cat(parts).exp()
-    if density.isnan().any():
-        where = points[density.isnan()][0]
-        return Check(name, False, math.inf, 0.0, None, {"x": where, "density": float("nan")})
-    density = density.reshape([len(axis) for axis in axes])
+    density = torch.cat(parts).exp().reshape([len(axis) for axis in axes])
 
     def total(weights: Sequence[Tensor]) -> float:
         left = density
@@ -120,7 +135,7 @@ def heights(log_prob: LogProb, points: Tensor) -> Tensor:
     """Return the log density at points (N, D) as float64 (N,).
 
     Raises:
-        DensityError: the log density raises, or has another shape.
+        DensityError: the log density raises, is NaN, or has another shape.
     """
     try:
         found = log_prob(points).detach().to(torch.float64)
@@ -129,6 +144,8 @@ def heights(log_prob: LogProb, points: Tensor) -> Tensor:
     if found.shape != points.shape[:1]:
         message = f"log_prob of points {tuple(points.shape)} has shape {tuple(found.shape)}"
         raise DensityError(message, points[:7])
+    if (nan := found.isnan()).any():
+        raise DensityError(f"log_prob is NaN at {int(nan.sum())} of {len(points)} points", points[nan][:7])
     return found
 
 
