@@ -153,7 +153,7 @@ def _report_hints(own: Trial, generator: torch.Generator) -> tuple[str, ...]:
     points = [own.random_params(generator) for _ in range(NUM_FRESH + 1)]
     with torch.no_grad():
         joints = [own.joint(params) for params in points]
-    claims = torch.tensor([own.reported(params) for params in points], dtype=torch.float64)
+    claims = torch.tensor([own.reported(params).item() for params in points], dtype=torch.float64)
     if not claims.isfinite().all():
         return ()
     sizes = [(joint.row_weights * joint.rows.logsumexp(1)).abs().sum().item() + 1 for joint in joints]
@@ -304,7 +304,7 @@ def _constants(
     """Yield the changes by a constant that the first point determines."""
     value, right, has_prior = first.new[site], first.better[site], own.has_prior
     if measured := _common(value / right):
-        for factor in {_rounded(measured) or measured, measured}:
+        for factor in dict.fromkeys((_rounded(measured) or measured, measured)):
             yield Mend(
                 f"a factor of {factor:.3g}: {site} is right divided by it", put(partial(torch.mul, other=1 / factor))
             )

@@ -19,7 +19,7 @@ from torch.distributions import constraints
 
 from mixproof.inference.verification.report import Check, blamed
 from mixproof.inference.verification.subject import Subject
-from mixproof.inference.verification.trial import BLIND, PENALISED, ROUNDING, Target, Trial
+from mixproof.inference.verification.trial import BLIND, PENALISED, ROUNDING, Target, Trial, largest_eps
 
 MOST_ROWS = 6
 NUM_DRAWS = 3
@@ -238,7 +238,7 @@ def _wrong_e_step(own: Trial, params: dict[str, Tensor], target: Target, failed:
     claimed, right = own.responsibilities(params), rows.softmax(1)
     if claimed.shape != right.shape:
         return None
-    tolerance = CLEAR * 64 * torch.finfo(rows.dtype).eps * (1 + rows[torch.isfinite(rows)].abs().max())
+    tolerance = CLEAR * 64 * largest_eps(rows, claimed) * (1 + rows[torch.isfinite(rows)].abs().max())
     return None if bool(((claimed - right).abs() <= tolerance).all()) else Found(own, params, target)
 
 
@@ -246,8 +246,9 @@ def _wrong_report(own: Trial, params: dict[str, Tensor], target: Target, failed:
     with torch.no_grad():
         joint = own.joint(params)
     size = 1 + (joint.row_weights * joint.rows.logsumexp(1)).abs().sum()
-    tolerance = ROUNDING * torch.finfo(size.dtype).eps * size
-    return None if abs(own.reported(params) - joint.log_likelihood) <= tolerance else Found(own, params, target)
+    reported = own.reported(params)
+    tolerance = ROUNDING * largest_eps(size, reported) * size
+    return None if abs(reported - joint.log_likelihood) <= tolerance else Found(own, params, target)
 
 
 def _wrong_m_step(own: Trial, params: dict[str, Tensor], target: Target, failed: Check | None) -> Found | None:
