@@ -623,7 +623,6 @@ EQUIVALENT_BECAUSE = [  # the first line whose mutation operator and pattern in 
     ("constant", r"where\(probs", "the value stands where the row is excluded or its factor is 0"),
     ("comparison", r">= rounding", "differs where a variance is the threshold to the last bit, which no probe hits"),
     ("dropped keyword", r"torch\.eye\(.*dtype", "the probes are on one device"),
-    ("dropped call", r"cumulated < half", "the last row has all the weight, so that the index is in range anyway"),
     (
         "constant|sign dropped|dropped keyword|dropped index",
         r"sum\(|shape|unflatten|half",

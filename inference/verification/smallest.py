@@ -117,6 +117,10 @@ def component_axes(own: Trial) -> Slicing | None:
     with torch.no_grad():
         whole = own.joint(own.params).rows
     chosen = [torch.arange(max(1, size - 1)) for size in sizes]
+    columns = torch.arange(whole.shape[1]).reshape(sizes)
+    for latent, index in enumerate(chosen):
+        columns = columns.index_select(latent, index)
+    rest = whole[:, columns.flatten()]
     options = []
     for value in own.params.values():
         axes: list[tuple[int, int] | None] = [
@@ -134,20 +138,19 @@ def component_axes(own: Trial) -> Slicing | None:
                 rows = sliced.joint(sliced.params).rows
         except Exception:  # a program run at sizes that it was not written for
             continue
-        columns = torch.arange(whole.shape[1]).reshape(sizes)
-        for latent, index in enumerate(chosen):
-            columns = columns.index_select(latent, index)
-        rest = whole[:, columns.flatten()]
-        if rows.shape != rest.shape:
-            continue
-        known = torch.isfinite(rest)
-        shift = torch.where(known, rows - rest, torch.nan)
-        shift = shift - shift.nanmean(None if rest.shape[1] == 1 else 1, keepdim=True)
-        if torch.equal(known, torch.isfinite(rows)) and shift[known].abs().max() <= BLIND * (
-            1 + rest[known].abs().max()
-        ):
+        if _equal_up_to_rows(rows, rest):
             return slicing
     return None
+
+
+def _equal_up_to_rows(rows: Tensor, rest: Tensor) -> bool:
+    """Whether two tables of logarithms (N, K) differ by a constant of each row alone, or of all if K is 1."""
+    known = torch.isfinite(rest)
+    if rows.shape != rest.shape or not torch.equal(known, torch.isfinite(rows)):
+        return False
+    shift = torch.where(known, rows - rest, torch.nan)
+    shift = shift - shift.nanmean(None if rest.shape[1] == 1 else 1, keepdim=True)
+    return bool(shift[known].abs().max() <= BLIND * (1 + rest[known].abs().max()))
 
 
 def restricted(own: Trial, rows: Tensor, chosen: Sequence[Tensor], slicing: Slicing, *, tidy: bool) -> Trial:

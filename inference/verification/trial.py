@@ -154,7 +154,7 @@ class Trial:
         return log_joint_table(self.model, self.program, params, *self.data)
 
     def random_params(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return parameters near the given ones, in unconstrained coordinates."""
+        """Return random parameters whose unconstrained coordinates are near those of the given ones."""
         noise = torch.randn(self.origin.shape, generator=generator, dtype=torch.float64)
         return self.coordinates(self.origin + 0.3 * noise.to(self.origin))
 
