@@ -62,6 +62,8 @@ def verify_em(
 ) -> Report:
     """Try to refute an EM derivation for a Pyro program with enumerated discrete latents.
 
+    Each function gets copies of its arguments. It may return tensors, arrays or lists.
+
     Args:
         model: the program; ``model(*data)`` observes the data. Bind other arguments with ``functools.partial``. Rows
             that count differently have their weights (N,) in ``poutine.scale`` inside the data plate.
@@ -86,8 +88,10 @@ def verify_em(
         tolerance; it is not a proof.
 
     Raises:
-        ValueError: the program has no enumerated site or an unmarked one, or ``params`` do not fit its sites.
-        TypeError: ``data`` is not a tuple, or ``params`` is neither a mapping nor a NamedTuple.
+        ValueError: the program raises, has no enumerated site or an unmarked one, loops over its plate or subsamples
+            it, or ``params`` do not fit its sites or lie outside their supports.
+        TypeError: ``data`` is not a tuple, ``params`` is neither a mapping nor a NamedTuple, or one of
+            them is no tensor.
     """
     return verify_subject(Subject(model, params, data, e_step, m_step, log_likelihood), seed=seed, name=subject)
 
