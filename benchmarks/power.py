@@ -132,7 +132,7 @@ def falls(subject: Subject) -> bool:
             params = own.m_step(own.responsibilities(params), params)
     except (StepError, ValueError, RuntimeError):
         return True
-    drops = [(before - after).item() for before, after in itertools.pairwise(trace)]
+    drops = [before - after for before, after in itertools.pairwise(trace)]
     return not all(drop <= 1e-9 * (1 + abs(trace[0])) for drop in drops)
 
 
