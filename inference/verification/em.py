@@ -522,7 +522,9 @@ def _compare_reported(own: Trial, name: str, params: dict[str, Tensor], generato
     claimed, (actual, size) = reported.item(), _log_likelihood(own, params)
     gap, tolerance = (claimed - actual) / size, 64 * largest_eps(own.origin, reported)
     if abs(gap) > tolerance and math.isfinite(gap):
-        noise = 16 * _rounding(torch.tensor(gap), [_gap(own, nudged) for nudged in _nudged(own, params, generator)])
+        noise = 16 * _rounding(
+            torch.tensor(gap, dtype=torch.float64), [_gap(own, nudged) for nudged in _nudged(own, params, generator)]
+        )
         _refuse_to_be_blind(name, "log_likelihood", noise, lambda: abs(own.reported(params).item() - claimed) / size)
         tolerance += noise
     passed = abs(gap) <= tolerance
