@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixproof.inference.verification.density import (
+from mixproof.inference.verification.goodness_of_fit import (
     bridge,
     distribution_function_agrees,
     expectations_agree,
     frequencies_agree,
     projections_agree,
-    sampled_integral,
 )
+from mixproof.inference.verification.importance import sampled_integral
 from mixproof.inference.verification.moments import covariance_agrees, mean_agrees, sample_moments
 from mixproof.inference.verification.report import Check
 from mixproof.inference.verification.uniformity import uniform

@@ -674,7 +674,6 @@ EQUIVALENT_BECAUSE = [  # the first line whose mutation operator and pattern in 
     ("swapped arguments", r"transpose\(", "two axes are exchanged, whichever is named first"),
     ("comparison", r">= rounding", "differs where a variance is the threshold to the last bit, which no probe hits"),
     ("dropped keyword", r"torch\.eye\(.*dtype", "the probes are on one device"),
-    ("dropped call", r"cumulated < half", "the last row has all the weight, so that the index is in range anyway"),
     (
         "constant|sign dropped|dropped keyword|dropped index",
         r"sum\(|shape|unflatten|half",

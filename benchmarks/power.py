@@ -126,8 +126,10 @@ def falls(subject: Subject) -> bool:
     params, trace = dict(own.params), []
     try:
         for _ in range(NUM_PASSES):
-            trace.append(own.reported(params) if subject.log_likelihood else own.joint(params).log_likelihood.item())
-            params = own.maximise(own.responsibilities(params), params)
+            trace.append(
+                own.reported(params).item() if subject.log_likelihood else own.joint(params).log_likelihood.item()
+            )
+            params = own.m_step(own.responsibilities(params), params)
     except (StepError, ValueError, RuntimeError):
         return True
     drops = [before - after for before, after in itertools.pairwise(trace)]
@@ -143,7 +145,7 @@ def strays(subject: Subject) -> bool | None:
         own = Trial(Subject(subject.model, subject.params, data, subject.e_step, subject.m_step))
         params = dict(own.params)
         for _ in range(NUM_RECOVERY_PASSES):
-            params = own.maximise(own.responsibilities(params), params)
+            params = own.m_step(own.responsibilities(params), params)
         u = own.unconstrained(params)[0]
     except (StepError, ValueError, RuntimeError):
         return True

@@ -171,18 +171,29 @@ def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor]
     independent over the plates that its enumerated sites share.
 
     Raises:
-        ValueError: sites of one row count differently often.
+        ValueError: an enumerated site is in no plate or in a sequential one, a plate is subsampled, or sites of one row
+            count differently often.
     """
     first = -1 - program.max_plate_nesting
     with pyro.get_param_store().scope(), default_dtype_of(*args, *params.values()):
         trace: Any = poutine.trace(poutine.enum(bind(model, params), first_available_dim=first)).get_trace(*args)
     with _quiet_nan():
         trace.compute_log_prob()
-    plates = {frame.name for frame in trace.nodes[program.latents[0]]["cond_indep_stack"]}
+    frames = trace.nodes[program.latents[0]]["cond_indep_stack"]
+    if not frames:
+        raise ValueError(f"the enumerated site {program.latents[0]} is in no plate, and so has no rows: give it one")
+    for frame in frames:
+        if frame.dim is None:
+            raise ValueError(f'the plate {frame.name} is sequential: write "with pyro.plate(...)" for a loop over it')
+    plates = {frame.name for frame in frames}
     table = latent = log_prior = torch.zeros(())
     scales = {}
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+        if site["type"] != "sample":
+            continue
+        if type(site["fn"]).__name__ == "_Subsample":
+            if site["fn"].subsample_size not in (None, site["fn"].size):
+                raise ValueError(f"the plate {name} is subsampled, and the log joint density is of all rows")
             continue
         own = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
         if not own.keys() & plates:

@@ -28,10 +28,20 @@ BRACKET = 1e-4
 
 
 def descend(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a minimum (P,) and the Newton step that is left there, which is how far it is known.
+    """Return a minimum and the Newton step that is left there, which is how far it is known.
 
-    Newton's method with the curvatures' absolute values, so that it leaves saddles; where it does not arrive, as at
-    kinks, BFGS goes on. A coordinate that runs off to infinity stops the descent once it is far away.
+    Newton's method with the curvatures' absolute values, so that it leaves saddles (Nocedal and Wright, Numerical
+    Optimization, section 3.4); where it does not arrive, as at kinks, BFGS goes on. A coordinate that runs off to
+    infinity stops the descent once it is far away.
+
+    Args:
+        function: of variables (P,) returns a number () that autograd differentiates twice; where it raises
+            ``ValueError`` or a matrix in it is singular, it counts as infinite.
+        u: the start (P,).
+
+    Returns:
+        The minimum (P,), and the step (P,) to subtract from it that Newton's method would take next: infinite where the
+        descent ran off or did not arrive, ``ROUGH`` where there are more than ``MOST_VARIABLES``.
     """
     if len(u) > MOST_VARIABLES:
         return minimise(with_gradient(function), u, max_steps=300, rtol=1e-14).u, torch.full_like(u, ROUGH)

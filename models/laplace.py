@@ -121,9 +121,8 @@ def weighted_median(x: Tensor, resp: Tensor) -> Tensor:
     values, order = x.sort(dim=-2)  # (N, D)
     cumulated = resp.mT[:, order].cumsum(-2)  # (K, N, D)
     half = cumulated[:, -1:] / 2
-    rows = x.shape[-2] - 1
-    lower = (cumulated < half).sum(-2).clamp_max(rows)  # first row at which half the weight is reached
-    upper = (cumulated <= half).sum(-2).clamp_max(rows)  # first row at which it is exceeded
+    lower = (cumulated < half).sum(-2)  # first row at which half the weight is reached
+    upper = (cumulated <= half).sum(-2).clamp_max(x.shape[-2] - 1)  # first row at which it is exceeded, if there is one
     median = (values.gather(-2, lower) + values.gather(-2, upper)) / 2
     return torch.where(half[:, 0] > 0, median, torch.nan)
 

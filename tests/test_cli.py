@@ -265,6 +265,27 @@ def test_verify_judges_a_subject_of_ones_own(subjects: Path) -> None:
     assert "not a proof" in " ".join(found.stdout.split())
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("leaves.py", "import sys; sys.exit(0)", "raises SystemExit"),
+        ("json.py", SUBJECTS, "name of an installed module"),
+        ("divides.py", SUBJECTS.replace("weights = pyro", "1 / 0; weights = pyro"), "ZeroDivisionError"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_bad_input_and_leaves_nothing_behind(
+    tmp_path: Path, name: str, code: str, words: str
+) -> None:
+    path, paths, before = tmp_path / name, list(sys.path), sys.modules.get("json")
+    path.write_text(code, encoding="utf-8")
+    found = run("verify", str(path))
+    assert found.exit_code == 2
+    assert words in " ".join(found.stderr.split())
+    assert sys.path == paths
+    assert "leaves" not in sys.modules
+    assert sys.modules.get("json") is before
+
+
 def test_a_wrong_subject_exits_with_1_and_its_counterexample_runs_in_its_folder(subjects: Path) -> None:
     report, page = subjects.with_suffix(".json"), subjects.with_suffix(".html")
     found = run("verify", str(subjects), f"{subjects}:right", "--json", str(report), "--html", str(page))

@@ -35,6 +35,8 @@ from mixproof.inference.verification import (
     verify_maximiser,
     verify_moments,
 )
+from mixproof.inference.verification.goodness_of_fit import frequencies_agree
+from mixproof.inference.verification.uniformity import uniform
 
 SEED = 3
 
@@ -1128,3 +1130,47 @@ def test_rate_must_be_positive_and_towards_a_number(limit: float, rate: float) -
 def test_limit_needs_a_geometric_sequence() -> None:
     with pytest.raises(ValueError, match="constant factor"):
         verify_limit(lambda e: e, 0.0, seed=SEED, at=[0.1, 0.2])
+
+
+def test_the_frequencies_of_rare_cells_alarm_no_more_often_than_promised() -> None:
+    """Exactly: the binomial probability of all counts of a cell that expects ten draws at which the test refutes."""
+    num, false_alarm = 4096, 1e-6
+    probs = tensor([10 / num, 1 - 10 / num])
+    support = tensor([[0.0], [1.0]])
+    counts = range(70)
+    refuted = []
+    for count in counts:
+        draws = torch.cat([torch.zeros(count, 1), torch.ones(num - count, 1)]).double()
+        found = frequencies_agree(lambda x: probs.log()[x[:, 0].long()], draws, support, false_alarm=false_alarm)
+        refuted += [] if found.passed else [count]
+    assert max(counts) in refuted
+    assert stats.binom.pmf(refuted, num, 10 / num).sum() + stats.binom.sf(max(counts), num, 10 / num) <= false_alarm
+
+
+def test_every_pool_of_sparse_cells_expects_enough_draws_for_chi_square() -> None:
+    """Half of the mass on 5,000 unequal cells that expect one draw each, or fewer: p-values must stay uniform."""
+    sparse = torch.linspace(0.05, 1.95, 5000, dtype=torch.float64)
+    probs = torch.cat([tensor([0.25, 0.25]), sparse / 10_000])
+    support = torch.arange(len(probs), dtype=torch.float64)[:, None]
+    found = []
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.multinomial(probs, 5000, replacement=True, generator=generator)[:, None].double()
+        check = frequencies_agree(lambda x: probs.log()[x[:, 0].long()], draws, support, false_alarm=1e-3)
+        assert check.p_value is not None
+        found.append(check.p_value)
+    assert uniform(found, num_points=50).passed
+
+
+def test_a_density_that_is_nan_somewhere_is_refuted_there() -> None:
+    def nan_far_out(x: Tensor) -> Tensor:
+        return torch.where(x[:, 0] > 2, torch.nan, torch.distributions.Normal(0.0, tensor(1.0)).log_prob(x).sum(1))
+
+    report = verify_density(
+        nan_far_out, lambda n, g: torch.randn(n, 5, generator=g, dtype=torch.float64), seed=SEED, num_samples=2**14
+    )
+    assert report.verdict == "refuted"
+    (check,) = report.checks
+    assert check.counterexample is not None
+    assert (check.counterexample["points"][:, 0] > 2).all()
+    assert "NaN" in check.detail

@@ -6,6 +6,7 @@ import ast
 import io
 import math
 import re
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -85,9 +86,9 @@ def spoil(**changes: Callable[[Params, Tensor, Tensor], Tensor]) -> Callable[[Te
     return wrong
 
 
-def verify(**spoilt: Any) -> Report:
+def verify(start: dict[str, Any] | None = None, **spoilt: Any) -> Report:
     steps = {"e_step": e_step, "m_step": m_step, "log_likelihood": log_likelihood, **spoilt}
-    return verify_em(diagonal, START, data=(X,), seed=0, **steps)
+    return verify_em(diagonal, {**START, **(start or {})}, data=(X.clone(),), seed=0, **steps)
 
 
 def counts_of(resp: Tensor) -> Tensor:
@@ -306,6 +307,19 @@ def test_probabilities_at_the_edge_pass() -> None:
         ({"m_step": spoil(stds=lambda r, g, x: -r["stds"])}, "wrong M-step", "outside its support"),
         ({"m_step": spoil(weights=lambda r, g, x: 2 * r["weights"])}, "wrong M-step", "outside its support"),
         ({"log_likelihood": lambda p, x: 1 / 0}, "wrong report", "ZeroDivisionError"),
+        ({"e_step": lambda p, x: [[1.0], [0.5, 0.5]]}, "wrong E-step", "cannot be responsibilities"),
+        ({"e_step": lambda p, x: (e_step(p, x), log_likelihood(p, x))}, "wrong E-step", "cannot be responsibilities"),
+        ({"e_step": lambda p, x: e_step(p, x) + 0j}, "wrong E-step", "complex numbers"),
+        ({"e_step": lambda p, x: e_step(p, x) > 0.5}, "wrong E-step", "hard assignments"),
+        ({"e_step": lambda p, x: e_step(p, x).sum()}, "wrong E-step", "returns shape ()"),
+        ({"e_step": lambda p, x: (x.mul_(0.5), e_step(p, x))[1]}, "wrong E-step", "changes argument 0 of the data"),
+        ({"e_step": lambda p, x: sys.exit(0)}, "wrong E-step", "SystemExit"),
+        ({"m_step": lambda r, x: (m_step(r, x), x.add_(1))[0]}, "wrong M-step", "changes argument 0 of the data"),
+        ({"m_step": lambda r, x: {**m_step(r, x), "locs": "abc"}}, "wrong M-step", "locs as a str"),
+        ({"m_step": spoil(locs=lambda r, g, x: r["locs"] + 0j)}, "wrong M-step", "complex numbers"),
+        ({"m_step": lambda r, x: {1: r, "locs": x}}, "wrong M-step", "m_step returns ['1', 'locs']"),
+        ({"m_step": dict}, "wrong M-step", "m_step raises TypeError"),
+        ({"log_likelihood": lambda p, x: "-3.2"}, "wrong report", "no number"),
     ],
 )
 def test_steps_that_break_are_reported_as_what_they_are(spoilt: Any, verdict: str, words: str) -> None:
@@ -314,6 +328,62 @@ def test_steps_that_break_are_reported_as_what_they_are(spoilt: Any, verdict: st
     assert words in str(report)
     with pytest.raises(Refuted, match=verdict):
         report.raise_for_refuted()
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        {"e_step": lambda p, x: e_step(p, x).tolist()},
+        {"e_step": lambda p, x: list(e_step(p, x))},
+        {"e_step": lambda p, x: e_step(p, x).numpy()},
+        {"e_step": lambda p, x: e_step(p, x).to_sparse()},
+        {"e_step": lambda p, x: (e_step(p, x), p["weights"].mul_(0))[0]},
+        {"m_step": lambda r, x: {name: value.tolist() for name, value in m_step(r, x).items()}},
+        {"m_step": lambda r, x: {name: value.requires_grad_() for name, value in m_step(r, x).items()}},
+        {"m_step": lambda r, x: (m_step(r, x), r.zero_())[0]},
+        {"log_likelihood": lambda p, x: log_likelihood(p, x).requires_grad_()},
+        {"log_likelihood": lambda p, x: log_likelihood(p, x).float()},
+    ],
+)
+def test_right_steps_pass_in_any_container_and_whatever_they_do_to_their_own_arguments(right: Any) -> None:
+    assert verify(**right).verdict == "exact EM"
+
+
+def test_responsibilities_in_single_precision_are_judged_by_their_own_rounding() -> None:
+    def m(resp: Tensor, x: Tensor) -> Params:
+        return m_step(resp.double(), x)
+
+    right = verify(e_step=lambda p, x: e_step(p, x).float(), m_step=m)
+    assert right.verdict == "exact EM"
+    assert "torch.float32" in right.checks[0].detail
+    wrong = verify(e_step=lambda p, x: (table(p, x) - p["weights"].log()).softmax(-1).float(), m_step=m)
+    assert wrong.verdict == "wrong E-step"
+
+
+def test_parameters_that_are_python_numbers_are_judged_in_double_precision() -> None:
+    start: dict[str, Any] = {name: value.tolist() for name, value in START.items()}
+    assert verify(start, m_step=M_FAULTS["means off by a millionth"][1]).verdict == "wrong M-step"
+
+
+def test_a_step_that_updates_the_parameters_in_place_is_judged_as_one_that_copies_them() -> None:
+    def halfway(resp: Tensor, x: Tensor, *, params: Params) -> Params:
+        right = line_m_step(resp, x)
+        return {**right, "locs": (params["locs"] + right["locs"]) / 2, "variances": params["variances"]}
+
+    def in_place(resp: Tensor, x: Tensor, *, params: Params) -> Params:
+        for name, value in halfway(resp, x, params=params).items():
+            params[name].copy_(value)
+        return params
+
+    copied, changed = (verify_line(X[:, 0], step) for step in (halfway, in_place))
+    assert copied.verdict == "wrong M-step"  # the variances never move
+    assert str(copied) == str(changed)
+
+
+def test_a_step_that_answers_at_random_is_told_from_one_that_rounds() -> None:
+    report = verify(m_step=spoil(locs=lambda r, g, x: r["locs"] * (1 + torch.rand(()) / 100)))
+    assert report.verdict == "undecided"
+    assert "answers equal arguments differently" in str(report)
 
 
 def test_programs_that_cannot_be_checked_say_what_to_do() -> None:
@@ -336,6 +406,41 @@ def test_programs_that_cannot_be_checked_say_what_to_do() -> None:
         verify_em(diagonal, {**START, "scale": tensor(1.0)}, e_step=e_step, m_step=m_step, data=(X,), seed=0)
     with pytest.raises(TypeError, match="must be a tuple"):
         verify_em(diagonal, START, e_step=e_step, m_step=m_step, data=X, seed=0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="given value of weights lies outside its support"):
+        verify({"weights": 2 * START["weights"]})
+    with pytest.raises(TypeError, match="parameter weights is a str"):
+        verify({"weights": "equal"})
+
+    def without_plate(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3), infer={"enumerate": "parallel"})
+        rates = pyro.param("rates", tensor(1.0, 2.0, 3.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Poisson(rates[z]), obs=x)
+
+    def in_a_loop(x: Tensor) -> None:
+        rates = pyro.param("rates", tensor(1.0, 2.0, 3.0), constraint=constraints.positive)
+        rows: Any = pyro.plate("data", len(x))
+        for n in rows:
+            z = pyro.sample(f"z{n}", dist.Categorical(torch.ones(3) / 3), infer={"enumerate": "parallel"})
+            pyro.sample(f"x{n}", dist.Poisson(rates[z]), obs=x[n])
+
+    def subsampled(x: Tensor) -> None:
+        rates = pyro.param("rates", tensor(1.0, 2.0, 3.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x), subsample_size=4) as rows:
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Poisson(rates[z]), obs=x[rows])
+
+    def broken(x: Tensor) -> None:
+        raise ZeroDivisionError
+
+    for program, words in (
+        (without_plate, "z is in no plate"),
+        (in_a_loop, "data is sequential"),
+        (subsampled, "data is subsampled"),
+        (broken, "the program raises ZeroDivisionError"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check(program, {"rates": tensor(1.0, 2.0, 3.0)}, data=(COUNTS[:5],))
 
 
 def test_the_seed_makes_the_report_exact() -> None:

@@ -34,6 +34,7 @@ from mixproof.inference.verification.trial import (
     Trial,
     Undecided,
     changes,
+    largest_eps,
     nudge,
 )
 
@@ -61,6 +62,8 @@ def verify_em(
 ) -> Report:
     """Try to refute an EM derivation for a Pyro program with enumerated discrete latents.
 
+    Each function gets copies of its arguments. It may return tensors, arrays or lists.
+
     Args:
         model: the program; ``model(*data)`` observes the data. Bind other arguments with ``functools.partial``. Rows
             that count differently have their weights (N,) in ``poutine.scale`` inside the data plate.
@@ -85,8 +88,10 @@ def verify_em(
         tolerance; it is not a proof.
 
     Raises:
-        ValueError: the program has no enumerated site or an unmarked one, or ``params`` do not fit its sites.
-        TypeError: ``data`` is not a tuple, or ``params`` is neither a mapping nor a NamedTuple.
+        ValueError: the program raises, has no enumerated site or an unmarked one, loops over its plate or subsamples
+            it, or ``params`` do not fit its sites or lie outside their supports.
+        TypeError: ``data`` is not a tuple, ``params`` is neither a mapping nor a NamedTuple, or one of
+            them is no tensor.
     """
     return verify_subject(Subject(model, params, data, e_step, m_step, log_likelihood), seed=seed, name=subject)
 
@@ -97,10 +102,10 @@ def verify_subject(subject: Subject, *, seed: int, name: str = "EM derivation") 
         raise TypeError("data must be a tuple of the program's positional arguments: (x,) for one")
     own = Trial(subject)
     generator = torch.Generator().manual_seed(seed)
-    judged = [judge_e_step(own, generator)]
+    judged = [_judge("wrong E-step", partial(check_e_step, own, generator))]
     judged.append(judge_m_step(own, generator, climb=judged[0][0] == "exact EM"))
     if subject.log_likelihood is not None:
-        judged.append(judge_report(own, generator))
+        judged.append(_judge("wrong report", partial(check_log_likelihood, own, generator)))
     verdict = next(verdict for verdict in GRAVITY if verdict in [found for found, _ in judged])
     checks = tuple(check for _, made in judged for check in made)
     if not verdict.startswith("wrong"):
@@ -116,11 +121,6 @@ def verify_subject(subject: Subject, *, seed: int, name: str = "EM derivation") 
 
 
 assert_em = asserting(verify_em)
-
-
-def judge_e_step(own: Trial, generator: torch.Generator) -> tuple[str, list[Check]]:
-    """Return what the E-step says of the derivation, and the check."""
-    return _judge("wrong E-step", partial(check_e_step, own, generator))
 
 
 def judge_m_step(own: Trial, generator: torch.Generator, *, climb: bool) -> tuple[str, list[Check]]:
@@ -162,12 +162,8 @@ def _nearness(judged: tuple[str, list[Check]]) -> tuple[bool, int, float]:
     return kind == "undecided", len(sites), math.inf if math.isnan(check.error) else check.error
 
 
-def judge_report(own: Trial, generator: torch.Generator) -> tuple[str, list[Check]]:
-    """Return what the reported log likelihood says of the derivation, and the check."""
-    return _judge("wrong report", partial(check_log_likelihood, own, generator))
-
-
 def _judge(wrong: str, check: Callable[[], Check]) -> tuple[str, list[Check]]:
+    """Return ``exact EM``, the wrong verdict or ``undecided`` by one check, and the check."""
     try:
         made = check()
     except Undecided as reason:
@@ -219,7 +215,8 @@ def _compare_rows(
     """Compare responsibilities (N, K) with the enumerated ones, up to what the E-step's own rounding moves."""
     actual = rows.softmax(-1)
     error = claimed - actual
-    tolerance = 64 * _eps(rows) * (1 + rows[torch.isfinite(rows)].abs().max().item())
+    eps = largest_eps(rows, claimed)
+    tolerance = 64 * eps * (1 + rows[torch.isfinite(rows)].abs().max().item())
     nan = error.isnan().any(1)
     if nan.any():
         row = int(nan.int().argmax())
@@ -228,11 +225,13 @@ def _compare_rows(
         found = {**params, "row": row, "claimed": claimed[row], "actual": actual[row]}
         return Check(name, False, math.inf, tolerance, None, found, f"e_step returns NaN in row {row}{reason}")
     if error.abs().max() > tolerance:
-        tolerance += 16 * _rounding(error, [_e_error(own, nudged) for nudged in _nudged(own, params, generator)])
-        _refuse_to_be_blind(name, "e_step", tolerance)
+        noise = 16 * _rounding(error, [_e_error(own, nudged) for nudged in _nudged(own, params, generator)])
+        _refuse_to_be_blind(name, "e_step", noise, lambda: (own.responsibilities(params) - claimed).abs().max().item())
+        tolerance += noise
     worst = error.abs().max().item()
     if worst <= tolerance:
-        return Check(name, True, worst, tolerance)
+        detail = f"e_step answers in {claimed.dtype}, coarser than the program" if eps > _eps(rows) else ""
+        return Check(name, True, worst, tolerance, detail=detail)
     row, k = divmod(int(error.abs().argmax()), error.shape[1])
     found = {**params, "row": row, "component": k, "claimed": claimed[row], "actual": actual[row]}
     wrong = (error.abs() > tolerance).any(0)
@@ -281,7 +280,7 @@ def _maximised(
     """Return an M-step's result, what it should maximise, and what to know of the responsibilities it was given."""
     target = Target(own.random_resp(params, generator), prior=float(with_prior))
     try:
-        return own.maximise(target.resp, params), target, ""
+        return own.m_step(target.resp, params), target, ""
     except OutsideSupport as error:
         best, given = own.maximiser(params, target, list(own.spans())), own.returned(target.resp, params)
         if site := own.unbounded(params, best, target):
@@ -293,7 +292,7 @@ def _maximised(
             raise Undecided(name, f"{reason}: give rows of which no entry is estimated at an edge ({error})") from error
         near = target._replace(resp=own.random_resp(params, generator, tilt=TILT))
         try:
-            found = own.maximise(near.resp, params)
+            found = own.m_step(near.resp, params)
         except OutsideSupport:
             raise error from None
         return found, near, "at responsibilities near the program's own: unrelated ones lead out of the support"
@@ -313,13 +312,18 @@ def _stationary(
     residual = own.residual(new, target)
     if not residual.passed:
         others = [
-            own.residual(own.maximise(resp, params), target._replace(resp=resp)).errors
-            for resp in own.nudges(target.resp, generator)
+            own.residual(own.m_step(resp, params), target._replace(resp=resp)).errors
+            for resp in (nudge(target.resp, generator) for _ in range(NUM_NUDGES))
         ]
         noise = torch.stack([(other - residual.errors).abs() for other in others]).amax(0)
         residual = residual._replace(tolerances=residual.tolerances + 16 * noise)
         if residual.passed:
-            _refuse_to_be_blind(name, "m_step", residual.tolerances.max().item())
+            _refuse_to_be_blind(
+                name,
+                "m_step",
+                residual.tolerances.max().item(),
+                lambda: max(changes(new, own.m_step(target.resp, params)).values()),
+            )
     error, tolerance = residual.errors[residual.worst].abs().item(), residual.tolerances[residual.worst].item()
     if residual.passed:
         gain, rounding = beaten(own, new, target, generator)
@@ -386,7 +390,7 @@ def check_rise(own: Trial, generator: torch.Generator) -> Check:
     for _ in range(4 * NUM_POINTS):
         params = own.random_params(generator)
         try:
-            new = own.maximise(own.responsibilities(params), params)
+            new = own.m_step(own.responsibilities(params), params)
         except OutsideSupport as error:  # as from a start at which a component is empty
             outside = str(error)
             continue
@@ -410,7 +414,7 @@ def check_moves(own: Trial, generator: torch.Generator) -> Check:
     params = own.random_params(generator)
     try:
         resp = own.responsibilities(params)
-        new = own.maximise(resp, params)
+        new = own.m_step(resp, params)
     except StepError as error:
         return Check(name, False, math.nan, math.nan, None, params, str(error))
     before, after = own.unconstrained(params)[0], own.unconstrained(new)[0]
@@ -460,7 +464,7 @@ def check_fixed_point(own: Trial, generator: torch.Generator) -> Check:
 def _rests(own: Trial, name: str, params: dict[str, Tensor], resp: Tensor | None, known: float) -> Check:
     """Check that an M-step, or without responsibilities a whole pass, leaves parameters where they are."""
     try:
-        after = own.maximise(own.responsibilities(params) if resp is None else resp, params)
+        after = own.m_step(own.responsibilities(params) if resp is None else resp, params)
     except StepError as error:
         return Check(name, False, math.inf, 0.0, None, params, str(error))
     moved = changes(params, after)
@@ -494,38 +498,52 @@ def _is_informative(own: Trial, params: dict[str, Tensor]) -> bool:
 
 
 def check_log_likelihood(own: Trial, generator: torch.Generator) -> Check:
-    """Hold the reported log likelihood against the enumerated one at the given and at random parameters."""
-    name = "log likelihood = enumeration"
+    """Hold the reported log likelihood against the enumerated one at the given and at random parameters.
+
+    Raises:
+        Undecided: rounding hides too much.
+    """
     worst = None
     for params in points(own, generator):
-        try:
-            claimed, actual, size = _log_likelihoods(own, params)
-        except StepError as broken:
-            return Check(name, False, math.nan, math.nan, None, params, str(broken))
-        gap, tolerance = (claimed - actual) / size, 64 * _eps(own.origin)
-        if abs(gap) > tolerance and math.isfinite(gap):
-            values = [_log_likelihoods(own, nudged) for nudged in _nudged(own, params, generator)]
-            others = [torch.tensor((c - a) / s) for c, a, s in values]
-            tolerance += 16 * _rounding(torch.tensor(gap), others)
-            _refuse_to_be_blind(name, "log_likelihood", tolerance)
-        error = abs(gap)
-        passed = error <= tolerance
-        made = Check(
-            name, passed, error, tolerance, None, None if passed else {**params, "claimed": claimed, "actual": actual}
-        )
-        if not passed:
+        made = _compare_reported(own, "log likelihood = enumeration", params, generator)
+        if not made.passed:
             return made
-        worst = made if worst is None or error > worst.error else worst
+        worst = made if worst is None or made.error > worst.error else worst
     assert worst is not None
     return worst
 
 
-def _log_likelihoods(own: Trial, params: dict[str, Tensor]) -> tuple[float, float, float]:
-    """Return the claimed log likelihood, the enumerated one, and the sum of its rows' sizes."""
+def _compare_reported(own: Trial, name: str, params: dict[str, Tensor], generator: torch.Generator) -> Check:
+    """Compare the reported log likelihood with the enumerated one, up to what the person's own rounding moves."""
+    try:
+        reported = own.reported(params)
+    except StepError as broken:
+        return Check(name, False, math.nan, math.nan, None, params, str(broken))
+    claimed, (actual, size) = reported.item(), _log_likelihood(own, params)
+    gap, tolerance = (claimed - actual) / size, 64 * largest_eps(own.origin, reported)
+    if abs(gap) > tolerance and math.isfinite(gap):
+        noise = 16 * _rounding(
+            torch.tensor(gap, dtype=torch.float64), [_gap(own, nudged) for nudged in _nudged(own, params, generator)]
+        )
+        _refuse_to_be_blind(name, "log_likelihood", noise, lambda: abs(own.reported(params).item() - claimed) / size)
+        tolerance += noise
+    passed = abs(gap) <= tolerance
+    found = None if passed else {**params, "claimed": claimed, "actual": actual}
+    return Check(name, passed, abs(gap), tolerance, None, found)
+
+
+def _log_likelihood(own: Trial, params: dict[str, Tensor]) -> tuple[float, float]:
+    """Return the enumerated log likelihood, and the sum of its rows' sizes and one."""
     with torch.no_grad():
         joint = own.joint(params)
     rows = joint.row_weights * joint.rows.logsumexp(-1)
-    return own.reported(params), joint.log_likelihood.item(), rows.abs().sum().item() + 1
+    return joint.log_likelihood.item(), rows.abs().sum().item() + 1
+
+
+def _gap(own: Trial, params: dict[str, Tensor]) -> Tensor:
+    """Return the reported log likelihood less the enumerated one, (), over the sum of the rows' sizes."""
+    actual, size = _log_likelihood(own, params)
+    return (own.reported(params).double() - actual) / size
 
 
 def _nudged(own: Trial, params: dict[str, Tensor], generator: torch.Generator) -> list[dict[str, Tensor]]:
@@ -539,10 +557,20 @@ def _rounding(error: Tensor, others: list[Tensor]) -> float:
     return max((other - error).abs().max().nan_to_num(nan=0.0).item() for other in others)
 
 
-def _refuse_to_be_blind(name: str, function: str, tolerance: float) -> None:
-    if tolerance > BLIND:
-        reason = f"rounding inside {function} hides errors up to {tolerance:.1g}: center or scale the data"
-        raise Undecided(name, reason)
+def _refuse_to_be_blind(name: str, function: str, noise: float, repeated: Callable[[], float]) -> None:
+    """Raise ``Undecided`` where the noise of a person's function hides too much.
+
+    Args:
+        name: the check.
+        function: whose noise it is.
+        noise: by how much the function's answers move when its arguments change in their last places.
+        repeated: returns by how much they move when its arguments do not change.
+    """
+    if noise <= BLIND:
+        return
+    if (drift := repeated()) > BLIND:
+        raise Undecided(name, f"{function} answers equal arguments differently, by up to {drift:.1g}: seed it")
+    raise Undecided(name, f"rounding inside {function} hides errors up to {noise:.1g}: center or scale the data")
 
 
 def _eps(tensor: Tensor) -> float:

@@ -145,7 +145,7 @@ def _substitutions(own: Trial) -> Iterator[tuple[str, str, Callable[[Tensor], Te
             for says, change in POWERS.items():
                 yield site, says.format(site=site), change
         value = own.params[site]
-        if value.ndim >= 2 and value.shape[-1] == value.shape[-2] and not torch.allclose(value, value.mT):
+        if _is_square(value) and not torch.allclose(value, value.mT):
             yield site, f"{site} transposed", lambda value: value.mT
 
 
@@ -153,7 +153,7 @@ def _report_hints(own: Trial, generator: torch.Generator) -> tuple[str, ...]:
     points = [own.random_params(generator) for _ in range(NUM_FRESH + 1)]
     with torch.no_grad():
         joints = [own.joint(params) for params in points]
-    claims = torch.tensor([own.reported(params) for params in points], dtype=torch.float64)
+    claims = torch.tensor([own.reported(params).item() for params in points], dtype=torch.float64)
     if not claims.isfinite().all():
         return ()
     sizes = [(joint.row_weights * joint.rows.logsumexp(1)).abs().sum().item() + 1 for joint in joints]
@@ -207,8 +207,8 @@ def _m_step_hints(own: Trial, site: str, prior: float, generator: torch.Generato
         error = own.residual(new, target).errors.abs().max().item() if inside else math.nan
         points.append(Point(params, target, new, better, error))
     found: list[str] = []
-    for mend in _mends(own, site, points[0]):
-        if all(_mends_all(own, mend, point) for point in points[1:]):
+    for mend in _known_mends(own, site, points[0]):
+        if all(_is_right(own, mend, point) for point in points[1:]):
             found.append(mend.says)
             if len(found) == 1 and not mend.says.startswith("mean"):
                 break
@@ -226,8 +226,8 @@ def _better(
     return own.maximiser({**new, **start}, target, [site])
 
 
-def _mends_all(own: Trial, mend: Mend, point: Point) -> bool:
-    """Whether a change leaves no gradient, where there was one without it."""
+def _is_right(own: Trial, mend: Mend, point: Point) -> bool:
+    """Whether an M-step leaves no gradient once it is changed."""
     try:
         values = {**point.new, **mend.values(point)}
         if not all(own.is_inside(name, values[name]) for name in own.coordinates.transforms):
@@ -240,17 +240,25 @@ def _mends_all(own: Trial, mend: Mend, point: Point) -> bool:
     return bool(small[own.spans()[mend.only]].all() if mend.only else small.all())
 
 
-def _mends(own: Trial, site: str, first: Point) -> Iterator[Mend]:
+def _known_mends(own: Trial, site: str, first: Point) -> Iterator[Mend]:
     """Yield the known changes to an M-step that is wrong in a site, likelier ones first."""
-    value = first.new[site]
-    num_rows, num = first.target.resp.shape
+    yield from _counts(own, site, first)
+    yield from _functions(own, site, first)
+    yield from _responsibilities(own, site, first)
+    yield from _orders_of_axes(site, first)
+    yield from _constants(own, site, first)
+    yield from _of_the_data(own, site, first)
 
-    def put(change: Callable[[Tensor], Tensor]) -> Values:
-        return lambda point: {site: change(point.new[site])}
+
+def _put(site: str, change: Callable[[Tensor], Tensor]) -> Values:
+    return lambda point: {site: change(point.new[site])}
+
+
+def _counts(own: Trial, site: str, first: Point) -> Iterator[Mend]:
+    """Yield the changes of what a site is divided by: a function of the soft counts to some power."""
+    value, (num_rows, num) = first.new[site], first.target.resp.shape
 
     def times(ratio: Callable[[Tensor], Tensor], power: float) -> Values:
-        """Multiply the site with a power of a function of the soft counts."""
-
         def change(point: Point) -> dict[str, Tensor]:
             soft = (own.joint(point.params).row_weights[:, None] * point.target.resp).sum(0)
             counts = soft.reshape(num, *[1] * (value.ndim - 1)) if value.shape[:1] == (num,) else soft.sum()
@@ -258,63 +266,77 @@ def _mends(own: Trial, site: str, first: Point) -> Iterator[Mend]:
 
         return change
 
-    def about_old(other: str) -> Values:
-        return lambda point: {other: point.params[other]}
-
-    def reordered(axis: int, order: tuple[int, ...]) -> Values:
-        return put(lambda value: value.index_select(axis, torch.tensor(order)))
-
-    def resp(change: Callable[[Tensor], Tensor]) -> Callable[[Point], Target]:
-        return lambda point: point.target._replace(resp=change(point.target.resp))
-
     for power, of in POWERS_OF_COUNTS.items():
         yield Mend(f"n - 1 for n{of}: {site} is right with n", times(lambda n: (n - 1) / n, power))
         says = f"N for n{of}: {site} is right with the component's soft count in place of the number of rows"
         yield Mend(says, times(lambda n: num_rows / n, power))
-        yield Mend(
-            f"undivided{of}: {site} is right divided by the component's soft count", times(lambda n: 1 / n, power)
-        )
+        says = f"undivided{of}: {site} is right divided by the component's soft count"
+        yield Mend(says, times(lambda n: 1 / n, power))
+
+
+def _functions(own: Trial, site: str, first: Point) -> Iterator[Mend]:
+    """Yield the changes that take another function of a site's value, or leave another site where it was."""
     for says, change in POWERS.items():
-        yield Mend(f"{says.format(site=site)}: with the other it is right", put(change))
-    if value.ndim >= 2 and value.shape[-1] == value.shape[-2]:
-        yield Mend(f"{site} is transposed", put(lambda value: value.mT))
-    yield Mend(f"{site} has the other sign", put(torch.neg))
+        yield Mend(f"{says.format(site=site)}: with the other it is right", _put(site, change))
+    if _is_square(first.new[site]):
+        yield Mend(f"{site} is transposed", _put(site, lambda value: value.mT))
+    yield Mend(f"{site} has the other sign", _put(site, torch.neg))
     for other in own.coordinates.transforms:
         if other != site:
-            yield Mend(f"about the old {other}: {site} is right about the new one", about_old(other), only=site)
+            says = f"about the old {other}: {site} is right about the new one"
+            yield Mend(says, partial(_old, other), only=site)
+
+
+def _old(site: str, point: Point) -> dict[str, Tensor]:
+    return {site: point.params[site]}
+
+
+def _responsibilities(own: Trial, site: str, first: Point) -> Iterator[Mend]:
+    """Yield the changes of the weights with which rows enter Q."""
+    num_rows, num = first.target.resp.shape
+
+    def resp(change: Callable[[Tensor], Tensor]) -> Callable[[Point], Target]:
+        return lambda point: point.target._replace(resp=change(point.target.resp))
+
     says = f"hard assignments: {site} maximises Q at the argmax of the responsibilities"
     yield Mend(says, target=resp(_hardened), only=site)
     says = f"unweighted: {site} maximises Q with all responsibilities equal"
     yield Mend(says, target=resp(lambda resp: torch.full_like(resp, 1 / num)), only=site)
     if (own.joint(first.params).row_weights != 1).any():
-        ones = torch.ones(num_rows, dtype=value.dtype)
+        ones = torch.ones(num_rows, dtype=first.new[site].dtype)
         says = f"the row weights are missing: {site} maximises Q with each row counted once"
         yield Mend(says, target=lambda point: point.target._replace(row_weights=ones), only=site)
-    for axis, size in enumerate(value.shape):
-        what = "components" if axis == 0 and size == num else f"axis {axis}"
+
+
+def _orders_of_axes(site: str, first: Point) -> Iterator[Mend]:
+    """Yield the changes of the order along an axis of a site."""
+    for axis, size in enumerate(first.new[site].shape):
+        what = "components" if axis == 0 and size == first.target.resp.shape[1] else f"axis {axis}"
         for order in _orders(size):
-            yield Mend(f"{what} in another order: {site} is right when taken as {list(order)}", reordered(axis, order))
-    yield from _constants(own, site, first, put)
-    yield from _of_the_data(own, site, first)
+            change = partial(torch.index_select, dim=axis, index=torch.tensor(order))
+            says = f"{what} in another order: {site} is right when taken as {list(order)}"
+            yield Mend(says, _put(site, change))
 
 
-def _constants(
-    own: Trial, site: str, first: Point, put: Callable[[Callable[[Tensor], Tensor]], Values]
-) -> Iterator[Mend]:
+def _is_square(value: Tensor) -> bool:
+    """Whether a tensor holds square matrices."""
+    return value.ndim >= 2 and value.shape[-1] == value.shape[-2]
+
+
+def _constants(own: Trial, site: str, first: Point) -> Iterator[Mend]:
     """Yield the changes by a constant that the first point determines."""
     value, right, has_prior = first.new[site], first.better[site], own.has_prior
     if measured := _common(value / right):
-        for factor in {_rounded(measured) or measured, measured}:
-            yield Mend(
-                f"a factor of {factor:.3g}: {site} is right divided by it", put(partial(torch.mul, other=1 / factor))
-            )
+        for factor in dict.fromkeys((_rounded(measured) or measured, measured)):
+            says = f"a factor of {factor:.3g}: {site} is right divided by it"
+            yield Mend(says, _put(site, partial(torch.mul, other=1 / factor)))
     if added := _constant(value - right):
-        yield Mend(f"{added:g} is added to {site}: without it, it is right", put(lambda value: value - added))
-    if value.ndim >= 2 and value.shape[-1] == value.shape[-2]:
+        yield Mend(f"{added:g} is added to {site}: without it, it is right", _put(site, lambda value: value - added))
+    if _is_square(value):
         eye = torch.eye(value.shape[-1], dtype=value.dtype)
         if floor := _constant((value - right).diagonal(dim1=-2, dim2=-1)):
             says = f"{floor:g} is added to the diagonal of {site}: without it, it is right"
-            yield Mend(says, put(lambda value: value - floor * eye))
+            yield Mend(says, _put(site, lambda value: value - floor * eye))
     if has_prior and (times := _multiplier(own, first, site, lambda target, c: target._replace(prior=c))):
         says = f"the prior counted {times:g} times: once is MAP-EM, never is exact EM"
         yield Mend(says, target=lambda point: point.target._replace(prior=times), only=site)

@@ -19,8 +19,7 @@ from rich.text import Text
 Arguments = ParamSpec("Arguments")
 
 ACCEPTED = frozenset({"holds", "exact EM", "MAP-EM", "generalised EM"})
-
-
+"""The verdicts of claims that survived."""
 MEANING = {
     "exact EM": "both steps agree with the program to rounding, and the M-step maximises Q",
     "MAP-EM": "both steps agree with the program to rounding, and the M-step maximises Q + the program's log prior",

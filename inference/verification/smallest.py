@@ -19,7 +19,7 @@ from torch.distributions import constraints
 
 from mixproof.inference.verification.report import Check, blamed
 from mixproof.inference.verification.subject import Subject
-from mixproof.inference.verification.trial import BLIND, PENALISED, ROUNDING, Target, Trial
+from mixproof.inference.verification.trial import BLIND, PENALISED, ROUNDING, Target, Trial, largest_eps
 
 MOST_ROWS = 6
 NUM_DRAWS = 3
@@ -117,6 +117,10 @@ def component_axes(own: Trial) -> Slicing | None:
     with torch.no_grad():
         whole = own.joint(own.params).rows
     chosen = [torch.arange(max(1, size - 1)) for size in sizes]
+    columns = torch.arange(whole.shape[1]).reshape(sizes)
+    for latent, index in enumerate(chosen):
+        columns = columns.index_select(latent, index)
+    rest = whole[:, columns.flatten()]
     options = []
     for value in own.params.values():
         axes: list[tuple[int, int] | None] = [
@@ -134,20 +138,19 @@ def component_axes(own: Trial) -> Slicing | None:
                 rows = sliced.joint(sliced.params).rows
         except Exception:  # a program run at sizes that it was not written for
             continue
-        columns = torch.arange(whole.shape[1]).reshape(sizes)
-        for latent, index in enumerate(chosen):
-            columns = columns.index_select(latent, index)
-        rest = whole[:, columns.flatten()]
-        if rows.shape != rest.shape:
-            continue
-        known = torch.isfinite(rest)
-        shift = torch.where(known, rows - rest, torch.nan)
-        shift = shift - shift.nanmean(None if rest.shape[1] == 1 else 1, keepdim=True)
-        if torch.equal(known, torch.isfinite(rows)) and shift[known].abs().max() <= BLIND * (
-            1 + rest[known].abs().max()
-        ):
+        if _equal_up_to_rows(rows, rest):
             return slicing
     return None
+
+
+def _equal_up_to_rows(rows: Tensor, rest: Tensor) -> bool:
+    """Whether two tables of logarithms (N, K) differ by a constant of each row alone, or of all if K is 1."""
+    known = torch.isfinite(rest)
+    if rows.shape != rest.shape or not torch.equal(known, torch.isfinite(rows)):
+        return False
+    shift = torch.where(known, rows - rest, torch.nan)
+    shift = shift - shift.nanmean(None if rest.shape[1] == 1 else 1, keepdim=True)
+    return bool(shift[known].abs().max() <= BLIND * (1 + rest[known].abs().max()))
 
 
 def restricted(own: Trial, rows: Tensor, chosen: Sequence[Tensor], slicing: Slicing, *, tidy: bool) -> Trial:
@@ -238,7 +241,7 @@ def _wrong_e_step(own: Trial, params: dict[str, Tensor], target: Target, failed:
     claimed, right = own.responsibilities(params), rows.softmax(1)
     if claimed.shape != right.shape:
         return None
-    tolerance = CLEAR * 64 * torch.finfo(rows.dtype).eps * (1 + rows[torch.isfinite(rows)].abs().max())
+    tolerance = CLEAR * 64 * largest_eps(rows, claimed) * (1 + rows[torch.isfinite(rows)].abs().max())
     return None if bool(((claimed - right).abs() <= tolerance).all()) else Found(own, params, target)
 
 
@@ -246,8 +249,9 @@ def _wrong_report(own: Trial, params: dict[str, Tensor], target: Target, failed:
     with torch.no_grad():
         joint = own.joint(params)
     size = 1 + (joint.row_weights * joint.rows.logsumexp(1)).abs().sum()
-    tolerance = ROUNDING * torch.finfo(size.dtype).eps * size
-    return None if abs(own.reported(params) - joint.log_likelihood) <= tolerance else Found(own, params, target)
+    reported = own.reported(params)
+    tolerance = ROUNDING * largest_eps(size, reported) * size
+    return None if abs(reported - joint.log_likelihood) <= tolerance else Found(own, params, target)
 
 
 def _wrong_m_step(own: Trial, params: dict[str, Tensor], target: Target, failed: Check | None) -> Found | None:

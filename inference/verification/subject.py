@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def load_subject(reference: str) -> Subject:
             the file itself has them. The file is run.
 
     Raises:
-        ValueError: there is no such file or name, the file raises, or an attribute is missing.
+        ValueError: there is no such file or name, the file has the name of an installed module in use, it raises, or an
+            attribute is missing.
     """
     file, _, name = reference.partition(".py:")
     path = Path(file if file.endswith(".py") else f"{file}.py")
@@ -47,14 +49,18 @@ def load_subject(reference: str) -> Subject:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))  # so that it finds its neighbours, as a script does
+    if path.stem in sys.modules and _is_installed(path):
+        raise ValueError(f"{path} has the name of an installed module that is in use: rename the file")
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)  # so that it finds its neighbours, as a script does
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) must not end a verification as a success
+        del sys.modules[path.stem]
         raise ValueError(f"{path} raises {type(error).__name__}: {error}") from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(folder)
     if name and not hasattr(module, name):
         raise ValueError(f"{path} has no {name}")
     found = getattr(module, name) if name else module
@@ -63,3 +69,10 @@ def load_subject(reference: str) -> Subject:
         raise ValueError(f"{reference} has no {', '.join(missing)}: a subject has {', '.join(fields)}")
     log_likelihood = getattr(found, "log_likelihood", None)
     return Subject(**{field: getattr(found, field) for field in fields}, log_likelihood=log_likelihood)
+
+
+def _is_installed(path: Path) -> bool:
+    """Whether the import system finds another module under the name of a file."""
+    spec = importlib.machinery.PathFinder.find_spec(path.stem)
+    found = spec is not None and spec.origin != str(path.resolve())
+    return found or path.stem in sys.builtin_module_names

@@ -30,8 +30,6 @@ SMALL = 1e-4
 """A site that, put right, leaves no more than this share of a residual was the cause of all of it."""
 BLIND = 1e-6
 """Rounding that hides relative errors of this size leaves a derivation undecided."""
-
-
 PENALISED = "grad (Q + log prior) = 0"
 """The name of the check of a MAP step."""
 
@@ -89,22 +87,41 @@ class Residual(NamedTuple):
 
 
 class Trial:
-    """A subject with its program inspected, and its functions guarded."""
+    """A subject with its program inspected, and its functions guarded.
+
+    A person's function gets copies of its arguments, so that what it changes in place is changed for itself alone.
+
+    Raises:
+        ValueError: the program raises, has no enumerated site, an unmarked one or no continuous parameter, or the
+            parameters do not fit its sites or lie outside their supports.
+        TypeError: the parameters are neither a mapping nor a NamedTuple, or one of them is no tensor.
+    """
 
     def __init__(self, subject: Subject):
         self.subject, self.model, self.data = subject, subject.model, subject.data
         self.container = None if isinstance(subject.params, Mapping) else type(subject.params)
-        self.params = {name: torch.as_tensor(value).detach() for name, value in as_dict(subject.params).items()}
-        self.program = inspect_program(self.model, self.params, *self.data)
+        given = {name: _given(name, value) for name, value in as_dict(subject.params).items()}
+        try:
+            self.program = inspect_program(self.model, given, *self.data)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"the program raises {type(error).__name__}: {error}") from error
+        continuous = [name for name, support in self.program.supports.items() if not support.is_discrete]
+        self.params = {name: _floating(value) if name in continuous else value for name, value in given.items()}
         self.coordinates = Coordinates(self.program.supports, self.params)
         if not self.coordinates.transforms:
             raise ValueError("the program has no continuous parameter: there is nothing for an M-step to find")
+        for name in self.coordinates.transforms:
+            if not self.is_inside(name, self.params[name]):
+                where = f"outside its support {self.program.supports[name]}"
+                raise ValueError(f"the given value of {name} lies {where}: {_brief(self.params[name])}")
         free = self.coordinates.inverse(self.params)
         edge = self._constrained(free) & ~(free.abs() <= EDGE)
         self.at_edge = bool(edge.any())
         self.origin = torch.where(edge, INSIDE * free.nan_to_num().sign(), free)
         self.has_prior = self._has_prior()
-        self.takes_params = "params" in inspect.signature(subject.m_step).parameters
+        self.takes_params = _takes_params(subject.m_step)
 
     def _has_prior(self) -> bool:
         u = self.origin.clone().requires_grad_()
@@ -112,15 +129,32 @@ class Trial:
         return log_prior.requires_grad and bool(torch.autograd.grad(log_prior, u)[0].any())
 
     def wrap(self, params: Mapping[str, Tensor]) -> Any:
-        """Return parameters in the type the person uses."""
-        return dict(params) if self.container is None else self.container(**params)
+        """Return copies of parameters in the type the person uses."""
+        copies = {name: value.clone() for name, value in params.items()}
+        return copies if self.container is None else self.container(**copies)
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Return what a person's function makes of arguments and the data.
+
+        Raises:
+            StepError: it raises, or changes the data.
+        """
+        data = [_copied(argument) for argument in self.data]
+        try:
+            found = getattr(self.subject, name)(*args, *data, **kwargs)
+        except (Exception, SystemExit) as raised:  # sys.exit(0) must not end a verification as a success
+            raise StepError(f"{name} raises {type(raised).__name__}: {raised}") from raised
+        for i, (before, after) in enumerate(zip(self.data, data, strict=True)):
+            if not _unchanged(before, after):
+                raise StepError(f"{name} changes argument {i} of the data in place: a second pass would see other data")
+        return found
 
     def joint(self, params: Mapping[str, Tensor]) -> LogJoint:
         """Return the log joint density of data and latents by enumeration."""
         return log_joint_table(self.model, self.program, params, *self.data)
 
     def random_params(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return parameters near the given ones, in unconstrained coordinates."""
+        """Return random parameters whose unconstrained coordinates are near those of the given ones."""
         noise = torch.randn(self.origin.shape, generator=generator, dtype=torch.float64)
         return self.coordinates(self.origin + 0.3 * noise.to(self.origin))
 
@@ -134,14 +168,19 @@ class Trial:
 
     def responsibilities(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return what the person's E-step makes of parameters, as (N, K)."""
-        return self.shaped(params).flatten(1)
+        found = self.shaped(params)
+        if found.ndim < 2:
+            raise StepError(f"e_step returns shape {tuple(found.shape)}, and responsibilities are (rows, components)")
+        return found.flatten(1)
 
     def shaped(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return what the person's E-step makes of parameters, in the person's shape."""
-        found = guarded("e_step", self.subject.e_step, self.wrap(params), *self.data)
-        if not isinstance(found, Tensor | np.ndarray | list | tuple):
-            raise StepError(f"e_step returns a {type(found).__name__}, and responsibilities are a tensor")
-        return torch.as_tensor(found)
+        found = self._call("e_step", self.wrap(params))
+        try:
+            return _floating(as_tensor(found))
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(found).__name__
+            raise StepError(f"e_step returns a {kind}, which cannot be responsibilities: {error}") from error
 
     def in_their_shape(self, resp: Tensor) -> Tensor:
         """Return responsibilities (N, K) in the shape of the person's own, as (N, K, L) for two sites."""
@@ -158,17 +197,16 @@ class Trial:
             found = rows.shape
         return tuple(found[1:]) if found.numel() == rows.numel() and found[:1] == rows.shape[:1] else (rows.shape[1],)
 
-    def reported(self, params: Mapping[str, Tensor]) -> float:
-        """Return the log likelihood that the person reports."""
-        assert self.subject.log_likelihood is not None
-        found = guarded("log_likelihood", self.subject.log_likelihood, self.wrap(params), *self.data)
+    def reported(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Return the log likelihood (), that the person reports, in the precision in which they report it."""
+        found = self._call("log_likelihood", self.wrap(params))
         try:
-            return float(found)
+            return _floating(as_tensor(found)).reshape(())
         except (TypeError, ValueError, RuntimeError) as error:
             raise StepError(f"log_likelihood returns no number: {error}") from error
 
-    def maximise(self, resp: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the person's M-step makes of responsibilities, refusing what lies outside the supports."""
+    def m_step(self, resp: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the person's M-step makes of responsibilities (N, K), refusing what lies outside the supports."""
         found = self.returned(resp, params)
         for name in self.coordinates.transforms:
             value, support = found[name], self.program.supports[name]
@@ -185,20 +223,29 @@ class Trial:
     def returned(self, resp: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the person's M-step makes of responsibilities, refusing other sites and shapes."""
         extra = {"params": self.wrap(params)} if self.takes_params else {}
-        new = guarded("m_step", self.subject.m_step, self.in_their_shape(resp.clone()), *self.data, **extra)
+        new = self._call("m_step", self.in_their_shape(resp.clone()), **extra)
         if not (isinstance(new, Mapping) or hasattr(new, "_asdict")):
             raise StepError(f"m_step returns a {type(new).__name__}, and parameters are a dict or a NamedTuple")
-        found = {**self.coordinates.fixed, **as_dict(new)}
-        if found.keys() != self.params.keys():
-            raise StepError(f"m_step returns {sorted(found)}, and the program's parameters are {sorted(self.params)}")
-        found = {name: torch.as_tensor(found[name]) for name in self.params}
-        for name, value in found.items():
-            if value.shape != self.params[name].shape:
-                shapes = tuple(value.shape), tuple(self.params[name].shape)
-                raise StepError(f"m_step returns {name} of shape {shapes[0]}, and the program's has {shapes[1]}", name)
-            if name in self.coordinates.fixed and not torch.equal(value, self.params[name]):
-                given = _brief(self.params[name])
-                raise StepError(f"m_step changes {name}, a whole number that is held fixed at {given}", name)
+        values = {**self.coordinates.fixed, **as_dict(new)}
+        if values.keys() != self.params.keys():
+            names = sorted(map(str, values))
+            raise StepError(f"m_step returns {names}, and the program's parameters are {sorted(self.params)}")
+        return {name: self._returned_value(name, values[name]) for name in self.params}
+
+    def _returned_value(self, name: str, value: Any) -> Tensor:
+        """Return what the person's M-step gives a site as a tensor, refusing another shape."""
+        try:
+            found = as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise StepError(f"m_step returns {name} as a {type(value).__name__}: {error}", name) from error
+        if found.shape != self.params[name].shape:
+            shapes = tuple(found.shape), tuple(self.params[name].shape)
+            raise StepError(f"m_step returns {name} of shape {shapes[0]}, and the program's has {shapes[1]}", name)
+        if name not in self.coordinates.fixed:
+            return _floating(found)
+        if not torch.equal(found, self.params[name]):
+            given = _brief(self.params[name])
+            raise StepError(f"m_step changes {name}, a whole number that is held fixed at {given}", name)
         return found
 
     def site_of(self, coordinate: int) -> str:
@@ -333,10 +380,6 @@ class Trial:
         rising = self.runs_off(start, end) & ~(slope < SMALL * target.resp.sum())
         return self.site_of(int(rising.int().argmax())) if rising.any() else ""
 
-    def nudges(self, resp: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Return responsibilities changed in their last places, to measure the rounding of an M-step."""
-        return [nudge(resp, generator) for _ in range(NUM_NUDGES)]
-
 
 def nudge(value: Tensor, generator: torch.Generator) -> Tensor:
     """Return a tensor changed at random by a few units in its last places."""
@@ -359,12 +402,63 @@ def as_dict(params: Any) -> dict[str, Any]:
     return dict(params) if isinstance(params, Mapping) else params._asdict()
 
 
-def guarded(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return what a person's function returns, and ``StepError`` for whatever it raises."""
+def as_tensor(value: Any) -> Tensor:
+    """Return real numbers in any container as a dense tensor apart from autograd, Python's own in double precision.
+
+    Raises:
+        TypeError: these are not real numbers.
+        ValueError: the rows differ in length.
+        RuntimeError: the same, of tensors.
+    """
+    if isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
+        value = torch.stack([as_tensor(part) for part in value])
+    if not isinstance(value, Tensor):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise TypeError("these are not real numbers")
+        value = torch.tensor(array)
+    if value.is_complex():
+        raise TypeError("these are complex numbers")
+    return value.detach().to_dense()
+
+
+def largest_eps(*values: Tensor) -> float:
+    """Return the rounding unit of the coarsest precision among floating tensors."""
+    return max(torch.finfo(value.dtype).eps for value in values)
+
+
+def _given(name: str, value: Any) -> Tensor:
     try:
-        return function(*args, **kwargs)
-    except Exception as raised:
-        raise StepError(f"{name} raises {type(raised).__name__}: {raised}") from raised
+        return as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"the parameter {name} is a {type(value).__name__} and no tensor: {error}") from error
+
+
+def _floating(value: Tensor) -> Tensor:
+    """Return whole numbers and booleans in double precision, others as they are."""
+    return value if value.is_floating_point() else value.double()
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of a tensor or an array, other values as they are."""
+    return value.clone() if isinstance(value, Tensor) else value.copy() if isinstance(value, np.ndarray) else value
+
+
+def _unchanged(before: Any, after: Any) -> bool:
+    """Whether a tensor or an array holds the same numbers, NaN among them."""
+    if isinstance(before, Tensor):
+        same = before.shape == after.shape and (before == after) | (before.isnan() & after.isnan())
+        return bool(torch.as_tensor(same).all())
+    if isinstance(before, np.ndarray):
+        return np.array_equal(before, after, equal_nan=before.dtype.kind in "fc")
+    return True
+
+
+def _takes_params(m_step: Callable[..., Any]) -> bool:
+    try:
+        return "params" in inspect.signature(m_step).parameters
+    except ValueError:  # some built-in functions have no signature
+        return False
 
 
 def _brief(value: Tensor) -> str:

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixproof.inference.verification.report import Report, blamed
+from mixproof.inference.verification.report import ACCEPTED, Report, blamed
 from mixproof.inference.verification.subject import Subject
 
-RIGHT = frozenset({"exact EM", "MAP-EM", "generalised EM"})
 LogJoint = Callable[..., Tensor]
 
 
@@ -36,7 +35,7 @@ class Entry(NamedTuple):
     @property
     def is_right(self) -> bool:
         """Whether the derivation is right."""
-        return self.verdict in RIGHT
+        return self.verdict in ACCEPTED
 
     def agrees(self, report: Report) -> bool:
         """Whether a report gives this verdict, blames one of the sites, and has the hint."""
@@ -57,32 +56,29 @@ def wrong_e_steps(subject: Subject, log_joint: LogJoint) -> tuple[Entry, ...]:
         log_joint: ``log_joint(params, *data)`` -> log p(x_n, z_n = k | params), (N, K).
     """
 
-    def table(params: Any, *data: Any) -> Tensor:
-        return log_joint(params, *data)
-
     def hard(params: Any, *data: Any) -> Tensor:
-        found = table(params, *data)
+        found = log_joint(params, *data)
         return torch.nn.functional.one_hot(found.argmax(1), found.shape[1]).to(found)
 
     faults: dict[str, tuple[str, Callable[..., Tensor]]] = {
         "weights forgotten": (
             "weights are missing",
-            lambda params, *data: (table(params, *data) - params["weights"].log()).softmax(1),
+            lambda params, *data: (log_joint(params, *data) - params["weights"].log()).softmax(1),
         ),
         "weights counted twice": (
             "weights are counted twice",
-            lambda params, *data: (table(params, *data) + params["weights"].log()).softmax(1),
+            lambda params, *data: (log_joint(params, *data) + params["weights"].log()).softmax(1),
         ),
         "hard assignment": ("hard assignments", hard),
-        "softmax over the rows": ("over the rows", lambda params, *data: table(params, *data).softmax(0)),
+        "softmax over the rows": ("over the rows", lambda params, *data: log_joint(params, *data).softmax(0)),
         "square root of the densities": (
             "exponent 0.5",
-            lambda params, *data: (table(params, *data) / 2).softmax(1),
+            lambda params, *data: (log_joint(params, *data) / 2).softmax(1),
         ),
-        "densities not normalised": ("not normalised", lambda params, *data: table(params, *data).exp()),
+        "densities not normalised": ("not normalised", lambda params, *data: log_joint(params, *data).exp()),
         "off by a millionth": (
             "",
-            lambda params, *data: (table(params, *data) + 1e-6 * torch.arange(len(params["weights"]))).softmax(1),
+            lambda params, *data: (log_joint(params, *data) + 1e-6 * torch.arange(len(params["weights"]))).softmax(1),
         ),
     }
     return tuple(
