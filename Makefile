@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: verify test test-all lint types pdf notebooks mutants power clean
+.PHONY: verify test test-all lint types pdf notebooks mutants power bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -48,6 +48,18 @@ mutants: $(VENV)/installed
 power: $(VENV)/installed
 	mkdir -p build
 	$(BIN)/python benchmarks/power.py --json build/power.json
+
+# Ratios to scikit-learn and other peers, each in one run; SIZE_ROWS=100000000 needs 13 GB of disk.
+SIZE_ROWS ?= 20000000
+bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	mkdir -p build
+	$(BIN)/python benchmarks/em_step.py --json build/em_step.json
+	$(BIN)/python benchmarks/flower.py --json build/flower.json
+	$(BIN)/python benchmarks/acceleration.py --json build/acceleration.json
+	$(BIN)/python benchmarks/lloyd.py --json build/lloyd.json
+	$(BIN)/python benchmarks/distributed.py --json build/distributed.json
+	$(BIN)/python benchmarks/size.py --rows $(SIZE_ROWS) --folder build/size --json build/size.json
 
 clean:
 	rm -rf build $(VENV)
