@@ -10,11 +10,8 @@ section 9.3.3. The conjugate prior is Dirichlet on the weights and beta on each 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -23,7 +20,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models.initial import partition
-
 
 additive = True
 
@@ -159,6 +155,8 @@ def init_params(x: Tensor, num_components: int, generator: torch.Generator, meth
 class UniformWeights:
     """The sheet's family: the weights are known, p(z = k) = 1 / K, and EM learns the probabilities alone."""
 
+    additive: ClassVar = True
+
     class Params(NamedTuple):
         weights: Tensor  # (K,), 1 / K each
         probs: Tensor  # (K, D), of a one
@@ -200,11 +198,6 @@ class UniformWeights:
     def statistics(self, params: UniformWeights.Params, x: Tensor, resp: Tensor) -> UniformWeights.Stats:
         """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
         return UniformWeights.Stats(*statistics(Params(*params), x, resp)[1:])
-
-    def reduction(self, params: UniformWeights.Params) -> tuple[ModuleType, Params, Callable[[Stats], UniformWeights.Stats]]:
-        """Return the family with free weights, and how its statistics give these."""
-        free = sys.modules[__name__]
-        return free, Params(*params), lambda stats: UniformWeights.Stats(stats.ones, stats.zeros)
 
     def m_step(self, stats: UniformWeights.Stats, prior: UniformWeights.Prior | None = None) -> UniformWeights.Params:
         """Return the probabilities that maximise Q, or Q + log prior, beside the weights as they are known."""

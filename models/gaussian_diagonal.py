@@ -21,7 +21,6 @@ from torch.distributions import constraints
 
 from mixproof.models.initial import partition
 
-
 additive = True
 
 

@@ -23,7 +23,6 @@ from torch.distributions import constraints
 from mixproof.models.initial import partition
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
-
 additive = True
 
 
@@ -123,7 +122,7 @@ def features(x: Tensor, center: Tensor) -> Tensor:
 
 
 def _bands(size: int) -> list[tuple[int, int]]:
-    """Return the ends of at most four bands of rows of a matrix: few operations, and 10 / 16 of the matrix in blocks."""
+    """Return the ends of at most four bands of rows of a matrix: few operations on 10 / 16 of its blocks."""
     width = math.ceil(size / 4)
     return [(start, min(start + width, size)) for start in range(0, size, width)]
 
@@ -183,6 +182,7 @@ class _Whitened:
     def __init__(self, params: Params, center: Tensor):
         self.params, self.center = params, center
         self.locs = params.locs - center
+        self.columns = self.locs.mT.contiguous()[..., None]  # (D, K, 1)
         num_components, size = self.locs.shape
         self.width = num_components * size
         self.bands = _bands(size) if size >= 64 else [(0, size)]
@@ -202,7 +202,7 @@ class _Whitened:
 
     def sums(self, centred: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
         """Return the sums of r, of r (x - loc), and, from each band's diagonal on, of r (x - loc)(x - center)^T."""
-        weighted = (centred[1:, None] - self.locs.mT[..., None]).mul_(resp)  # (D, K, n)
+        weighted = (centred[1:, None] - self.columns).mul_(resp)  # (D, K, n)
         scatters = (weighted[start:].flatten(0, 1) @ centred[start + 1 : end + 1].mT for start, end in self.bands)
         return resp.sum(-1), weighted.sum(-1), *scatters
 
