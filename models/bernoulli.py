@@ -21,8 +21,6 @@ from torch.distributions import constraints
 
 from mixproof.models.initial import partition
 
-additive = True
-
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -43,6 +41,9 @@ class Stats(NamedTuple):
     counts: Tensor  # (K,), of r
     ones: Tensor  # (K, D), of r x
     zeros: Tensor  # (K, D), of r (1 - x)
+
+
+additive = True  # statistics of chunks of rows add up
 
 
 def model(
@@ -155,8 +156,6 @@ def init_params(x: Tensor, num_components: int, generator: torch.Generator, meth
 class UniformWeights:
     """The sheet's family: the weights are known, p(z = k) = 1 / K, and EM learns the probabilities alone."""
 
-    additive: ClassVar = True
-
     class Params(NamedTuple):
         weights: Tensor  # (K,), 1 / K each
         probs: Tensor  # (K, D), of a one
@@ -172,6 +171,8 @@ class UniformWeights:
 
         ones: Tensor  # (K, D), of r x
         zeros: Tensor  # (K, D), of r (1 - x)
+
+    additive: ClassVar = True
 
     def model(
         self,

@@ -23,8 +23,6 @@ from torch.distributions import constraints
 from mixproof.models.initial import partition
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
-additive = True
-
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -52,6 +50,9 @@ class Stats(NamedTuple):
     sums: Tensor  # (K, D), of r x
     shifts: Tensor  # (K, D), of r (x - loc)
     scatters: Tensor  # (K, D, D), of r (x - loc)(x - loc)^T
+
+
+additive = True  # statistics of chunks of rows add up
 
 
 def model(

@@ -21,8 +21,6 @@ from torch.distributions import constraints
 from mixproof.models.initial import partition
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
-additive = True
-
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -50,6 +48,9 @@ class Stats(NamedTuple):
     sums: Tensor  # (K, D), of r x
     shifts: Tensor  # (K, D), of r (x - loc)
     scatter: Tensor  # (D, D), of r (x - loc)(x - loc)^T, over all components
+
+
+additive = True  # statistics of chunks of rows add up
 
 
 def model(
