@@ -75,7 +75,7 @@ def expectation(
     """
     if hasattr(family, "reduction"):
         inner, inner_params, _ = family.reduction(params)
-        log_lik, stats = expectation(inner, inner_params, x, row_weights, chunk=chunk)
+        log_lik, stats = expectation(inner, _in_type(inner_params, x.dtype), x, row_weights, chunk=chunk)
         return Expectation(log_lik, family.reduction(_in_type(params, torch.float64))[2](stats))
     quick = hasattr(family, "features") or hasattr(family, "prepare") or getattr(family, "additive", False)
     if not quick:
