@@ -104,11 +104,15 @@ class Moments:
         self.width = self.natural.shape[-1]
 
     @property
-    def exact(self) -> bool:
-        """Whether sums of these features lose less than a third of the digits of their type."""
+    def growth(self) -> Tensor:
+        """(K,), no less than the mean over a component's rows of the sum of sizes of the products in a log density."""
         sizes = self.family.features(self.center + self.family.reach(self.params, self.center), self.center)
-        growth = (self.natural.abs() * sizes.mT).sum(-1).amax()
-        return bool(growth <= torch.finfo(growth.dtype).eps ** -0.3)
+        return (self.natural.abs() * sizes.mT).sum(-1)
+
+    @property
+    def exact(self) -> bool:
+        """Whether sums of these features lose less than three tenths of the digits of their type."""
+        return bool(self.growth.amax() <= torch.finfo(self.center.dtype).eps ** -0.3)
 
     def table(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.family.features(x, self.center)

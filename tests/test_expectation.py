@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -235,6 +236,20 @@ def test_nearly_singular_covariances(family: Any) -> None:
 
 
 @pytest.mark.parametrize("family", GAUSSIANS[:3], ids=lambda family: family.__name__)
+def test_growth_is_no_less_than_the_mean_size_of_a_sum(family: Any, all_families: list[Case]) -> None:
+    """To five standard errors of the mean over simulated rows, and no more than a few times that mean."""
+    params = next(case for case in all_families if case.family is family).params(3)
+    center = family.moments(params)[0]
+    x, z = family.sample(params, 20_000, seeded(1))
+    form = Moments(family, params, center)
+    sizes = form.natural.abs() @ family.features(x, center).abs()
+    for k in range(3):
+        own = sizes[k, z == k]
+        assert form.growth[k] >= own.mean() - 5 * own.std() / math.sqrt(len(own))
+        assert form.growth[k] <= 4 * own.mean()
+
+
+@pytest.mark.parametrize("family", GAUSSIANS[:3], ids=lambda family: family.__name__)
 @pytest.mark.parametrize("distance", [1.0, 10.0, 100.0, 200.0, 1e3, 1e4, 1e5])
 def test_moments_that_the_guard_passes_keep_their_promise(family: Any, distance: float) -> None:
     """An error of eps^0.7 on average in a row's own log density, and in a covariance relative to itself."""
@@ -257,7 +272,8 @@ def test_the_guard_looks_at_the_next_covariances_too(family: Any) -> None:
     _, x = separated(family, 1e6)
     start = gaussian(family, 1e6 * torch.eye(3, dtype=torch.float64) + 0.1, 1e10 * torch.eye(3, dtype=torch.float64))
     assert Moments(family, start, family.moments(start)[0]).exact
-    new = [covariance(family, family.m_step(how(family, start, x).stats)) for how in (expectation, plain, by_moments)]
+    ways = partial(expectation, chunk=64), plain, by_moments
+    new = [covariance(family, family.m_step(how(family, start, x).stats)) for how in ways]
     within = torch.linalg.eigvalsh(new[1]).min()
     # Rounding of the data about the center is 1e6 eps, of whitened deviations and so of responsibilities 10 eps.
     rounding = 3 * 1e6 * EPS * len(x)
