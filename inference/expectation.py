@@ -10,8 +10,8 @@ the pass knows by the names of the contract and by these optional ones, on top o
 ``features(x, center) -> (P, N)``, ``natural(params, center) -> (K, P)``,
 ``reach(params, center) -> (K, D)`` and ``statistics_of(moments (P, K), params, center) -> Stats``
     The family is an exponential one: its table (K, N) is natural @ features, its statistics come from the moments
-    features @ responsibilities^T. Features are monomials of x - center, and |x - center| has root mean squares of at
-    most ``reach`` in each component.
+    features @ responsibilities^T. Features are monomials of x - center, of degree two at most, and |x - center| has
+    root mean squares of at most ``reach`` in each component.
 ``prepare(params, center)``
     An object that does a chunk precisely, whatever the parameters: ``width`` numbers a row in its largest temporary,
     ``table(x) -> ((K, n), kept)``, ``sums(kept, resp (K, n))``, a tuple of tensors that add up over chunks, and
@@ -21,17 +21,19 @@ the pass knows by the names of the contract and by these optional ones, on top o
 
 A family with none of them goes through ``log_joint`` and ``statistics`` in one piece.
 
-Moments about one center for all components cancel when they are moved to the components' own locations. Let A hold the
-absolute values of ``natural``, and T those of ``features``. By the usual analysis of a sum of P products (Higham,
-Accuracy and Stability of Numerical Algorithms, section 3.1, with the square root that Higham and Mary 2019 show for
-roundings that do not conspire) an entry of the table has an error of about sqrt(P) eps A T. On average over the rows
-of a component, E|T_p| is at most the feature at ``reach``, by Cauchy and Schwarz, so that the average error is at most
-sqrt(P) eps c for the number c = max_k A_k . features(reach_k). For a Gaussian with factor W, W Sigma W^T = I, c is of
-the order of D + |W (loc - center)|^2, times how ill-conditioned Sigma is beyond its scales. The same c at the
-parameters of the *next* step bounds the relative error of their covariances, since A_k . features(reach_k) is then the
-absolute error of trace(Sigma^-1 Delta Sigma) / 2. Moments are used only where sqrt(P) c is at most eps^(-1/3), before
-and after, which leaves eps^(2/3), 4e-11 in float64, of an absolute error in a log density and a relative one in a
-covariance; otherwise the pass is made precisely.
+Moments about one center for all components cancel when they are moved to the components' own locations. Each of the P
+products in an entry of the table is off by eps of its size, so that an entry is off by eps |natural| . |features|, and
+by sqrt(P) times that if the sums round as badly as they may with roundings that do not conspire (Higham and Mary 2019,
+SIAM Journal on Scientific Computing 41(5), section 3). Over the rows of a component, the average size of a feature is
+at most its value at ``reach``, by Cauchy and Schwarz. So the average error is of the order of eps c, where
+
+    c = max_k |natural_k| . features(center + reach_k).
+
+For a Gaussian with W Sigma W^T = I, c is of the order of D + ||W (loc - center)||^2, times how ill-conditioned Sigma is
+beyond its scales. And since |natural_k| . features(reach_k) at the parameters of the *next* step is no less than half
+of trace(|Sigma^-1| |E[(x - center)(x - center)^T]|), eps c there is the error of the new covariance relative to itself.
+Moments are used only where c is at most eps^-0.3 both before and after; this leaves an error of eps^0.7, which is 1e-11
+in float64, in a log density and, relatively, in a covariance. Otherwise the pass is made precisely.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+SMALL = 2**14  # numbers in a table of rows, components and features, below which preparing costs more than it saves
 
 
 class Expectation(NamedTuple):
@@ -56,11 +60,11 @@ class Expectation(NamedTuple):
 def expectation(
     family: Any, params: Any, x: Tensor, row_weights: Tensor | None = None, *, chunk: int | None = None
 ) -> Expectation:
-    """Return the log likelihood of the rows and their expected sufficient statistics: the E-step and all its sums.
+    """Return the log likelihood of the rows and their expected sufficient statistics, the E-step and its sums.
 
-    Sums over chunks are float64 whatever the type of the data, so that neither the trace of EM nor its statistics
-    depend on how many rows there are. Only statistics that hold the rows themselves keep the type of the data. A
-    responsibility below the square root or so of the smallest number counts as zero (e^-650 in float64).
+    Sums over chunks are kept and returned in float64 whatever the type of the data: in float32 the rounding of a sum
+    over many rows would be larger than what a step of EM gains. Only statistics that hold the rows themselves have the
+    type of the data. A responsibility near the smallest number of the type, e^-651 in float64, counts as zero.
 
     Args:
         family: a family of the contract.
@@ -71,38 +75,44 @@ def expectation(
     """
     if hasattr(family, "reduction"):
         inner, inner_params, _ = family.reduction(params)
-        log_lik, stats = expectation(inner, inner_params, x, row_weights, chunk=chunk)
+        log_lik, stats = expectation(inner, _in_type(inner_params, x.dtype), x, row_weights, chunk=chunk)
         return Expectation(log_lik, family.reduction(_in_type(params, torch.float64))[2](stats))
-    if not (hasattr(family, "features") or hasattr(family, "prepare") or getattr(family, "additive", False)):
+    quick = hasattr(family, "features") or hasattr(family, "prepare") or getattr(family, "additive", False)
+    if not quick:
         return _in_one_piece(family, params, x, row_weights)
+    if chunk is None and x.numel() * params[0].shape[0] < SMALL:
+        return _pass(_Plain(family, params), x, row_weights, len(x))
     center = family.moments(params)[0]
     if hasattr(family, "features"):
-        moments = _Moments(family, params, center)
-        # K D^2 work for products of K factors is less than for a table of D^2 / 2 features where K is far below D.
+        moments = Moments(family, params, center)
+        # Below, products with K factors are less work than those with a table of about D^2 / 2 features.
         worth = not hasattr(family, "prepare") or moments.width <= 3 * params[0].shape[0] * x.shape[1]
-        if worth and moments_are_exact(family, params, center):
+        if worth and moments.exact:
             found = _pass(moments, x, row_weights, chunk)
-            if moments_are_exact(family, _in_type(family.m_step(found.stats), x.dtype), center):
+            if Moments(family, _in_type(family.m_step(found.stats), x.dtype), center).exact:
                 return found
     form = family.prepare(params, center) if hasattr(family, "prepare") else _Plain(family, params)
     return _pass(form, x, row_weights, chunk)
 
 
-def moments_are_exact(family: Any, params: Any, center: Tensor) -> bool:
-    """Return whether sums of features about a center (D,) lose no more than a third of the digits of their type."""
-    eps = torch.finfo(center.dtype).eps
-    sizes = family.features(center + family.reach(params, center), center)
-    growth = (family.natural(params, center).abs() * sizes.mT).sum(-1).amax()
-    return bool(math.sqrt(len(sizes)) * growth <= eps ** (-1 / 3))
-
-
-class _Moments:
-    """A pass by the family's features: two products with one matrix."""
+class Moments:
+    """A pass by the family's features about a center (D,): two products with one matrix."""
 
     def __init__(self, family: Any, params: Any, center: Tensor):
         self.family, self.params, self.center = family, params, center
         self.natural = family.natural(_in_type(params, torch.float64), center.double()).to(center)
         self.width = self.natural.shape[-1]
+
+    @property
+    def growth(self) -> Tensor:
+        """(K,), no less than the mean over a component's rows of the sum of sizes of the products in a log density."""
+        sizes = self.family.features(self.center + self.family.reach(self.params, self.center), self.center)
+        return (self.natural.abs() * sizes.mT).sum(-1)
+
+    @property
+    def exact(self) -> bool:
+        """Whether sums of these features lose less than three tenths of the digits of their type."""
+        return bool(self.growth.amax() <= torch.finfo(self.center.dtype).eps ** -0.3)
 
     def table(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.family.features(x, self.center)
@@ -144,7 +154,7 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
         if row_weights is not None:
             table.masked_fill_(row_weights[start : start + chunk] == 0, 0)  # such a row may be impossible
         largest = table.amax(0)
-        resp = torch.nn.functional.threshold(table - largest, floor, -torch.inf, inplace=True).exp_()
+        resp = torch.threshold_(table - largest, floor, -torch.inf).exp_()
         normaliser = resp.sum(0)
         log_density = normaliser.log().add_(largest)
         if row_weights is None:
@@ -156,8 +166,8 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
         log_lik += log_density.sum(dtype=torch.float64)
         sums = form.sums(kept, resp)
         if total:
-            for so_far, part in zip(total, sums, strict=True):
-                so_far.add_(part)
+            for accumulator, part in zip(total, sums, strict=True):
+                accumulator.add_(part)
         else:
             total = tuple(part.to(torch.float64, copy=True) for part in sums)
     return Expectation(log_lik, form.statistics(total))
@@ -176,7 +186,7 @@ def _in_one_piece(family: Any, params: Any, x: Tensor, row_weights: Tensor | Non
 def _rows_in_cache(width: int, device: torch.device) -> int:
     """Return how many rows fill a core's cache with a temporary of so many numbers a row; a GPU takes far more."""
     cores = torch.get_num_threads() if device.type == "cpu" else 2**9
-    return cores * max(2**17 // width, 128)
+    return cores * max(2**18 // width, 256)
 
 
 def _in_type(params: Any, dtype: torch.dtype) -> Any:

@@ -10,11 +10,8 @@ section 9.3.3. The conjugate prior is Dirichlet on the weights and beta on each 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -23,8 +20,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models.initial import partition, row_weights
-
-additive = True
 
 
 class Params(NamedTuple):
@@ -46,6 +41,9 @@ class Stats(NamedTuple):
     counts: Tensor  # (K,), of r
     ones: Tensor  # (K, D), of r x
     zeros: Tensor  # (K, D), of r (1 - x)
+
+
+additive = True  # statistics of chunks of rows add up
 
 
 def model(
@@ -202,6 +200,8 @@ class UniformWeights:
         ones: Tensor  # (K, D), of r x
         zeros: Tensor  # (K, D), of r (1 - x)
 
+    additive: ClassVar = True
+
     def model(
         self,
         x: Tensor | None = None,
@@ -238,12 +238,6 @@ class UniformWeights:
     def statistics_observed(self, params: UniformWeights.Params, x: Tensor, resp: Tensor) -> UniformWeights.Stats:
         """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
         return UniformWeights.Stats(*statistics_observed(Params(*params), x, resp)[1:])
-
-    def reduction(self, params: UniformWeights.Params) -> tuple[ModuleType, Any, Callable[[Any], UniformWeights.Stats]]:
-        """Return the family with free weights, and how its statistics give these."""
-        free = sys.modules[__name__]
-
-        return free, Params(*params), lambda stats: UniformWeights.Stats(stats.ones, stats.zeros)
 
     def m_step(self, stats: UniformWeights.Stats, prior: UniformWeights.Prior | None = None) -> UniformWeights.Params:
         """Return the probabilities that maximise Q, or Q + log prior, beside the weights as they are known."""

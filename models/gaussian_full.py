@@ -24,8 +24,6 @@ from mixproof.models.initial import partition, row_weights
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
-additive = True
-
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -53,6 +51,9 @@ class Stats(NamedTuple):
     sums: Tensor  # (K, D), of r x
     shifts: Tensor  # (K, D), of r (x - loc)
     scatters: Tensor  # (K, D, D), of r (x - loc)(x - loc)^T
+
+
+additive = True  # statistics of chunks of rows add up
 
 
 def model(
@@ -146,7 +147,7 @@ def features(x: Tensor, center: Tensor) -> Tensor:
 
 
 def _bands(size: int) -> list[tuple[int, int]]:
-    """Return the ends of at most four bands of rows of a matrix: few operations on 10 / 16 of the matrix."""
+    """Return the ends of at most four bands of rows of a matrix: few operations on 10 / 16 of its blocks."""
     width = math.ceil(size / 4)
     return [(start, min(start + width, size)) for start in range(0, size, width)]
 
@@ -206,6 +207,7 @@ class _Whitened:
     def __init__(self, params: Params, center: Tensor):
         self.params, self.center = params, center
         self.locs = params.locs - center
+        self.columns = self.locs.mT.contiguous()[..., None]  # (D, K, 1)
         num_components, size = self.locs.shape
         self.width = num_components * size
         self.bands = _bands(size) if size >= 64 else [(0, size)]
@@ -225,7 +227,7 @@ class _Whitened:
 
     def sums(self, centred: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
         """Return the sums of r, of r (x - loc), and, from each band's diagonal on, of r (x - loc)(x - center)^T."""
-        weighted = (centred[1:, None] - self.locs.mT[..., None]).mul_(resp)  # (D, K, n)
+        weighted = (centred[1:, None] - self.columns).mul_(resp)  # (D, K, n)
         scatters = (weighted[start:].flatten(0, 1) @ centred[start + 1 : end + 1].mT for start, end in self.bands)
         return resp.sum(-1), weighted.sum(-1), *scatters
 

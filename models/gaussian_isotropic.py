@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -47,6 +47,8 @@ class GaussianIsotropic:
 
         counts: Tensor  # (K,), of r
         sums: Tensor  # (K, D), of r x
+
+    additive: ClassVar = True
 
     def __post_init__(self) -> None:
         if not (self.variance > 0 and math.isfinite(self.variance)):

@@ -20,8 +20,6 @@ from torch.distributions import constraints
 
 from mixproof.models.initial import partition, row_weights
 
-additive = True
-
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -49,6 +47,9 @@ class Stats(NamedTuple):
     sums: Tensor  # (K, D), of r x
     shifts: Tensor  # (K, D), of r (x - loc)
     squares: Tensor  # (K,), of r ||x - loc||^2
+
+
+additive = True  # statistics of chunks of rows add up
 
 
 def model(

@@ -58,6 +58,9 @@ class Stats(NamedTuple):
     y: gaussian_full.Stats
 
 
+additive = True  # statistics of chunks of rows add up
+
+
 def model(
     x: Tensor | None = None,
     *,
@@ -270,6 +273,7 @@ class KnownNoise:
     Params: ClassVar = gaussian_full.Params
     Prior: ClassVar = gaussian_full.Prior
     Stats: ClassVar = gaussian_full.Stats
+    additive: ClassVar = True
 
     def __post_init__(self) -> None:
         weights, locs, covariances = self.noise

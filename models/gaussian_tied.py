@@ -22,8 +22,6 @@ from mixproof.models.initial import partition, row_weights
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
-additive = True
-
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -51,6 +49,9 @@ class Stats(NamedTuple):
     sums: Tensor  # (K, D), of r x
     shifts: Tensor  # (K, D), of r (x - loc)
     scatter: Tensor  # (D, D), of r (x - loc)(x - loc)^T, over all components
+
+
+additive = True  # statistics of chunks of rows add up
 
 
 def model(
@@ -132,22 +133,23 @@ class _Whitened:
     def __init__(self, params: Params, center: Tensor):
         self.params, self.center = params, center
         self.locs = params.locs - center
+        self.columns = self.locs.mT.contiguous()[..., None]  # (D, K, 1)
         self.width = self.locs.numel()
         factor = cholesky(params.covariance)
         identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
         self.whitening = torch.linalg.solve_triangular(factor, identity, upper=False, left=False)
-        self.whitened_locs = self.whitening @ self.locs.mT  # (D, K)
+        self.whitened_columns = (self.whitening @ self.columns[..., 0])[..., None]
         self.constant = params.weights.log() - (len(factor) * math.log(2 * math.pi) + log_det(factor)) / 2
 
     def table(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x_n, z_n = k), shape (K, n), for rows x (n, D), and their x - center, (D, n)."""
         centred = torch.sub(x.mT, self.center[:, None], out=x.new_empty(x.shape[1], len(x)))
-        deviations = (self.whitening @ centred)[:, None] - self.whitened_locs[..., None]  # (D, K, n)
+        deviations = (self.whitening @ centred)[:, None] - self.whitened_columns  # (D, K, n)
         return self.constant[:, None] - deviations.square_().sum(0) / 2, centred
 
     def sums(self, centred: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
         """Return the sums of r, of r (x - loc), and of r (x - loc)(x - center)^T over all components."""
-        weighted = (centred[:, None] - self.locs.mT[..., None]).mul_(resp)  # (D, K, n)
+        weighted = (centred[:, None] - self.columns).mul_(resp)  # (D, K, n)
         return resp.sum(-1), weighted.sum(-1), weighted.sum(1) @ centred.mT
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Stats:
