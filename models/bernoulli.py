@@ -21,6 +21,8 @@ from torch.distributions import constraints
 
 from mixproof.models.initial import partition
 
+additive = True
+
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -122,6 +124,11 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
     return Stats(resp.sum(-2), resp.mT @ ones + unseen * params.probs, resp.mT @ zeros + unseen * (1 - params.probs))
 
 
+def recentre(stats: Stats, old: Params, new: Params) -> Stats:
+    """Return the statistics as they are: they are about no location."""
+    return stats
+
+
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
     """Return the parameters that maximise Q, or Q + log prior (problem 4 of the sheet)."""
     if prior is None:
@@ -176,6 +183,8 @@ def init_params(x: Tensor, num_components: int, generator: torch.Generator, meth
 class UniformWeights:
     """The sheet's family: the weights are known, p(z = k) = 1 / K, and EM learns the probabilities alone."""
 
+    additive = True
+
     class Params(NamedTuple):
         weights: Tensor  # (K,), 1 / K each
         probs: Tensor  # (K, D), of a one
@@ -228,6 +237,12 @@ class UniformWeights:
     def statistics_observed(self, params: UniformWeights.Params, x: Tensor, resp: Tensor) -> UniformWeights.Stats:
         """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
         return UniformWeights.Stats(*statistics_observed(Params(*params), x, resp)[1:])
+
+    def recentre(
+        self, stats: UniformWeights.Stats, old: UniformWeights.Params, new: UniformWeights.Params
+    ) -> UniformWeights.Stats:
+        """Return the statistics as they are: they are about no location."""
+        return stats
 
     def m_step(self, stats: UniformWeights.Stats, prior: UniformWeights.Prior | None = None) -> UniformWeights.Params:
         """Return the probabilities that maximise Q, or Q + log prior, beside the weights as they are known."""

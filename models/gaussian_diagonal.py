@@ -21,6 +21,8 @@ from torch.distributions import constraints
 
 from mixproof.models.initial import partition
 
+additive = True
+
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -114,6 +116,14 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
         weighted.sum(-2),
         (weighted * deviations).sum(-2) + unseen * params.variances,
     )
+
+
+def recentre(stats: Stats, old: Params, new: Params) -> Stats:
+    """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+    moves = old.locs - new.locs
+    shifts = stats.shifts + stats.counts[..., None] * moves
+    squares = stats.squares + moves * (2 * stats.shifts + stats.counts[..., None] * moves)
+    return stats._replace(shifts=shifts, squares=squares)
 
 
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:

@@ -24,6 +24,8 @@ from mixproof.models.initial import partition
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
+additive = True
+
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -122,6 +124,15 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
     weighted = weights * deviations
     scatters = weighted.mT @ deviations + remaining
     return Stats(resp.sum(-2), (weights * completed).sum(-2), weighted.sum(-2), scatters)
+
+
+def recentre(stats: Stats, old: Params, new: Params) -> Stats:
+    """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+    moves = old.locs - new.locs
+    shifts = stats.shifts + stats.counts[..., None] * moves
+    cross = stats.shifts[..., :, None] * moves[..., None, :]
+    scatters = stats.scatters + cross + cross.mT + stats.counts[..., None, None] * outer(moves)
+    return stats._replace(shifts=shifts, scatters=scatters)
 
 
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:

@@ -27,6 +27,7 @@ class GaussianIsotropic:
     """The family with its setting, the variance sigma^2 > 0 that all components and features share."""
 
     variance: float
+    additive = True
 
     class Params(NamedTuple):
         weights: Tensor  # (K,)
@@ -100,6 +101,12 @@ class GaussianIsotropic:
         missing = x.isnan()
         unseen = resp.mT @ missing.to(x.dtype)  # (K, D), of r where the feature is missing
         return GaussianIsotropic.Stats(resp.sum(-2), resp.mT @ torch.where(missing, 0, x) + unseen * params.locs)
+
+    def recentre(
+        self, stats: GaussianIsotropic.Stats, old: GaussianIsotropic.Params, new: GaussianIsotropic.Params
+    ) -> GaussianIsotropic.Stats:
+        """Return the statistics as they are: they are about no location."""
+        return stats
 
     def m_step(
         self, stats: GaussianIsotropic.Stats, prior: GaussianIsotropic.Prior | None = None

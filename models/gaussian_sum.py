@@ -32,6 +32,8 @@ from mixproof.models import gaussian_full
 from mixproof.models.initial import check_num_components
 from mixproof.models.positive_definite import InverseWishart, cholesky
 
+additive = True
+
 
 class Params(NamedTuple):
     x_weights: Tensor  # (K_x,)
@@ -199,6 +201,11 @@ def _summand_of_pairs(
     return gaussian_full.Stats(counts, counts[..., None] * part.locs + shifts, shifts, scatters)
 
 
+def recentre(stats: Stats, old: Params, new: Params) -> Stats:
+    """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+    return Stats(*map(gaussian_full.recentre, stats, parts(old), parts(new)))
+
+
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
     """Return the parameters that maximise the expected log density of latents and summands, plus log prior if given."""
     return Params(*gaussian_full.m_step(stats.x, prior and prior.x), *gaussian_full.m_step(stats.y, prior and prior.y))
@@ -252,6 +259,7 @@ class KnownNoise:
     Params: ClassVar = gaussian_full.Params
     Prior: ClassVar = gaussian_full.Prior
     Stats: ClassVar = gaussian_full.Stats
+    additive = True
 
     def __post_init__(self) -> None:
         weights, locs, covariances = self.noise
@@ -321,6 +329,12 @@ class KnownNoise:
     def statistics_observed(self, params: gaussian_full.Params, x: Tensor, resp: Tensor) -> gaussian_full.Stats:
         """Return the expected statistics of x before the noise given what is observed, under (N, K_x K_y) resp."""
         return _summand_of_pairs(params, self.noise, *_pair_moments_observed(params, self.noise, x, resp))
+
+    def recentre(
+        self, stats: gaussian_full.Stats, old: gaussian_full.Params, new: gaussian_full.Params
+    ) -> gaussian_full.Stats:
+        """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+        return gaussian_full.recentre(stats, old, new)
 
     def m_step(self, stats: gaussian_full.Stats, prior: gaussian_full.Prior | None = None) -> gaussian_full.Params:
         """Return the parameters of x that maximise the expected log density of x and k, plus log prior if given."""
