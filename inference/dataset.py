@@ -214,13 +214,40 @@ def _read_arrow(x: Any, names: list[str], weight_column: str | None) -> Iterator
     if isinstance(x, pa.Table):
         batches = iter(x.select(columns).to_batches(max_chunksize=rows))
     else:
-        batches = x.to_batches(columns=columns, batch_size=rows, batch_readahead=2, fragment_readahead=1)
+        batches = _scan(x, columns, rows)
     for batch in batches:
         if batch.num_rows:
             chunk = np.empty((batch.num_rows, len(names)), dtype)
             for d, name in enumerate(names):
                 chunk[:, d] = _values(batch.column(name))
             yield chunk, None if weight_column is None else _values(batch.column(weight_column)).astype(np.float64)
+
+
+def _scan(x: pads.Dataset, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield a dataset in batches of at most so many rows, one piece of a file after the other.
+
+    A scan of all of it at once decodes more and more ahead of a slow reader, a gigabyte of Parquet in the end.
+    """
+    options = {"columns": columns, "batch_size": rows, "batch_readahead": 0, "fragment_readahead": 0}
+    pieces = _pieces(x)
+    if pieces is None:
+        yield from x.to_batches(**options)
+    else:
+        for piece in pieces:
+            yield from piece.to_batches(schema=x.schema, **options)
+
+
+def _pieces(x: pads.Dataset) -> Iterator[Any] | None:
+    """Yield the row groups of Parquet files and other files whole; None of a filtered or projected dataset."""
+    try:
+        fragments = x.get_fragments()
+    except ValueError:  # the fragments would lose the filter
+        return None
+    return (
+        piece
+        for fragment in fragments
+        for piece in (fragment.split_by_row_group() if isinstance(fragment, pads.ParquetFileFragment) else [fragment])
+    )
 
 
 def _values(column: pa.Array) -> np.ndarray:
@@ -308,14 +335,8 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
 
 
 def _dataset_share(x: pads.Dataset, rank: int, num_ranks: int) -> Any:
-    try:
-        fragments: list[Any] = list(x.get_fragments())
-    except ValueError:  # a filter or projection, which the fragments would lose
-        return _EveryNth(x, rank, num_ranks)
-    if not all(isinstance(fragment, pads.ParquetFileFragment) for fragment in fragments):
-        return _EveryNth(x, rank, num_ranks)
-    fragments = [group for fragment in fragments for group in fragment.split_by_row_group()]
-    if len(fragments) < num_ranks:
+    fragments = list(_pieces(x) or ())
+    if len(fragments) < num_ranks or not all(isinstance(each, pads.ParquetFileFragment) for each in fragments):
         return _EveryNth(x, rank, num_ranks)
     first, last = (len(fragments) * r // num_ranks for r in (rank, rank + 1))
     return pads.FileSystemDataset(fragments[first:last], x.schema, fragments[0].format, fragments[0].filesystem)
