@@ -7,9 +7,8 @@ lie on disk. A block is checked each time it is read, and an error names the row
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ import pyarrow.dataset as pads
 import torch
 from torch import Tensor
 
-from mixproof.inference.validation import check_row_weights, check_rows
+from mixproof.inference.validation import check_data, check_row_weights, check_rows, data_support
 
 BLOCK_ENTRIES = 1 << 21
 """How many numbers of a memory map or an Arrow source are in memory at a time: 16 MiB in float64."""
@@ -42,15 +41,16 @@ class Dataset:
         family: a family of the contract.
         x: the data (N, D): a tensor, or what numpy reads as a numeric matrix; a ``numpy.memmap``; a ``pyarrow.Table``
             or a ``pyarrow.dataset.Dataset`` (Parquet, CSV and others) whose columns are the features; or chunks (n, D)
-            in a list or in any object whose ``__iter__`` starts anew.
+            in a list or in any object whose ``__iter__`` starts anew, each of them a block, a memory map several.
         weights: (N,), how often each row counts, not negative; the name of the column of an Arrow source that holds
             them; None counts each once.
         device: where the blocks go; None leaves them where they are.
-        missing: whether NaN marks a missing entry.
+        missing: whether NaN, or null in an Arrow source, marks a missing entry.
 
     Raises:
         TypeError: x can be read only once, holds no numbers, or the weights name a column and x has none.
-        ValueError: the first block is not what it must be.
+        ValueError: the first block is not what it must be. Iterating raises for the others, and where a pass gives
+            other rows than the one before, or the weights are not as many as the rows.
     """
 
     def __init__(
@@ -62,47 +62,89 @@ class Dataset:
         device: torch.device | str | None = None,
         missing: bool = False,
     ):
-        self._family, self._device, self._missing = family, device, missing
-        self._weight_column = weights if isinstance(weights, str) else None
-        self._weights = None if isinstance(weights, str) else weights
-        self.in_memory = not isinstance(x, np.memmap | pa.Table | pads.Dataset | _EveryNth) and not is_chunks(x)
-        named = x.source if isinstance(x, _EveryNth) else x
-        if self._weight_column is not None and not isinstance(named, pa.Table | pads.Dataset):
+        x, self._rank, self._num_ranks = (x.source, x.rank, x.num_ranks) if isinstance(x, _EveryNth) else (x, 0, 1)
+        self._check = _Check(family, device, missing)
+        weight_column = weights if isinstance(weights, str) else None
+        if weight_column is not None and not isinstance(x, pa.Table | pads.Dataset):
             raise TypeError(f"weights names a column, {weights!r}, and x has no named columns: give the weights (N,)")
+        self.in_memory = not isinstance(x, np.memmap | pa.Table | pads.Dataset) and not is_chunks(x)
+        self._num_rows: int | None = None
         if self.in_memory:
             rows = self._check(x, 0)
-            whole = Block(0, rows, check_row_weights(self._weights, rows))
+            whole = Block(0, rows, check_row_weights(_sharable(weights), rows))
             self._blocks: Callable[[], Iterable[Block]] = lambda: [whole]
         else:
-            read = _reader(x, self._weight_column)
+            self._weights = None if weights is None or weight_column is not None else _vector(weights)
+            read = _reader(x, weight_column)
             self._blocks = lambda: self._checked(read())
         first = next(iter(self), None)
         if first is None:
             raise ValueError("x has no rows: it needs at least one")
-        self.like = first.x[:0]
+        self.like = first.x.new_empty(0, first.x.shape[1])
         """A tensor (0, D) of the type and on the device of the data."""
 
     def __iter__(self) -> Iterator[Block]:
         yield from self._blocks()
 
     def _checked(self, chunks: Iterator[tuple[Any, Any]]) -> Iterator[Block]:
-        first_row, like = 0, None
-        for chunk, column in chunks:
-            x = self._check(chunk, first_row)
-            if like is not None and (x.shape[1], x.dtype) != like:
-                before, now = f"{like[0]} columns of {like[1]}", f"{x.shape[1]} of {x.dtype}"
-                raise ValueError(f"x has {before} up to row {first_row} and {now} from there")
-            like = (x.shape[1], x.dtype)
-            weights = column
-            if weights is None and self._weights is not None:
-                weights = self._weights[first_row : first_row + len(x)]
-            yield Block(first_row, x, check_row_weights(weights, x, first_row=first_row))
-            first_row += len(x)
+        """Yield the blocks of this process out of all chunks; the numbers of rows are those in all of them."""
+        first_row = 0
+        for number, (chunk, column) in enumerate(chunks):
+            num_rows = len(chunk) if np.ndim(chunk) else 1
+            if number % self._num_ranks == self._rank:
+                x, weights = self._check(chunk, first_row), column
+                if self._weights is not None:
+                    weights = _sharable(self._weights[first_row : first_row + num_rows])
+                    if len(weights) < num_rows:
+                        have = f"there are {len(self._weights)}, and at least {first_row + num_rows} rows"
+                        raise ValueError(f"weights must have shape (N,), one for each row: {have}")
+                yield Block(first_row, x, check_row_weights(weights, x, first_row=first_row))
+            first_row += num_rows
+        if self._num_rows not in (None, first_row):
+            raise ValueError(f"x had {self._num_rows} rows on one pass and has {first_row} on the next: they must stay")
+        self._num_rows = first_row
         if self._weights is not None and len(self._weights) != first_row:
             raise ValueError(f"weights must have shape ({first_row},), one for each row, not ({len(self._weights)},)")
 
-    def _check(self, x: Any, first_row: int) -> Tensor:
-        x = check_rows(self._family, x, first_row=first_row, missing=self._missing)
+
+def stream(family: Any, chunks: Any, *, device: torch.device | str | None = None) -> Iterator[Block]:
+    """Yield the rows of a source that may be readable only once, such as a generator, in checked blocks.
+
+    Args:
+        family: a family of the contract.
+        chunks: matrices (n, D) in any iterable, or one of the sources that ``Dataset`` reads in blocks.
+        device: where the blocks go; None leaves them where they are.
+
+    Raises:
+        TypeError: chunks is a single matrix or no iterable at all, or holds no numbers.
+        ValueError: a chunk is not what it must be, or has another number of columns or another type than the first.
+    """
+    if not isinstance(chunks, np.memmap | pa.Table | pads.Dataset | Iterator) and not is_chunks(chunks):
+        raise TypeError("chunks must be an iterable of matrices (n, D): a single matrix x goes as [x]")
+    check, first_row = _Check(family, device, missing=False), 0
+    for chunk, _ in _reader(chunks, None)():
+        x = check(chunk, first_row)
+        yield Block(first_row, x, None)
+        first_row += len(x)
+
+
+class _Check:
+    """The checks of blocks (n, D), and that each is like the first."""
+
+    def __init__(self, family: Any, device: torch.device | str | None, missing: bool):
+        self._family, self._device, self._missing = family, device, missing
+        self._like: tuple[int, torch.dtype] | None = None
+
+    def __call__(self, x: Any, first_row: int) -> Tensor:
+        x = _sharable(x)
+        if self._like is None:
+            x = check_rows(self._family, x, first_row=first_row, missing=self._missing)
+            self._like, self._support = (x.shape[1], x.dtype), data_support(self._family, x.shape[1])
+        else:
+            x = check_data(x, self._support, first_row=first_row, missing=self._missing)
+            if (x.shape[1], x.dtype) != self._like:
+                before, now = f"{self._like[0]} columns of {self._like[1]}", f"{x.shape[1]} of {x.dtype}"
+                raise ValueError(f"x has {before} up to row {first_row} and {now} from there")
         return x if self._device is None else x.to(self._device)
 
 
@@ -112,52 +154,124 @@ def is_chunks(x: Any) -> bool:
     Raises:
         TypeError: it can be read only once.
     """
-    if isinstance(x, Tensor | np.ndarray) or hasattr(x, "__array__"):
+    if isinstance(x, Tensor | np.ndarray | str | Mapping) or hasattr(x, "__array__"):
         return False
     if isinstance(x, Sequence):
-        return len(x) > 0 and all(getattr(part, "ndim", None) == 2 for part in x)
+        return any(getattr(part, "ndim", None) == 2 for part in x)
     if isinstance(x, Iterator):
-        raise TypeError(
-            f"x is a {type(x).__name__}, which can be read only once, and each step reads all rows: give an object "
-            "whose __iter__ starts anew, or a list of chunks"
-        )
+        raise TypeError(_only_once(x))
     return isinstance(x, Iterable)
 
 
+def _only_once(x: Any) -> str:
+    return (
+        f"x is a {type(x).__name__}, which can be read only once, and each step reads all rows: give an object whose "
+        "__iter__ starts anew, or a list of chunks"
+    )
+
+
 def _reader(x: Any, weight_column: str | None) -> Callable[[], Iterator[tuple[Any, Any]]]:
-    """Return what reads the chunks (n, D) of a source and their weights (n,) or None, from the first row on."""
-    if isinstance(x, _EveryNth):
-        read = _reader(x.source, weight_column)
-        return lambda: islice(read(), x.rank, None, x.num_ranks)
+    """Return what reads the chunks (n, D) of a source, n >= 1, and their weights (n,) or None, from the first on."""
     if isinstance(x, np.memmap):
+        if x.ndim != 2:
+            raise ValueError(f"x must have shape (N, D), not {x.shape}")
         return lambda: _read_memmap(x)
     if isinstance(x, pa.Table | pads.Dataset):
         names = numeric_columns(x.schema, weight_column)
         return lambda: _read_arrow(x, names, weight_column)
-    return lambda: ((chunk, None) for chunk in x)
+    last: Any = None
+
+    def read() -> Iterator[tuple[Any, None]]:
+        nonlocal last
+        chunks = iter(x)
+        if chunks is last:
+            raise TypeError(_only_once(x))
+        last = chunks
+        for chunk in chunks:
+            if isinstance(chunk, np.memmap) and chunk.ndim == 2:
+                yield from _read_memmap(chunk)
+            elif np.ndim(chunk) == 0 or len(chunk):
+                yield chunk, None
+
+    return read
 
 
 def _read_memmap(x: np.memmap) -> Iterator[tuple[Any, None]]:
-    rows = max(1, BLOCK_ENTRIES // max(1, x.shape[-1]))
+    rows = max(1, BLOCK_ENTRIES // max(1, x.shape[1]))
     for start in range(0, len(x), rows):
-        yield np.array(x[start : start + rows]), None
+        yield np.array(x[start : start + rows], order="C"), None
         pages: mmap.mmap | None = getattr(x, "_mmap", None)
-        if pages is not None and x.mode in ("r", "r+") and hasattr(mmap, "MADV_DONTNEED"):
-            pages.madvise(mmap.MADV_DONTNEED)  # else what was read stays in the resident set
+        if pages is not None and x.mode in ("r", "r+", "w+") and hasattr(mmap, "MADV_DONTNEED"):
+            # else what was read stays in the resident set; changes in mode "c" are nowhere else, and must stay
+            pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_arrow(x: Any, names: list[str], weight_column: str | None) -> Iterator[tuple[Any, Any]]:
     columns = names if weight_column is None else [*names, weight_column]
     rows = max(1, BLOCK_ENTRIES // len(columns))
+    dtype = np.result_type(*(x.schema.field(name).type.to_pandas_dtype() for name in names))
+    dtype = dtype if dtype.kind == "f" else np.dtype(np.float64)  # of all blocks, whether a null is in one or not
     if isinstance(x, pa.Table):
         batches = iter(x.select(columns).to_batches(max_chunksize=rows))
     else:
-        batches = x.to_batches(columns=columns, batch_size=rows, batch_readahead=2, fragment_readahead=1)
+        batches = _scan(x, columns, rows)
     for batch in batches:
         if batch.num_rows:
-            arrays = [batch.column(name).to_numpy(zero_copy_only=False) for name in columns]
-            weights = None if weight_column is None else arrays.pop()
-            yield np.column_stack(arrays), weights
+            chunk = np.empty((batch.num_rows, len(names)), dtype)
+            for d, name in enumerate(names):
+                chunk[:, d] = _values(batch.column(name))
+            yield chunk, None if weight_column is None else _values(batch.column(weight_column)).astype(np.float64)
+
+
+def _scan(x: pads.Dataset, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield a dataset in batches of at most so many rows, one piece of a file after the other.
+
+    A scan of all of it at once decodes more and more ahead of a slow reader, a gigabyte of Parquet in the end.
+    """
+    options = {"columns": columns, "batch_size": rows, "batch_readahead": 0, "fragment_readahead": 0}
+    pieces = _pieces(x)
+    if pieces is None:
+        yield from x.to_batches(**options)
+    else:
+        for piece in pieces:
+            yield from piece.to_batches(schema=x.schema, **options)
+
+
+def _pieces(x: pads.Dataset) -> Iterator[Any] | None:
+    """Yield the row groups of Parquet files and other files whole; None of a filtered or projected dataset."""
+    try:
+        fragments = x.get_fragments()
+    except ValueError:  # the fragments would lose the filter
+        return None
+    return (
+        piece
+        for fragment in fragments
+        for piece in (fragment.split_by_row_group() if isinstance(fragment, pads.ParquetFileFragment) else [fragment])
+    )
+
+
+def _values(column: pa.Array) -> np.ndarray:
+    """Return the numbers of an Arrow column (n,), NaN for a null."""
+    if column.null_count and not pa.types.is_floating(column.type):
+        column = column.cast(pa.float64(), safe=False)
+    return column.to_numpy(zero_copy_only=False)
+
+
+def _sharable(x: Any) -> Any:
+    """Return an array as torch shares it without complaint, in the machine's byte order and writable, and all else."""
+    if isinstance(x, Tensor) or not hasattr(x, "__array__"):
+        return x
+    array = np.asarray(x)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array if array.flags.writeable else array.copy()
+
+
+def _vector(weights: Any) -> Any:
+    """Return weights as something that can be sliced, or say that they are no vector."""
+    weights = weights if isinstance(weights, Tensor | np.memmap) else np.asarray(weights)
+    if weights.ndim != 1:
+        raise ValueError(f"weights must have shape (N,), one for each row, not {tuple(weights.shape)}")
+    return weights
 
 
 @dataclass(frozen=True)
@@ -174,12 +288,14 @@ def numeric_columns(schema: pa.Schema, weight_column: str | None = None) -> list
 
     Raises:
         TypeError: a column does not hold numbers.
-        ValueError: there is no such column of weights, or nothing else.
+        ValueError: there is no such column of weights, or nothing else, or two columns have one name.
     """
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise ValueError(f"two columns have the name {twice[0]!r}: rename one")
     if weight_column is not None and weight_column not in schema.names:
         raise ValueError(f"there is no column {weight_column!r} of weights; the columns are {', '.join(schema.names)}")
     names = [name for name in schema.names if name != weight_column]
-    for name in names:
+    for name in schema.names:
         kind = schema.field(name).type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
             raise TypeError(f"column {name!r} holds {kind}, not numbers: drop or encode it first")
@@ -198,7 +314,9 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
 
     Returns:
         A source of the same kind where rows can be addressed: consecutive rows of a matrix or table, row groups of
-        Parquet files. Of other files and chunks each process reads all and keeps every ``num_ranks``-th block.
+        Parquet files. Of other files and chunks each process reads all and keeps every ``num_ranks``-th block. Weights
+        (N,) are shared like a matrix beside a matrix or a table, and go whole to each process beside chunks; beside
+        files, name a column.
 
     Raises:
         ValueError: the rank is not one of them.
@@ -217,10 +335,8 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
 
 
 def _dataset_share(x: pads.Dataset, rank: int, num_ranks: int) -> Any:
-    fragments: list[Any] = list(x.get_fragments())
-    if all(isinstance(fragment, pads.ParquetFileFragment) for fragment in fragments):
-        fragments = [group for fragment in fragments for group in fragment.split_by_row_group()]
-    if len(fragments) < num_ranks:
+    fragments = list(_pieces(x) or ())
+    if len(fragments) < num_ranks or not all(isinstance(each, pads.ParquetFileFragment) for each in fragments):
         return _EveryNth(x, rank, num_ranks)
     first, last = (len(fragments) * r // num_ranks for r in (rank, rank + 1))
     return pads.FileSystemDataset(fragments[first:last], x.schema, fragments[0].format, fragments[0].filesystem)

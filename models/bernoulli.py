@@ -125,6 +125,11 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
     return Stats(resp.sum(-2), resp.mT @ ones + unseen * params.probs, resp.mT @ zeros + unseen * (1 - params.probs))
 
 
+def recentre(stats: Stats, old: Params, new: Params) -> Stats:
+    """Return the statistics as they are: they are about no location."""
+    return stats
+
+
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
     """Return the parameters that maximise Q, or Q + log prior (problem 4 of the sheet)."""
     if prior is None:
@@ -238,6 +243,12 @@ class UniformWeights:
     def statistics_observed(self, params: UniformWeights.Params, x: Tensor, resp: Tensor) -> UniformWeights.Stats:
         """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
         return UniformWeights.Stats(*statistics_observed(Params(*params), x, resp)[1:])
+
+    def recentre(
+        self, stats: UniformWeights.Stats, old: UniformWeights.Params, new: UniformWeights.Params
+    ) -> UniformWeights.Stats:
+        """Return the statistics as they are: they are about no location."""
+        return stats
 
     def m_step(self, stats: UniformWeights.Stats, prior: UniformWeights.Prior | None = None) -> UniformWeights.Params:
         """Return the probabilities that maximise Q, or Q + log prior, beside the weights as they are known."""

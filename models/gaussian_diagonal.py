@@ -119,6 +119,14 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
     )
 
 
+def recentre(stats: Stats, old: Params, new: Params) -> Stats:
+    """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+    moves = old.locs - new.locs
+    shifts = stats.shifts + stats.counts[..., None] * moves
+    squares = stats.squares + moves * (2 * stats.shifts + stats.counts[..., None] * moves)
+    return stats._replace(shifts=shifts, squares=squares)
+
+
 def features(x: Tensor, center: Tensor) -> Tensor:
     """Return the squares of x - center, x - center itself and ones, shape (2 D + 1, N), for rows x (N, D)."""
     size = x.shape[-1]

@@ -127,6 +127,15 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
     return Stats(resp.sum(-2), (weights * completed).sum(-2), weighted.sum(-2), scatters)
 
 
+def recentre(stats: Stats, old: Params, new: Params) -> Stats:
+    """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+    moves = old.locs - new.locs
+    shifts = stats.shifts + stats.counts[..., None] * moves
+    cross = stats.shifts[..., :, None] * moves[..., None, :]
+    scatters = stats.scatters + cross + cross.mT + stats.counts[..., None, None] * outer(moves)
+    return stats._replace(shifts=shifts, scatters=scatters)
+
+
 def features(x: Tensor, center: Tensor) -> Tensor:
     """Return the products of x - center with itself, x - center and ones, shape (P, N), for rows x (N, D).
 

@@ -106,6 +106,12 @@ class GaussianIsotropic:
         unseen = resp.mT @ missing.to(x.dtype)  # (K, D), of r where the feature is missing
         return GaussianIsotropic.Stats(resp.sum(-2), resp.mT @ torch.where(missing, 0, x) + unseen * params.locs)
 
+    def recentre(
+        self, stats: GaussianIsotropic.Stats, old: GaussianIsotropic.Params, new: GaussianIsotropic.Params
+    ) -> GaussianIsotropic.Stats:
+        """Return the statistics as they are: they are about no location."""
+        return stats
+
     def reduction(
         self, params: GaussianIsotropic.Params
     ) -> tuple[ModuleType, gaussian_spherical.Params, Callable[[gaussian_spherical.Stats], GaussianIsotropic.Stats]]:

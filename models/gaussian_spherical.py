@@ -119,6 +119,14 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
     )
 
 
+def recentre(stats: Stats, old: Params, new: Params) -> Stats:
+    """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+    moves = old.locs - new.locs
+    shifts = stats.shifts + stats.counts[..., None] * moves
+    squares = stats.squares + (moves * (2 * stats.shifts + stats.counts[..., None] * moves)).sum(-1)
+    return stats._replace(shifts=shifts, squares=squares)
+
+
 def features(x: Tensor, center: Tensor) -> Tensor:
     """Return ||x - center||^2, x - center itself and ones, shape (D + 2, N), for rows x (N, D)."""
     result = x.new_ones(x.shape[-1] + 2, len(x))

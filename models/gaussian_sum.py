@@ -215,6 +215,11 @@ def _summand_of_pairs(
     return gaussian_full.Stats(counts, counts[..., None] * part.locs + shifts, shifts, scatters)
 
 
+def recentre(stats: Stats, old: Params, new: Params) -> Stats:
+    """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+    return Stats(*map(gaussian_full.recentre, stats, parts(old), parts(new)))
+
+
 def m_step(stats: Stats, prior: Prior | None = None) -> Params:
     """Return the parameters that maximise the expected log density of latents and summands, plus log prior if given."""
     return Params(*gaussian_full.m_step(stats.x, prior and prior.x), *gaussian_full.m_step(stats.y, prior and prior.y))
@@ -354,6 +359,12 @@ class KnownNoise:
             return _summand_of_pairs(params, self.noise, *_by_pair(pairs, params, self.noise))
 
         return gaussian_full, collapse(params, self.noise), back
+
+    def recentre(
+        self, stats: gaussian_full.Stats, old: gaussian_full.Params, new: gaussian_full.Params
+    ) -> gaussian_full.Stats:
+        """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+        return gaussian_full.recentre(stats, old, new)
 
     def m_step(self, stats: gaussian_full.Stats, prior: gaussian_full.Prior | None = None) -> gaussian_full.Params:
         """Return the parameters of x that maximise the expected log density of x and k, plus log prior if given."""

@@ -123,6 +123,15 @@ def statistics_observed(params: Params, x: Tensor, resp: Tensor) -> Stats:
     return Stats(resp.sum(-2), (weights * completed).sum(-2), weighted.sum(-2), scatter)
 
 
+def recentre(stats: Stats, old: Params, new: Params) -> Stats:
+    """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+    moves = old.locs - new.locs
+    shifts = stats.shifts + stats.counts[..., None] * moves
+    cross = (stats.shifts[..., :, None] * moves[..., None, :]).sum(-3)
+    scatter = stats.scatter + cross + cross.mT + (stats.counts[..., None, None] * outer(moves)).sum(-3)
+    return stats._replace(shifts=shifts, scatter=scatter)
+
+
 class _Whitened:
     """A pass in deviations: loses to a center far away what rounding the data there loses, and no more.
 
