@@ -125,13 +125,15 @@ def tgmm(x: Tensor, params: gaussian_full.Params) -> Step:
 PEERS = {"scikit-learn": scikit_learn, "pomegranate": pomegranate, "tgmm": tgmm}
 
 
-def measure(case: tuple[int, int, int], repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
+def measure(case: tuple[int, int, int], repeats: int, threads: int) -> dict[str, Any]:
     """Return the seconds of each turn by who took it, and what follows from them."""
+    clock = time.thread_time if threads == 1 else time.perf_counter
     x, params = problem(*case)
     steps = {"mixproof": mixproof(x, params)}
     steps |= {
         name: make(x, params) for name, make in PEERS.items() if name == "scikit-learn" or find_spec(name) is not None
     }
+    torch.set_num_threads(threads)  # after the peers' imports, which change it
     log_liks = {name: step() for name, step in steps.items()}
     for name, log_lik in log_liks.items():
         if not abs(log_lik - log_liks["mixproof"]) <= AGREEMENT * abs(log_lik):
@@ -163,14 +165,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="turns, of which the median counts")
     parser.add_argument("--json", type=Path, help="where to write every turn")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    clock = time.thread_time if arguments.threads == 1 else time.perf_counter
     names = [name for name in PEERS if name == "scikit-learn" or find_spec(name) is not None]
     table = Table("N, D, K", "mixproof", "GFLOPS", "share of bound", *names)
     results = []
     with threadpoolctl.threadpool_limits(arguments.threads), torch.no_grad():
         for case in CASES:
-            result = measure(case, arguments.repeats, clock)
+            result = measure(case, arguments.repeats, arguments.threads)
             results.append(result)
             cells = [
                 f"x {statistics.median(values):.1f} ({values[0]:.1f} to {values[-1]:.1f})"
