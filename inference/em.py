@@ -293,7 +293,7 @@ class _State:
         candidate = self._candidate()
         before = self.point.objective
         if candidate is None or self._accelerator is None:
-            _raise_for_lost_component(self.point.image, number)
+            raise_for_lost_component(self.point.image, _when(number))
             self.point = data.evaluate(self.point.image, number)
             data.raise_for_fall(before, self.point, number)
             self.last_change = abs(self.point.objective - before)
@@ -437,18 +437,19 @@ def _raise_for_collapse(family: Any, params: Any, block: Block, step: int) -> No
         )
 
 
-def _raise_for_lost_component(params: Any, step: int) -> None:
+def raise_for_lost_component(params: Any, when: str) -> None:
+    """Say which component of an M-step's parameters has no rows left, or no spread."""
     for name, value in params._asdict().items():
         if name.endswith("weights") and not (value > 0).all():
             k = int((~(value > 0)).nonzero()[0])
             raise ValueError(
-                f"component {k} lost its last row at step {step}: {name}[{k}] is {value[k].item():.3g}. "
+                f"component {k} lost its last row {when}: {name}[{k}] is {value[k].item():.3g}. "
                 "Start elsewhere, use fewer components, or give a prior (with concentration above 1 where the "
                 "weight itself vanished)"
             )
         if not torch.isfinite(value).all():
             k = int((~torch.isfinite(value)).nonzero()[0][0])
             raise ValueError(
-                f"{name}[{k}] is not finite at step {step}: component {k} has collapsed. Start elsewhere, use fewer "
+                f"{name}[{k}] is not finite {when}: component {k} has collapsed. Start elsewhere, use fewer "
                 "components, or give a prior"
             )
