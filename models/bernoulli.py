@@ -21,6 +21,8 @@ from torch.distributions import constraints
 
 from mixproof.models.initial import partition
 
+additive = True
+
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
@@ -175,6 +177,8 @@ def init_params(x: Tensor, num_components: int, generator: torch.Generator, meth
 @dataclass(frozen=True)
 class UniformWeights:
     """The sheet's family: the weights are known, p(z = k) = 1 / K, and EM learns the probabilities alone."""
+
+    additive = True
 
     class Params(NamedTuple):
         weights: Tensor  # (K,), 1 / K each

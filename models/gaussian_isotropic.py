@@ -28,6 +28,8 @@ class GaussianIsotropic:
 
     variance: float
 
+    additive = True
+
     class Params(NamedTuple):
         weights: Tensor  # (K,)
         locs: Tensor  # (K, D)

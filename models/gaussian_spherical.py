@@ -20,6 +20,8 @@ from torch.distributions import constraints
 
 from mixproof.models.initial import partition
 
+additive = True
+
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)

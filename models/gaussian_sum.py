@@ -32,6 +32,8 @@ from mixproof.models import gaussian_full
 from mixproof.models.initial import check_num_components
 from mixproof.models.positive_definite import InverseWishart, cholesky
 
+additive = True
+
 
 class Params(NamedTuple):
     x_weights: Tensor  # (K_x,)
@@ -248,6 +250,8 @@ class KnownNoise:
     """The family in which y is known: the law of noise added to x. Its parameters are those of x alone."""
 
     noise: gaussian_full.Params  # weights (K_y,), locs (K_y, D), covariances (K_y, D, D)
+
+    additive = True
 
     Params: ClassVar = gaussian_full.Params
     Prior: ClassVar = gaussian_full.Prior

@@ -22,6 +22,8 @@ from mixproof.models.initial import partition
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
 
+additive = True
+
 
 class Params(NamedTuple):
     weights: Tensor  # (K,)
