@@ -71,7 +71,7 @@ class Dataset:
             raise TypeError(f"weights names a column, {weights!r}, and x has no named columns: give the weights (N,)")
         if self.in_memory:
             rows = self._check(x, 0)
-            whole = Block(0, rows, check_row_weights(self._weights, rows))
+            whole = Block(0, rows, check_row_weights(self._weights, rows, first_row=0))
             self._blocks: Callable[[], Iterable[Block]] = lambda: [whole]
         else:
             read = _reader(x, self._weight_column)
