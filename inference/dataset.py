@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow.dataset as pads
 import torch
 from torch import Tensor
 
+from mixproof.inference.distributed import Group, gather_objects, rank_and_size, together
 from mixproof.inference.validation import check_row_weights, check_rows
 
 BLOCK_ENTRIES = 1 << 21
@@ -65,8 +65,8 @@ class Dataset:
         self._family, self._device, self._missing = family, device, missing
         self._weight_column = weights if isinstance(weights, str) else None
         self._weights = None if isinstance(weights, str) else weights
-        self.in_memory = not isinstance(x, np.memmap | pa.Table | pads.Dataset | _EveryNth) and not is_chunks(x)
-        named = x.source if isinstance(x, _EveryNth) else x
+        self.in_memory = not isinstance(x, np.memmap | pa.Table | pads.Dataset | _PartOfEach) and not is_chunks(x)
+        named = x.source if isinstance(x, _PartOfEach) else x
         if self._weight_column is not None and not isinstance(named, pa.Table | pads.Dataset):
             raise TypeError(f"weights names a column, {weights!r}, and x has no named columns: give the weights (N,)")
         if self.in_memory:
@@ -126,15 +126,26 @@ def is_chunks(x: Any) -> bool:
 
 def _reader(x: Any, weight_column: str | None) -> Callable[[], Iterator[tuple[Any, Any]]]:
     """Return what reads the chunks (n, D) of a source and their weights (n,) or None, from the first row on."""
-    if isinstance(x, _EveryNth):
+    if isinstance(x, _PartOfEach):
         read = _reader(x.source, weight_column)
-        return lambda: islice(read(), x.rank, None, x.num_ranks)
+        return lambda: _parts(read(), x.rank, x.num_ranks)
     if isinstance(x, np.memmap):
         return lambda: _read_memmap(x)
     if isinstance(x, pa.Table | pads.Dataset):
         names = numeric_columns(x.schema, weight_column)
         return lambda: _read_arrow(x, names, weight_column)
     return lambda: ((chunk, None) for chunk in x)
+
+
+def _parts(chunks: Iterator[tuple[Any, Any]], rank: int, num_ranks: int) -> Iterator[tuple[Any, Any]]:
+    for chunk, weights in chunks:
+        own = _own_slice(len(chunk), rank, num_ranks)
+        if own.start < own.stop:
+            yield chunk[own], None if weights is None else weights[own]
+
+
+def _own_slice(num_rows: int, rank: int, num_ranks: int) -> slice:
+    return slice(num_rows * rank // num_ranks, num_rows * (rank + 1) // num_ranks)
 
 
 def _read_memmap(x: np.memmap) -> Iterator[tuple[Any, None]]:
@@ -149,20 +160,23 @@ def _read_memmap(x: np.memmap) -> Iterator[tuple[Any, None]]:
 def _read_arrow(x: Any, names: list[str], weight_column: str | None) -> Iterator[tuple[Any, Any]]:
     columns = names if weight_column is None else [*names, weight_column]
     rows = max(1, BLOCK_ENTRIES // len(columns))
+    single = all(pa.types.is_float32(x.schema.field(name).type) for name in names)
+    kind = pa.float32() if single else pa.float64()
     if isinstance(x, pa.Table):
         batches = iter(x.select(columns).to_batches(max_chunksize=rows))
     else:
         batches = x.to_batches(columns=columns, batch_size=rows, batch_readahead=2, fragment_readahead=1)
     for batch in batches:
         if batch.num_rows:
-            arrays = [batch.column(name).to_numpy(zero_copy_only=False) for name in columns]
+            # in the type of the schema, since a batch with nulls has another one in NumPy
+            arrays = [batch.column(name).cast(kind).to_numpy(zero_copy_only=False) for name in columns]
             weights = None if weight_column is None else arrays.pop()
             yield np.column_stack(arrays), weights
 
 
 @dataclass(frozen=True)
-class _EveryNth:
-    """A source of which a process keeps every ``num_ranks``-th chunk."""
+class _PartOfEach:
+    """A source of which a process keeps its part of each chunk."""
 
     source: Any
     rank: int
@@ -197,8 +211,8 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
         num_ranks: how many processes there are.
 
     Returns:
-        A source of the same kind where rows can be addressed: consecutive rows of a matrix or table, row groups of
-        Parquet files. Of other files and chunks each process reads all and keeps every ``num_ranks``-th block.
+        Consecutive rows of a matrix or table, or row groups of Parquet files if there are enough for each process to
+        have some. Of other sources each process reads all, and keeps its part of each block.
 
     Raises:
         ValueError: the rank is not one of them.
@@ -206,21 +220,96 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must be between 0 and {num_ranks - 1}, and is {rank}")
     if isinstance(x, pa.Table):
-        first, last = (x.num_rows * r // num_ranks for r in (rank, rank + 1))
-        return x.slice(first, last - first)
+        own = _own_slice(x.num_rows, rank, num_ranks)
+        return x.slice(own.start, own.stop - own.start)
     if isinstance(x, pads.Dataset):
         return _dataset_share(x, rank, num_ranks)
     if is_chunks(x):
-        return _EveryNth(x, rank, num_ranks)
-    first, last = (len(x) * r // num_ranks for r in (rank, rank + 1))
-    return x[first:last]
+        return _PartOfEach(x, rank, num_ranks)
+    return x[_own_slice(len(x), rank, num_ranks)]
 
 
 def _dataset_share(x: pads.Dataset, rank: int, num_ranks: int) -> Any:
-    fragments: list[Any] = list(x.get_fragments())
-    if all(isinstance(fragment, pads.ParquetFileFragment) for fragment in fragments):
-        fragments = [group for fragment in fragments for group in fragment.split_by_row_group()]
-    if len(fragments) < num_ranks:
-        return _EveryNth(x, rank, num_ranks)
-    first, last = (len(fragments) * r // num_ranks for r in (rank, rank + 1))
-    return pads.FileSystemDataset(fragments[first:last], x.schema, fragments[0].format, fragments[0].filesystem)
+    try:
+        fragments: list[Any] = list(x.get_fragments())
+    except ValueError:  # of a filter, which Arrow does not hand on to parts
+        return _PartOfEach(x, rank, num_ranks)
+    if not all(isinstance(fragment, pads.ParquetFileFragment) for fragment in fragments):
+        return _PartOfEach(x, rank, num_ranks)
+    groups = [group for fragment in fragments for group in fragment.split_by_row_group()]
+    sizes = np.array([group.row_groups[0].num_rows for group in groups])
+    # the process in whose part of the rows the middle of the group lies
+    owners = (2 * sizes.cumsum() - sizes) * num_ranks // max(1, 2 * sizes.sum())
+    if len(np.unique(owners[sizes > 0])) < num_ranks:
+        return _PartOfEach(x, rank, num_ranks)
+    own = [group for group, owner in zip(groups, owners, strict=True) if owner == rank]
+    return pads.FileSystemDataset(own, x.schema, own[0].format, own[0].filesystem)
+
+
+def read_at_once(dataset: Dataset, max_entries: int | None = None) -> Block | None:
+    """Return all rows as one block, or None where they hold more numbers than may be in memory.
+
+    Args:
+        dataset: the rows.
+        max_entries: the largest N D; None sets no limit.
+    """
+    blocks, entries = [], 0
+    for block in dataset:
+        entries += block.x.numel()
+        if max_entries is not None and entries > max_entries:
+            return None
+        blocks.append(block)
+    parts = [block.weights for block in blocks if block.weights is not None]
+    return Block(0, torch.cat([block.x for block in blocks]), torch.cat(parts) if parts else None)
+
+
+def sample_rows(dataset: Dataset, num_rows: int, generator: torch.Generator, group: Group = None) -> Tensor:
+    """Return rows drawn without replacement, each time one of those left with a probability as its weight, in one pass.
+
+    Each row gets an exponential time of arrival at the rate of its weight, and the first to arrive are the sample
+    (Efraimidis and Spirakis 2006, Weighted random sampling with a reservoir, Information Processing Letters 97(5),
+    algorithm A, whose keys u^(1/w) are these times on another scale). The first of all are among the first of each
+    process, so that what processes keep can be put together.
+
+    Args:
+        dataset: the rows; of a group, this process's own.
+        num_rows: how many to draw; if there are no more of positive weight, they are all returned.
+        generator: the only source of randomness, on the CPU; of a group, in the same state in all processes.
+        group: the ``torch.distributed`` processes that hold the rows together, as ``em`` takes it.
+
+    Returns:
+        (n, D), n <= num_rows, on the CPU, in the order of the data, the same in all processes.
+
+    Raises:
+        ValueError: num_rows is below 1, or all weights are 0.
+    """
+    if num_rows < 1:
+        raise ValueError(f"num_rows must be at least 1, not {num_rows}")
+    rank, num_ranks = rank_and_size(group)
+    seed = int(torch.randint(2**62, (num_ranks,), generator=generator)[rank])
+    own = torch.Generator().manual_seed(seed)
+    times = torch.zeros(0, dtype=torch.float64)
+    rows = dataset.like.cpu()
+    with together(group, dataset.like.device):
+        for block in dataset:
+            arrivals = torch.empty(len(block.x), dtype=torch.float64).exponential_(generator=own)
+            if block.weights is not None:
+                arrivals = arrivals / block.weights.double().cpu()
+            latest = times.max() if len(times) == num_rows else torch.tensor(torch.inf)
+            early = (arrivals < latest).nonzero().flatten()
+            times = torch.cat([times, arrivals[early]])
+            rows = torch.cat([rows, block.x[early.to(block.x.device)].cpu()])
+            first = _first_to_arrive(times, num_rows)
+            times, rows = times[first], rows[first]
+    all_times = torch.cat(gather_objects(group, times))
+    if not len(all_times):
+        raise ValueError("all weights are 0: at least one row must count")
+    latest = all_times[_first_to_arrive(all_times, num_rows)].max()
+    return torch.cat(gather_objects(group, rows[times <= latest]))
+
+
+def _first_to_arrive(times: Tensor, num_rows: int) -> Tensor:
+    """Return the numbers (n,) of the smallest times (m,), n <= num_rows, in rising order of the numbers."""
+    if len(times) <= num_rows:
+        return torch.arange(len(times))
+    return times.topk(num_rows, largest=False).indices.sort().values

@@ -86,14 +86,19 @@ def gather_objects(group: Group, value: T) -> list[T]:
     """Return every process's value of any picklable object, in the order of the processes."""
     if group is None:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
+    values: list[Any] = [None] * rank_and_size(group)[1]
     dist.all_gather_object(values, value, group=group)
     return values
 
 
+def rank_and_size(group: Group) -> tuple[int, int]:
+    """Return the number of this process, from 0, and how many there are."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
 def is_first(group: Group) -> bool:
     """Return whether this process is the one that writes files and shows progress."""
-    return group is None or dist.get_rank(group) == 0
+    return rank_and_size(group)[0] == 0
 
 
 def _flatten(value: Any) -> Tensor:
