@@ -180,8 +180,9 @@ def fit(
             whole = read_at_once(dataset, MAX_ENTRIES_IN_MEMORY if getattr(chosen, "additive", False) else None)
         if whole is not None:
             dataset = Dataset(chosen, whole.x.to(target), whole.weights, missing=missing)
+        drawn = sample_rows(dataset, ROWS_FOR_STARTS, torch.Generator().manual_seed(seed), group)
+        sample = _without_gaps(drawn)
         generator = torch.Generator().manual_seed(seed)
-        sample = _without_gaps(sample_rows(dataset, ROWS_FOR_STARTS, generator, group))
         num_components = _num_components(components, len(sample))
         best, failures = None, []
         with warnings.catch_warnings(record=True) as caught:

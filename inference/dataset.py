@@ -65,8 +65,8 @@ class Dataset:
         self._family, self._device, self._missing = family, device, missing
         self._weight_column = weights if isinstance(weights, str) else None
         self._weights = None if isinstance(weights, str) else weights
-        self.in_memory = not isinstance(x, np.memmap | pa.Table | pads.Dataset | _PartOfEach) and not is_chunks(x)
-        named = x.source if isinstance(x, _PartOfEach) else x
+        self.in_memory = not isinstance(x, np.memmap | pa.Table | pads.Dataset | _EveryNth) and not is_chunks(x)
+        named = x.source if isinstance(x, _EveryNth) else x
         if self._weight_column is not None and not isinstance(named, pa.Table | pads.Dataset):
             raise TypeError(f"weights names a column, {weights!r}, and x has no named columns: give the weights (N,)")
         if self.in_memory:
@@ -126,9 +126,9 @@ def is_chunks(x: Any) -> bool:
 
 def _reader(x: Any, weight_column: str | None) -> Callable[[], Iterator[tuple[Any, Any]]]:
     """Return what reads the chunks (n, D) of a source and their weights (n,) or None, from the first row on."""
-    if isinstance(x, _PartOfEach):
+    if isinstance(x, _EveryNth):
         read = _reader(x.source, weight_column)
-        return lambda: _parts(read(), x.rank, x.num_ranks)
+        return lambda: _every_nth_row(read(), x.rank, x.num_ranks)
     if isinstance(x, np.memmap):
         return lambda: _read_memmap(x)
     if isinstance(x, pa.Table | pads.Dataset):
@@ -137,10 +137,12 @@ def _reader(x: Any, weight_column: str | None) -> Callable[[], Iterator[tuple[An
     return lambda: ((chunk, None) for chunk in x)
 
 
-def _parts(chunks: Iterator[tuple[Any, Any]], rank: int, num_ranks: int) -> Iterator[tuple[Any, Any]]:
+def _every_nth_row(chunks: Iterator[tuple[Any, Any]], rank: int, num_ranks: int) -> Iterator[tuple[Any, Any]]:
+    first_row = 0
     for chunk, weights in chunks:
-        own = _own_slice(len(chunk), rank, num_ranks)
-        if own.start < own.stop:
+        own = slice((rank - first_row) % num_ranks, None, num_ranks)
+        first_row += len(chunk)
+        if own.start < len(chunk):
             yield chunk[own], None if weights is None else weights[own]
 
 
@@ -170,13 +172,13 @@ def _read_arrow(x: Any, names: list[str], weight_column: str | None) -> Iterator
         if batch.num_rows:
             # in the type of the schema, since a batch with nulls has another one in NumPy
             arrays = [batch.column(name).cast(kind).to_numpy(zero_copy_only=False) for name in columns]
-            weights = None if weight_column is None else arrays.pop()
+            weights = None if weight_column is None else arrays.pop().copy()  # Arrow's own memory is read-only
             yield np.column_stack(arrays), weights
 
 
 @dataclass(frozen=True)
-class _PartOfEach:
-    """A source of which a process keeps its part of each chunk."""
+class _EveryNth:
+    """A source of which a process keeps every ``num_ranks``-th row."""
 
     source: Any
     rank: int
@@ -212,7 +214,7 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
 
     Returns:
         Consecutive rows of a matrix or table, or row groups of Parquet files if there are enough for each process to
-        have some. Of other sources each process reads all, and keeps its part of each block.
+        have some. Of other sources each process reads all, and keeps every ``num_ranks``-th row.
 
     Raises:
         ValueError: the rank is not one of them.
@@ -225,7 +227,7 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
     if isinstance(x, pads.Dataset):
         return _dataset_share(x, rank, num_ranks)
     if is_chunks(x):
-        return _PartOfEach(x, rank, num_ranks)
+        return _EveryNth(x, rank, num_ranks)
     return x[_own_slice(len(x), rank, num_ranks)]
 
 
@@ -233,15 +235,15 @@ def _dataset_share(x: pads.Dataset, rank: int, num_ranks: int) -> Any:
     try:
         fragments: list[Any] = list(x.get_fragments())
     except ValueError:  # of a filter, which Arrow does not hand on to parts
-        return _PartOfEach(x, rank, num_ranks)
+        return _EveryNth(x, rank, num_ranks)
     if not all(isinstance(fragment, pads.ParquetFileFragment) for fragment in fragments):
-        return _PartOfEach(x, rank, num_ranks)
+        return _EveryNth(x, rank, num_ranks)
     groups = [group for fragment in fragments for group in fragment.split_by_row_group()]
     sizes = np.array([group.row_groups[0].num_rows for group in groups])
     # the process in whose part of the rows the middle of the group lies
     owners = (2 * sizes.cumsum() - sizes) * num_ranks // max(1, 2 * sizes.sum())
     if len(np.unique(owners[sizes > 0])) < num_ranks:
-        return _PartOfEach(x, rank, num_ranks)
+        return _EveryNth(x, rank, num_ranks)
     own = [group for group, owner in zip(groups, owners, strict=True) if owner == rank]
     return pads.FileSystemDataset(own, x.schema, own[0].format, own[0].filesystem)
 
@@ -286,8 +288,8 @@ def sample_rows(dataset: Dataset, num_rows: int, generator: torch.Generator, gro
     if num_rows < 1:
         raise ValueError(f"num_rows must be at least 1, not {num_rows}")
     rank, num_ranks = rank_and_size(group)
-    seed = int(torch.randint(2**62, (num_ranks,), generator=generator)[rank])
-    own = torch.Generator().manual_seed(seed)
+    common = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    own = torch.Generator().manual_seed(int(torch.randint(2**62, (num_ranks,), generator=common)[rank]))
     times = torch.zeros(0, dtype=torch.float64)
     rows = dataset.like.cpu()
     with together(group, dataset.like.device):
