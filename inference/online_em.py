@@ -94,7 +94,7 @@ def online_em(
             prior = check_prior(family, prior, params)
         total, found = expectation(family, params, block.x)
         if not torch.isfinite(total):
-            raise_for_impossible(family.log_joint(params, block.x), block.first_row, f"at chunk {t}")
+            raise_for_impossible(family.log_joint(params, block.x), block, f"at chunk {t}")
             raise ArithmeticError(f"the log likelihood overflows at chunk {t}: rescale x")
         num_rows += len(block.x)
         log_lik.append(total.item() / len(block.x))
@@ -113,7 +113,7 @@ def online_em(
         raise ValueError("chunks have no rows: there must be at least one")
     if num_rows < warm_up:
         raise ValueError(f"the stream ended after {num_rows} rows, before the {warm_up} of warm_up")
-    raise_for_impossible(family.log_joint(params, block.x), block.first_row, "after the last chunk")
+    raise_for_impossible(family.log_joint(params, block.x), block, "after the last chunk")
     return OnlineFit(params, averaged, torch.tensor(log_lik, dtype=torch.float64), num_rows)
 
 
