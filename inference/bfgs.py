@@ -60,7 +60,7 @@ def minimise(objective: Objective, u: Tensor, *, max_steps: int, rtol: float) ->
     value, gradient = objective(u)
     if not math.isfinite(value):
         raise ValueError("the objective is not finite at the start")
-    identity = torch.eye(len(u), dtype=u.dtype)
+    identity = torch.eye(len(u), dtype=u.dtype, device=u.device)
     inverse_hessian = identity / max(gradient.norm().item(), 1.0)
     fresh = True
     history = [value]

@@ -262,12 +262,11 @@ class _Data:
 
     def raise_for_collapse(self, params: Any, step: int) -> None:
         """Raise if a component is so narrow that its density at its own rows changes with the rounding of the data."""
-        support = data_support(self.family, self.like.shape[1])
-        if getattr(support, "base_constraint", support) is not constraints.real:
+        if not has_spread(self.family, self.like.shape[1]):
             return
         with self.together():
             for piece in self._pieces():
-                _raise_for_collapse(self._observed, params, piece, step)
+                raise_for_collapse(self._observed, params, piece, step)
 
     def _explain(self, params: Any, step: int) -> None:
         """Say which row or component makes the log likelihood not finite."""
@@ -480,7 +479,13 @@ def raise_for_impossible(table: Tensor, block: Block, when: str) -> None:
         )
 
 
-def _raise_for_collapse(family: Any, params: Any, block: Block, step: int) -> None:
+def has_spread(family: Any, num_features: int) -> bool:
+    """Return whether the data are real, so that a component may become too narrow for them."""
+    support = data_support(family, num_features)
+    return getattr(support, "base_constraint", support) is constraints.real
+
+
+def raise_for_collapse(family: Any, params: Any, block: Block, step: int) -> None:
     """Raise if at the row where a component is most probable its density changes with the rounding of the data."""
     x = block.x if block.weights is None else block.x[block.weights > 0]
     if len(x) == 0:

@@ -22,7 +22,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from mixproof.inference.em import em, responsibilities
+from mixproof.inference.em import responsibilities
+from mixproof.inference.restarts import em_restarts
 from mixproof.inference.sampling import sample
 from mixproof.inference.validation import check_prior, check_row_weights, check_rows
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied, laplace
@@ -108,27 +109,20 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
                 family.m_step(family.statistics(start, x, part), prior)
                 for start, part in zip(starts, parts, strict=True)
             ]
-        fits, failures = [], []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            for start in starts:
-                try:
-                    found = em(
-                        family, x, start, prior=prior, weights=row_weights, max_steps=self.max_iter, rtol=self.tol
-                    )
-                except ValueError as error:
-                    failures.append(error)
-                else:
-                    fits.append(found)
-        if not fits:
-            raise ValueError(f"no start survived: {failures[-1]}") from failures[-1]
+            try:
+                best, _, failures = em_restarts(
+                    family, x, starts, prior=prior, weights=row_weights, max_steps=self.max_iter, rtol=self.tol
+                )
+            except ValueError as error:
+                raise ValueError(f"no start survived: {error}") from error
         if failures:
             warnings.warn(
-                f"{len(failures)} of {self.n_init} starts failed and are left out; the last: {failures[-1]}",
+                f"{len(failures)} of {self.n_init} starts failed and are left out; the last: {failures[max(failures)]}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        best = max(fits, key=lambda fit: fit.log_lik[-1].item())
         if not best.converged:
             warnings.warn(
                 f"EM has not converged after {self.max_iter} steps: raise max_iter, or tol if this is close enough",

@@ -81,14 +81,14 @@ def _onto_kinks(function: Callable[[Tensor], Tensor], u: Tensor, first: Tensor) 
     smooth = (~kinked).nonzero().flatten()
     for i in kinked.nonzero().flatten().tolist():
         low, high = u[i] - BRACKET * (1 + u[i].abs()), u[i] + BRACKET * (1 + u[i].abs())
-        slopes = [objective(u.index_fill(0, torch.tensor(i), end.item()))[1][i] for end in (low, high)]
+        slopes = [objective(u.index_fill(0, torch.tensor(i, device=u.device), end.item()))[1][i] for end in (low, high)]
         if not slopes[0] < 0 < slopes[1]:
             return u, torch.full_like(u, math.inf)  # no kink: the descent has not arrived
         for _ in range(64):
             middle = (low + high) / 2
-            rising = objective(u.index_fill(0, torch.tensor(i), middle.item()))[1][i] > 0
+            rising = objective(u.index_fill(0, torch.tensor(i, device=u.device), middle.item()))[1][i] > 0
             low, high = (low, middle) if rising else (middle, high)
-        u = u.index_fill(0, torch.tensor(i), high.item())
+        u = u.index_fill(0, torch.tensor(i, device=u.device), high.item())
     if kinked.all() or not kinked.any():
         _, gradient, hessian = _derivatives(function, u)
         return u, _newton_step(gradient, hessian) if hessian.isfinite().all() else torch.zeros_like(u)
@@ -111,9 +111,9 @@ def _derivatives(function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tenso
         (gradient,) = torch.autograd.grad(value, u, create_graph=True)
     except (ValueError, torch.linalg.LinAlgError):  # a long step leaves the support by rounding
         return torch.tensor(math.inf), torch.zeros_like(u), torch.full((len(u), len(u)), math.nan).to(u)
-    hessian = torch.zeros(len(u), len(u), dtype=u.dtype)
+    hessian = torch.zeros(len(u), len(u), dtype=u.dtype, device=u.device)
     if gradient.requires_grad:
-        eye = torch.eye(len(u), dtype=u.dtype)
+        eye = torch.eye(len(u), dtype=u.dtype, device=u.device)
         rows = torch.autograd.grad(gradient, u, eye, is_grads_batched=True, allow_unused=True)[0]
         hessian = hessian if rows is None else (rows + rows.T) / 2
     return value.detach(), gradient.detach(), hessian.detach()
