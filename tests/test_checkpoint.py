@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tests.conftest import Case
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS_A_PASS = 0.002
+SECONDS_A_PASS = 0.003
 PRIOR = gaussian_full.Prior(
     torch.full((2,), 2.0).double(),
     torch.zeros(2).double(),
@@ -49,7 +49,7 @@ PRIOR = gaussian_full.Prior(
 
 def rows() -> Tensor:
     x = torch.randn(300, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    x[::2, 0] += 4
+    x[::2, 0] += 3
     return x
 
 
