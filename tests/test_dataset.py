@@ -231,7 +231,7 @@ def test_float32_stays_float32(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint16, np.bool_])
 @pytest.mark.parametrize("name", ["array", "memory map", "table", "Parquet", "chunks", "list of tensors"])
-def test_integers_and_booleans_become_float64(name: str, dtype: type, tmp_path: Path) -> None:
+def test_integers_and_booleans_become_float64(name: str, dtype: Any, tmp_path: Path) -> None:
     x = np.random.default_rng(0).integers(0, 2, size=(60, 2)).astype(dtype)
     found = rows(SOURCES[name](x, tmp_path))
     assert found.dtype == torch.float64
@@ -268,7 +268,7 @@ def test_null_is_missing_and_an_error_elsewhere(column: list, monkeypatch: Any) 
 def test_missing_values_in_blocks_give_the_fit_of_the_matrix(
     missing_case: Case, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    x = missing_case.data(1, 60)
+    x: Tensor = missing_case.data(1, 60)
     start = missing_case.start(2, x)
     x[torch.rand(x.shape, generator=seeded(4)) < 0.2] = torch.nan
     expected = few_steps(missing_case.family, x, start, missing=True)
