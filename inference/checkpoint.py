@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 
@@ -26,9 +26,11 @@ def save(path: Path, run: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         OSError: it cannot be written.
     """
     new = path.with_name(path.name + ".new")
-    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(on_cpu, new, metadata={"run": json.dumps(run)})
-    with new.open("rb+") as file:
+    # safetensors takes no two tensors of the same memory
+    own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    with new.open("wb") as file:
+        file.write(serialize(own, metadata={"run": json.dumps(run)}))
+        file.flush()
         os.fsync(file.fileno())
     new.replace(path)
     folder = os.open(path.absolute().parent, os.O_RDONLY)
@@ -47,15 +49,17 @@ def load(path: Path, run: dict[str, Any]) -> dict[str, Tensor] | None:
     """
     if not path.exists():
         return None
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a checkpoint: give a file")
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("run", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a checkpoint: {error}") from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a checkpoint: {error}. Delete it, or give another file") from error
     expected = json.loads(json.dumps(run))
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a checkpoint of a run: give another file")
+        raise ValueError(f"{path} is not a checkpoint of a run: delete it, or give another file")
     different = [name for name in expected if found.get(name) != expected[name]]
     if different:
         raise ValueError(

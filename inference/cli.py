@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import Tensor
 
 from mixproof.inference import tables
+from mixproof.inference.dataset import Dataset, read_at_once, sample_rows, share
+from mixproof.inference.distributed import Group, is_first, rank_and_size, together
 from mixproof.inference.em import em
 from mixproof.inference.sampling import sample as draw
-from mixproof.inference.validation import as_floating, check_data, check_params
+from mixproof.inference.validation import as_floating, check_params
 from mixproof.inference.verification import exercise_sheet, sheet_report
 from mixproof.inference.verification.em import verify_subject
 from mixproof.inference.verification.report import Report, plain
@@ -35,6 +40,9 @@ from mixproof.models.initial import check_num_components
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 ROWS_AT_ONCE = 1_000_000
+ROWS_FOR_STARTS = 100_000
+MAX_ENTRIES_IN_MEMORY = 1 << 27
+"""1 GiB in float64, of each process; more rows than that are read from disk in each step."""
 
 Seed = Annotated[
     int,
@@ -133,31 +141,71 @@ def sample(
 
 @app.command()
 def fit(
-    data: Annotated[Path, typer.Argument(help="The rows: .csv, .parquet, .npy, .npz or .safetensors.")],
+    data: Annotated[
+        Path, typer.Argument(help="The rows: .csv, .parquet, a folder of .parquet, .npy, .npz or .safetensors.")
+    ],
     family: Annotated[str, typer.Option(help="A family, such as gaussian_full.")],
     components: Annotated[str, typer.Option("-k", "--components", help="K; of two latents both, as 3,2.")],
     settings: Annotated[Path | None, typer.Option(help="JSON with the family's settings, where it has any.")] = None,
     starts: Annotated[int, typer.Option(min=1, help="Starts by k-means++; the best fit is kept.")] = 10,
     max_steps: Annotated[int, typer.Option(min=1, help="The largest number of EM steps from each.")] = 500,
+    rtol: Annotated[float, typer.Option(min=0, help="The relative change of the log likelihood to stop at.")] = 1e-10,
+    weights: Annotated[str | None, typer.Option(help="The column of row weights: how often each row counts.")] = None,
+    accelerate: Annotated[
+        Literal["anderson"] | None, typer.Option(help="Fewer passes over the data to the same limit.")
+    ] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="Empty entries and NaN are missing at random.")] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Go on from there if the run was interrupted; each start writes a file of this name and .i."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the parameters there: .json or .safetensors.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Fit a mixture by EM and print its parameters."""
-    with _errors():
-        chosen, rest = _family(family, tables.read_params(settings) if settings else {})
-        if rest:
-            raise ValueError(f"{settings} names {', '.join(rest)}, which are no settings of {family}")
-        x = check_data(tables.read_rows(data)).to(_device(device))
-        num_components = _num_components(components, len(x))
+    """Fit a mixture by EM and print its parameters.
+
+    Data that do not fit in memory are read from disk in each step. Under torchrun each process takes its share of them.
+    """
+    with _errors(), _processes(device) as (group, target):
+        with together(group, target):
+            chosen, rest = _family(family, tables.read_params(settings) if settings else {})
+            if rest:
+                raise ValueError(f"{settings} names {', '.join(rest)}, which are no settings of {family}")
+            if out is not None:
+                tables.check_params_path(out)
+            rows = share(tables.open_rows(data), *rank_and_size(group))
+            dataset = Dataset(chosen, rows, weights, missing=missing)
+            whole = read_at_once(dataset, MAX_ENTRIES_IN_MEMORY if getattr(chosen, "additive", False) else None)
+        if whole is not None:
+            dataset = Dataset(chosen, whole.x.to(target), whole.weights, missing=missing)
+        drawn = sample_rows(dataset, ROWS_FOR_STARTS, torch.Generator().manual_seed(seed), group)
+        sample = _without_gaps(drawn)
         generator = torch.Generator().manual_seed(seed)
+        num_components = _num_components(components, len(sample))
         best, failures = None, []
-        with _progress() as progress, warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for _ in progress.track(range(starts), description="fitting"):
+            for start in range(starts):
+                if starts > 1 and is_first(group):
+                    Console(stderr=True).print(f"start {start + 1} of {starts}", highlight=False)
                 try:
-                    found = em(chosen, x, chosen.init_params(x, num_components, generator), max_steps=max_steps)
+                    found = em(
+                        chosen,
+                        rows if whole is None else whole.x,
+                        chosen.init_params(sample, num_components, generator),
+                        weights=weights if whole is None else whole.weights,
+                        max_steps=max_steps,
+                        rtol=rtol,
+                        accelerate=accelerate,
+                        missing=missing,
+                        device=target,
+                        group=group,
+                        checkpoint=checkpoint and checkpoint.with_name(f"{checkpoint.name}.{start + 1}"),
+                        checkpoint_every=1,  # who asks for one has long steps
+                        progress=True,
+                    )
                 except ValueError as error:
                     failures.append(str(error))
                     continue
@@ -165,6 +213,8 @@ def fit(
                     best = found
         if best is None:
             raise ValueError(f"none of {starts} starts survived; the last: {failures[-1]}")
+        if not is_first(group):
+            return
         result = {
             "family": family,
             "settings": plain(_settings_of(chosen)),
@@ -247,6 +297,26 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"torch cannot compute on {name!r} here: {str(error).splitlines()[0]}") from error
 
 
+@contextmanager
+def _processes(device: str) -> Iterator[tuple[Group, torch.device]]:
+    """Give the group of the processes that torchrun started, or None, and the device that this one computes on."""
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        yield None, _device(device)
+        return
+    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+    target = _device(local)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+    yield dist.group.WORLD, target
+    dist.destroy_process_group()  # not after an error: that would wait for those who failed
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    """Return rows (n, D) with the mean of its column in the place of each missing entry, good enough to start from."""
+    return torch.where(x.isnan(), x.nanmean(0), x)
+
+
 def _stdout() -> Console:
     """Return a console that does not fold a table to 80 columns when nobody's screen is there to measure."""
     return Console(width=None if sys.stdout.isatty() else 140)
@@ -263,7 +333,9 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" in process {rank}"
+        Console(stderr=True).print(f"error{where}: {error}", style="red", highlight=False, markup=False)
         raise typer.Exit(2) from error
 
 

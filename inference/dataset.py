@@ -17,6 +17,7 @@ import pyarrow.dataset as pads
 import torch
 from torch import Tensor
 
+from mixproof.inference.distributed import Group, gather_objects, rank_and_size, together
 from mixproof.inference.validation import check_data, check_row_weights, check_rows, data_support
 
 BLOCK_ENTRIES = 1 << 21
@@ -27,7 +28,7 @@ class Block(NamedTuple):
     """Consecutive rows."""
 
     first_row: int
-    """The number of the first of them in all the data."""
+    """The number of the first of them in all the data; of a group, in this process's own."""
     x: Tensor
     """(n, D)."""
     weights: Tensor | None
@@ -71,7 +72,7 @@ class Dataset:
         self._num_rows: int | None = None
         if self.in_memory:
             rows = self._check(x, 0)
-            whole = Block(0, rows, check_row_weights(_sharable(weights), rows))
+            whole = Block(0, rows, check_row_weights(_sharable(weights), rows, first_row=0))
             self._blocks: Callable[[], Iterable[Block]] = lambda: [whole]
         else:
             self._weights = None if weights is None or weight_column is not None else _vector(weights)
@@ -87,19 +88,21 @@ class Dataset:
         yield from self._blocks()
 
     def _checked(self, chunks: Iterator[tuple[Any, Any]]) -> Iterator[Block]:
-        """Yield the blocks of this process out of all chunks; the numbers of rows are those in all of them."""
-        first_row = 0
-        for number, (chunk, column) in enumerate(chunks):
-            num_rows = len(chunk) if np.ndim(chunk) else 1
-            if number % self._num_ranks == self._rank:
-                x, weights = self._check(chunk, first_row), column
-                if self._weights is not None:
-                    weights = _sharable(self._weights[first_row : first_row + num_rows])
-                    if len(weights) < num_rows:
-                        have = f"there are {len(self._weights)}, and at least {first_row + num_rows} rows"
-                        raise ValueError(f"weights must have shape (N,), one for each row: {have}")
-                yield Block(first_row, x, check_row_weights(weights, x, first_row=first_row))
-            first_row += num_rows
+        """Yield the blocks of this process out of all chunks; the weights are those of all rows."""
+        first_row = own_rows = 0
+        for chunk, column in chunks:
+            x, weights = self._check(chunk, first_row), column
+            if self._weights is not None:
+                weights = _sharable(self._weights[first_row : first_row + len(x)])
+                if len(weights) < len(x):
+                    have = f"there are {len(self._weights)}, and at least {first_row + len(x)} rows"
+                    raise ValueError(f"weights must have shape (N,), one for each row: {have}")
+            weights = check_row_weights(weights, x, first_row=first_row)
+            own = slice((self._rank - first_row) % self._num_ranks, None, self._num_ranks)
+            first_row += len(x)
+            if len(x[own]):
+                yield Block(own_rows, x[own], None if weights is None else weights[own])
+                own_rows += len(x[own])
         if self._num_rows not in (None, first_row):
             raise ValueError(f"x had {self._num_rows} rows on one pass and has {first_row} on the next: they must stay")
         self._num_rows = first_row
@@ -196,6 +199,10 @@ def _reader(x: Any, weight_column: str | None) -> Callable[[], Iterator[tuple[An
     return read
 
 
+def _own_slice(num_rows: int, rank: int, num_ranks: int) -> slice:
+    return slice(num_rows * rank // num_ranks, num_rows * (rank + 1) // num_ranks)
+
+
 def _read_memmap(x: np.memmap) -> Iterator[tuple[Any, None]]:
     rows = max(1, BLOCK_ENTRIES // max(1, x.shape[1]))
     for start in range(0, len(x), rows):
@@ -276,7 +283,7 @@ def _vector(weights: Any) -> Any:
 
 @dataclass(frozen=True)
 class _EveryNth:
-    """A source of which a process keeps every ``num_ranks``-th chunk."""
+    """A source of which a process keeps every ``num_ranks``-th row."""
 
     source: Any
     rank: int
@@ -313,10 +320,9 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
         num_ranks: how many processes there are.
 
     Returns:
-        A source of the same kind where rows can be addressed: consecutive rows of a matrix or table, row groups of
-        Parquet files. Of other files and chunks each process reads all and keeps every ``num_ranks``-th block. Weights
-        (N,) are shared like a matrix beside a matrix or a table, and go whole to each process beside chunks; beside
-        files, name a column.
+        Consecutive rows of a matrix or table, or row groups of Parquet files if there are enough for each process to
+        have some. Of other sources each process reads all, and keeps every ``num_ranks``-th row: beside those, weights
+        (N,) go whole to each process, and beside a matrix or a table they are shared as it is.
 
     Raises:
         ValueError: the rank is not one of them.
@@ -324,19 +330,92 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must be between 0 and {num_ranks - 1}, and is {rank}")
     if isinstance(x, pa.Table):
-        first, last = (x.num_rows * r // num_ranks for r in (rank, rank + 1))
-        return x.slice(first, last - first)
+        own = _own_slice(x.num_rows, rank, num_ranks)
+        return x.slice(own.start, own.stop - own.start)
     if isinstance(x, pads.Dataset):
         return _dataset_share(x, rank, num_ranks)
     if is_chunks(x):
         return _EveryNth(x, rank, num_ranks)
-    first, last = (len(x) * r // num_ranks for r in (rank, rank + 1))
-    return x[first:last]
+    return x[_own_slice(len(x), rank, num_ranks)]
 
 
 def _dataset_share(x: pads.Dataset, rank: int, num_ranks: int) -> Any:
-    fragments = list(_pieces(x) or ())
-    if len(fragments) < num_ranks or not all(isinstance(each, pads.ParquetFileFragment) for each in fragments):
+    groups = list(_pieces(x) or ())
+    if not all(isinstance(group, pads.ParquetFileFragment) for group in groups):
         return _EveryNth(x, rank, num_ranks)
-    first, last = (len(fragments) * r // num_ranks for r in (rank, rank + 1))
-    return pads.FileSystemDataset(fragments[first:last], x.schema, fragments[0].format, fragments[0].filesystem)
+    sizes = np.array([group.row_groups[0].num_rows for group in groups])
+    # the process in whose part of the rows the middle of the group lies
+    owners = (2 * sizes.cumsum() - sizes) * num_ranks // max(1, 2 * sizes.sum())
+    if len(np.unique(owners[sizes > 0])) < num_ranks:
+        return _EveryNth(x, rank, num_ranks)
+    own = [group for group, owner in zip(groups, owners, strict=True) if owner == rank]
+    return pads.FileSystemDataset(own, x.schema, own[0].format, own[0].filesystem)
+
+
+def read_at_once(dataset: Dataset, max_entries: int | None = None) -> Block | None:
+    """Return all rows as one block, or None where they hold more numbers than may be in memory.
+
+    Args:
+        dataset: the rows.
+        max_entries: the largest N D; None sets no limit.
+    """
+    blocks, entries = [], 0
+    for block in dataset:
+        entries += block.x.numel()
+        if max_entries is not None and entries > max_entries:
+            return None
+        blocks.append(block)
+    parts = [block.weights for block in blocks if block.weights is not None]
+    return Block(0, torch.cat([block.x for block in blocks]), torch.cat(parts) if parts else None)
+
+
+def sample_rows(dataset: Dataset, num_rows: int, generator: torch.Generator, group: Group = None) -> Tensor:
+    """Return rows drawn without replacement, each time one of those left with a probability as its weight, in one pass.
+
+    Each row gets an exponential time of arrival at the rate of its weight, and the first to arrive are the sample
+    (Efraimidis and Spirakis 2006, Weighted random sampling with a reservoir, Information Processing Letters 97(5),
+    algorithm A, whose keys u^(1/w) are these times on another scale). The first of all are among the first of each
+    process, so that what processes keep can be put together.
+
+    Args:
+        dataset: the rows; of a group, this process's own.
+        num_rows: how many to draw; if there are no more of positive weight, they are all returned.
+        generator: the only source of randomness, on the CPU; of a group, in the same state in all processes.
+        group: the ``torch.distributed`` processes that hold the rows together, as ``em`` takes it.
+
+    Returns:
+        (n, D), n <= num_rows, on the CPU, in the order of the data, the same in all processes.
+
+    Raises:
+        ValueError: num_rows is below 1, or all weights are 0.
+    """
+    if num_rows < 1:
+        raise ValueError(f"num_rows must be at least 1, not {num_rows}")
+    rank, num_ranks = rank_and_size(group)
+    common = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    own = torch.Generator().manual_seed(int(torch.randint(2**62, (num_ranks,), generator=common)[rank]))
+    times = torch.zeros(0, dtype=torch.float64)
+    rows = dataset.like.cpu()
+    with together(group, dataset.like.device):
+        for block in dataset:
+            arrivals = torch.empty(len(block.x), dtype=torch.float64).exponential_(generator=own)
+            if block.weights is not None:
+                arrivals = arrivals / block.weights.double().cpu()
+            latest = times.max() if len(times) == num_rows else torch.tensor(torch.inf)
+            early = (arrivals < latest).nonzero().flatten()
+            times = torch.cat([times, arrivals[early]])
+            rows = torch.cat([rows, block.x[early.to(block.x.device)].cpu()])
+            first = _first_to_arrive(times, num_rows)
+            times, rows = times[first], rows[first]
+    all_times = torch.cat(gather_objects(group, times))
+    if not len(all_times):
+        raise ValueError("all weights are 0: at least one row must count")
+    latest = all_times[_first_to_arrive(all_times, num_rows)].max()
+    return torch.cat(gather_objects(group, rows[times <= latest]))
+
+
+def _first_to_arrive(times: Tensor, num_rows: int) -> Tensor:
+    """Return the numbers (n,) of the smallest times (m,), n <= num_rows, in rising order of the numbers."""
+    if len(times) <= num_rows:
+        return torch.arange(len(times))
+    return times.topk(num_rows, largest=False).indices.sort().values

@@ -18,28 +18,41 @@ Group = Any
 T = TypeVar("T")
 
 
+_KINDS = (ValueError, TypeError, ArithmeticError, OSError)
+
+
 @contextmanager
 def together(group: Group, device: torch.device) -> Iterator[None]:
     """Let every process of a group fail if one does; else the others would wait for it forever.
 
     Raises:
-        RuntimeError: another process failed.
+        ValueError, TypeError, ArithmeticError, OSError, RuntimeError: another process failed with an error of that
+            kind, and the message is its own.
     """
     try:
         yield
-    except Exception:
-        _num_failures(group, 1, device)
+    except Exception as error:
+        _raise_for_others(group, (_kind(error), str(error)), device)
         raise
-    if _num_failures(group, 0, device):
-        raise RuntimeError("another process of the group failed: its own message says why")
+    _raise_for_others(group, None, device)
 
 
-def _num_failures(group: Group, own: int, device: torch.device) -> int:
+def _kind(error: Exception) -> type[Exception]:
+    return next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
+
+
+def _raise_for_others(group: Group, own: tuple[type[Exception], str] | None, device: torch.device) -> None:
+    """Tell the other processes how this one fares, and raise what they say if it fares well itself."""
     if group is None:
-        return 0
-    failures = torch.tensor(own, device=device)
-    dist.all_reduce(failures, group=group)
-    return int(failures)
+        return
+    num_failures = torch.tensor(0 if own is None else 1, device=device)
+    dist.all_reduce(num_failures, group=group)
+    if not num_failures:
+        return
+    failures: list[Any] = gather_objects(group, own)
+    if own is None:
+        rank, (kind, message) = next((rank, failure) for rank, failure in enumerate(failures) if failure is not None)
+        raise kind(f"process {rank} of the group failed: {message}")
 
 
 def all_sum(group: Group, value: T) -> T:
@@ -69,9 +82,23 @@ def object_of_first(group: Group, value: T) -> T:
     return values[0]
 
 
+def gather_objects(group: Group, value: T) -> list[T]:
+    """Return every process's value of any picklable object, in the order of the processes."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * rank_and_size(group)[1]
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def rank_and_size(group: Group) -> tuple[int, int]:
+    """Return the number of this process, from 0, and how many there are."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
 def is_first(group: Group) -> bool:
     """Return whether this process is the one that writes files and shows progress."""
-    return group is None or dist.get_rank(group) == 0
+    return rank_and_size(group)[0] == 0
 
 
 def _flatten(value: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
@@ -72,9 +73,11 @@ def em(
             that is not better; a step is a pass over the data, whether what it tried was taken or not.
         missing: whether NaN in x marks an entry that is missing at random; the likelihood is that of the others.
         device: where to compute; None computes where x lies.
-        group: the ``torch.distributed`` processes that work together, each with its own rows as x (see ``share``) and
-            all with the same init and settings; each returns the same Fit. None is a process on its own.
-        checkpoint: a file for the state of the run, which resumes there, to the same trace, if the file exists.
+        group: the ``torch.distributed`` processes that work together, each with its own rows as x (see ``share``),
+            its own weights for them, and the settings of all; they start from the first one's init, and each returns
+            the same Fit. An error counts rows within the process's own. None is a process on its own.
+        checkpoint: a file for the state of the run, which the first process writes. If it exists, the run goes on from
+            there, to the same trace.
         checkpoint_every: after how many steps to write it, at least 1.
         progress: whether to show the steps on stderr.
 
@@ -86,7 +89,9 @@ def em(
             has lost its last row or collapsed: the message names it.
         ArithmeticError: a step lowered the objective by more than rounding, so that ``m_step`` does not belong to
             ``log_joint``.
-        RuntimeError: another process of the group failed.
+        OSError: the checkpoint cannot be read or written, which is tried before the first pass.
+        RuntimeError: another process of the group died, or failed with an error of no other kind; all processes raise
+            an error of the kind that one of them met.
     """
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, not {max_steps}")
@@ -97,19 +102,20 @@ def em(
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
     with EMProgress(progress and is_first(group)) as bar:
-        data = _Data(family, x, init, prior, weights, missing=missing, device=device, group=group, bar=bar)
-        state = _State(family, data.init, accelerate)
         file = None if checkpoint is None else Path(checkpoint)
+        settings = {"max_steps": max_steps, "rtol": rtol, "accelerate": accelerate, "checkpoint": file is not None}
+        settings["checkpoint_every"] = checkpoint_every
+        data = _Data(family, x, init, prior, weights, settings, missing=missing, device=device, group=group, bar=bar)
+        state = _State(family, data.init, accelerate)
         if file is not None:
             state.load(file, data)
-        if not state.trace:
-            state.point = data.evaluate(data.init, 0)
+            state.save(file, data)  # a disk that takes no file is found before the first pass, not after
+        state.begin(data, file)
         while len(state.trace) < max_steps and not state.converged_by(rtol):
             state.step(data, rtol)
-            if file is not None and is_first(group):
-                finished = len(state.trace) == max_steps or state.converged_by(rtol)
-                if finished or len(state.trace) % checkpoint_every == 0:
-                    state.save(file, data)
+            finished = len(state.trace) == max_steps or state.converged_by(rtol)
+            if file is not None and (finished or len(state.trace) % checkpoint_every == 0):
+                state.save(file, data)
     data.raise_for_collapse(state.point.params, len(state.trace))
     converged = state.converged_by(rtol)
     if not converged:
@@ -132,6 +138,15 @@ class _Point(NamedTuple):
     """Where EM's own step leads from there."""
 
 
+class _Sums(NamedTuple):
+    """What processes add up in a pass."""
+
+    expectation: Expectation
+    num_rows: Tensor
+    weight: Tensor
+    """Of all rows."""
+
+
 class _Data:
     """The rows, wherever they are, and all that does not change from step to step."""
 
@@ -142,6 +157,7 @@ class _Data:
         init: Any,
         prior: Any,
         weights: Any,
+        settings: dict[str, Any],
         *,
         missing: bool,
         device: torch.device | str | None,
@@ -166,14 +182,23 @@ class _Data:
                 raise ValueError(f"EM cannot start: {error}.{self._no_spread()}") from error
             self._prior = check_prior(family, prior, self.init)
             self.identity = {
-                "family": getattr(family, "__name__", None) or repr(family),
-                "init": checkpoints.digest(self.init),
+                "family": _identify(family),
                 "prior": checkpoints.digest(self._prior),
                 "missing": missing,
                 "columns of x": num_features,
                 "type of x": str(self.like.dtype),
             }
+        self._agree({**self.identity, **settings, "shape of init": [list(value.shape) for value in self.init]})
+        self.init = first_of(group, self.init)
         self._rounding = 0.0
+
+    def _agree(self, settings: dict[str, Any]) -> None:
+        """Raise where a process was given other settings than the first: they would wait for each other forever."""
+        first = object_of_first(self.group, settings)
+        with self.together():
+            different = [name for name in settings if settings[name] != first[name]]
+            if different:
+                raise ValueError(f"this process and the first of the group differ in {', '.join(different)}")
 
     def together(self) -> AbstractContextManager[None]:
         """Return a context in which every process fails if one does."""
@@ -182,10 +207,12 @@ class _Data:
     def evaluate(self, params: Any, step: int, *, tentative: bool = False) -> _Point:
         """Make one pass over the data; where it is only tentative, an objective that is not finite is no error."""
         with self.together():
-            own, own_rows = self._own_rows(params)
-            if not (tentative or torch.isfinite(own.log_lik)):
+            own = self._own_rows(params)
+            if not (tentative or torch.isfinite(own.expectation.log_lik)):
                 self._explain(params, step)
-        found, num_rows = all_sum(self.group, (own, torch.tensor(own_rows, device=self.like.device)))
+        found, num_rows, weight = all_sum(self.group, own)
+        if not weight > 0:
+            raise ValueError("all weights are 0: at least one row must count")
         if step == 0:
             for value in (value for name, value in params._asdict().items() if name.endswith("weights")):
                 check_num_components(len(value), int(num_rows))
@@ -204,17 +231,17 @@ class _Data:
         self._bar.end_pass(step, objective.item())
         return _Point(params, objective.item(), image)
 
-    def _own_rows(self, params: Any) -> tuple[Expectation, int]:
-        """Return the sums over this process's rows, and how many there are."""
-        total: Expectation | None = None
-        num_rows = 0
+    def _own_rows(self, params: Any) -> _Sums:
+        """Return the sums over this process's rows."""
+        total: _Sums | None = None
         for block in self._rows:
-            part = expectation(self._observed, params, block.x, block.weights)
+            num_rows = torch.tensor(len(block.x), dtype=torch.float64, device=self.like.device)
+            weight = num_rows if block.weights is None else block.weights.sum(dtype=torch.float64)
+            part = _Sums(expectation(self._observed, params, block.x, block.weights), num_rows, weight)
             total = part if total is None else _add(total, part)
-            num_rows += len(block.x)
             self._bar.advance(len(block.x))
         assert total is not None
-        return total, num_rows
+        return total
 
     def falls(self, before: float, after: float) -> bool:
         """Return whether an objective is below another by more than rounding."""
@@ -267,6 +294,7 @@ class _State:
 
     def __init__(self, family: Any, init: Any, accelerate: str | None):
         self._accelerator = None if accelerate is None else Anderson(family, init)
+        self._init = init
         self.point = _Point(init, -math.inf, init)
         self.trace: list[float] = []
         self.last_change = math.inf
@@ -280,7 +308,7 @@ class _State:
     def step(self, data: _Data, rtol: float) -> None:
         """Make one pass, at a candidate of the accelerator or at the image of EM."""
         number = len(self.trace) + 1
-        candidate = self._candidate()
+        candidate = self._candidate(data)
         before = self.point.objective
         if candidate is None or self._accelerator is None:
             raise_for_lost_component(self.point.image, _when(number))
@@ -297,29 +325,51 @@ class _State:
             self.last_change = math.inf
         self.trace.append(self.point.objective)
 
+    def begin(self, data: _Data, file: Path | None) -> None:
+        """Make the pass at the point to start from; after a resumed run, only to see that the data are the same.
+
+        Raises:
+            ValueError: they are not.
+        """
+        again = data.evaluate(self.point.params, len(self.trace))
+        if not self.trace:
+            self.point = again
+        elif data.falls(again.objective, self.point.objective) or data.falls(self.point.objective, again.objective):
+            raise ValueError(
+                f"{file} belongs to other data or weights: the log likelihood there is {self.point.objective!r}, and "
+                f"here {again.objective!r}. Delete it, or give another file"
+            )
+
     def save(self, file: Path, data: _Data) -> None:
         """Write what the next steps depend on."""
-        tensors = {
-            **{f"params.{i}": value for i, value in enumerate(self.point.params)},
-            **{f"image.{i}": value for i, value in enumerate(self.point.image)},
-            "objective": torch.tensor(self.point.objective, dtype=torch.float64),
-            "trace": torch.tensor(self.trace, dtype=torch.float64),
-            "last_change": torch.tensor(self.last_change, dtype=torch.float64),
-            "own_step_next": torch.tensor(self._own_step_next),
+        with data.together():
+            if is_first(data.group):
+                checkpoints.save(file, self._identity(data), self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        numbers: dict[str, Any] = {
+            "objective": self.point.objective,
+            "trace": self.trace,
+            "last_change": self.last_change,
+            "own_step_next": self._own_step_next,
         }
         if self._accelerator is not None:
-            for name, value in self._accelerator.state_dict().items():
-                tensors[f"accelerator.{name}"] = torch.as_tensor(value)
-        checkpoints.save(file, self._identity(data), tensors)
+            numbers |= {f"accelerator.{name}": value for name, value in self._accelerator.state_dict().items()}
+        tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+        for part, params in (("init", self._init), ("params", self.point.params), ("image", self.point.image)):
+            tensors |= {f"{part}.{i}": value for i, value in enumerate(params)}
+        return tensors
 
     def load(self, file: Path, data: _Data) -> None:
         """Go on from a file, if there is one.
 
         Raises:
-            ValueError: it is not of this run, or the data are others.
+            ValueError: it is not of this run.
         """
         with data.together():
             found = checkpoints.load(file, self._identity(data)) if is_first(data.group) else None
+            if found is not None and not all(_same(found[f"init.{i}"], value) for i, value in enumerate(self._init)):
+                raise ValueError(f"{file} belongs to another run, which differs in init: delete it, or give another")
         found = object_of_first(data.group, found)
         if found is None:
             return
@@ -329,12 +379,6 @@ class _State:
         )
         self.trace = found["trace"].tolist()
         self.point = _Point(params, found["objective"].item(), image)
-        again = data.evaluate(params, len(self.trace)).objective
-        if data.falls(again, self.point.objective) or data.falls(self.point.objective, again):
-            raise ValueError(
-                f"{file} belongs to other data or weights: the log likelihood there is {self.point.objective!r}, and "
-                f"here {again!r}. Delete it, or give another file"
-            )
         self.last_change = found["last_change"].item()
         self._own_step_next = bool(found["own_step_next"])
         if self._accelerator is not None:
@@ -346,12 +390,14 @@ class _State:
     def _identity(self, data: _Data) -> dict[str, Any]:
         return {**data.identity, "accelerate": type(self._accelerator).__name__}
 
-    def _candidate(self) -> Any:
-        """Return what the accelerator proposes, or None for EM's own step."""
+    def _candidate(self, data: _Data) -> Any:
+        """Return what the accelerator of the first process proposes, or None for EM's own step."""
         if self._accelerator is None:
             return None
         found = self._accelerator.propose(self.point.params, self.point.image, self.point.objective)
-        return None if self._own_step_next else found
+        found = None if self._own_step_next else found
+        exists = first_of(data.group, torch.tensor(found is not None, device=data.like.device))
+        return first_of(data.group, self.point.image if found is None else found) if exists else None
 
 
 def responsibilities(family: Any, params: Any, x: Any, *, missing: bool = False) -> Tensor:
@@ -385,6 +431,22 @@ def _add(left: Any, right: Any) -> Any:
     if isinstance(left, tuple):
         return type(left)(*(_add(a, b) for a, b in zip(left, right, strict=True)))
     return left + right
+
+
+def _identify(family: Any) -> str:
+    """Return a name for a family and the exact values of its settings."""
+    if not dataclasses.is_dataclass(family):
+        return getattr(family, "__name__", type(family).__name__)
+    settings = tuple(getattr(family, field.name) for field in dataclasses.fields(family))
+    return f"{type(family).__qualname__} {checkpoints.digest(settings)}"
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Return whether two starts are one, drawn perhaps on machines that round differently."""
+    if left.shape != right.shape:
+        return False
+    right = right.to(left)
+    return bool((left - right).abs().max() <= math.sqrt(torch.finfo(left.dtype).eps) * right.abs().max())
 
 
 def _when(step: int) -> str:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.dataset as pads
 import pyarrow.parquet
 import torch
 from safetensors import SafetensorError
@@ -52,12 +53,23 @@ def write_params(path: Path, values: dict[str, Any]) -> None:
         ValueError: the file has another ending.
         OSError: it cannot be written.
     """
+    check_params_path(path)
     if path.suffix == ".safetensors":
         save_file({name: torch.as_tensor(value).contiguous() for name, value in _flat(values)}, path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(_lists(values), indent=1), encoding="utf-8")
     else:
+        path.write_text(json.dumps(_lists(values), indent=1), encoding="utf-8")
+
+
+def check_params_path(path: Path) -> None:
+    """Say before a long run that its parameters could not be written there.
+
+    Raises:
+        ValueError: the file has another ending, or its folder does not exist.
+    """
+    if path.suffix not in (".json", ".safetensors"):
         raise ValueError(f"parameters are written to .json or .safetensors, not to {path.name}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} to: make it first")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -92,10 +104,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _arrays(path: Path) -> Any:
+def _arrays(path: Path, mmap_mode: Literal["r"] | None = None) -> Any:
     """Return the array of an .npy file or the arrays by name of an .npz file."""
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, mmap_mode, allow_pickle=False)
     except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} is not a NumPy file: {error}") from error
 
@@ -107,33 +119,56 @@ def _rows(arrays: Any, path: Path) -> Any:
     return arrays["x"]
 
 
-def read_rows(path: Path) -> np.ndarray:
-    """Return the rows of a file as a matrix (N, D), without the ``z`` that ``mixproof sample`` writes beside x1 to xD.
+def open_rows(path: Path) -> Any:
+    """Return the rows of a file as a source for ``Dataset``, without the ``z`` that ``mixproof sample`` writes.
+
+    CSV and Parquet, a folder of Parquet files too, are a ``pyarrow.dataset.Dataset`` and .npy is a memory map, of which
+    nothing is read yet; .npz and .safetensors are a matrix (N, D) in memory.
 
     Raises:
         TypeError: a column does not hold numbers.
         ValueError: the file has another ending, or does not hold what the ending says.
         OSError: it cannot be read.
     """
+    if path.is_dir():
+        files = sorted(str(file) for file in path.rglob("*.parquet"))
+        if not files:
+            raise ValueError(f"the folder {path} holds no .parquet files")
+        return _numbers(pads.dataset(files, format="parquet"), path)
     match path.suffix:
         case ".csv":
-            table = pa.csv.read_csv(path)
+            guessed = pads.dataset(path, format="csv").schema
+            # a column may begin with whole numbers, or with none
+            kinds = [pa.float64() if _is_whole(field.type) else field.type for field in guessed]
+            schema = pa.schema(zip(guessed.names, kinds, strict=True))
+            return _numbers(pads.dataset(path, format="csv", schema=schema), path)
         case ".parquet":
-            table = pa.parquet.read_table(path)
+            return _numbers(pads.dataset(path, format="parquet"), path)
         case ".npy":
-            return _arrays(path)
+            return _arrays(path, mmap_mode="r")
         case ".npz":
             return _rows(_arrays(path), path)
         case ".safetensors":
-            return _rows(_tensors(path), path).numpy()
+            return _rows(_tensors(path), path)
         case _:
-            raise ValueError(f"rows are read from .csv, .parquet, .npy, .npz or .safetensors, not from {path.name}")
-    names = [name for name in table.column_names if not (name == "z" and "x1" in table.column_names)]
-    for name in names:
-        kind = table.schema.field(name).type
+            raise ValueError(
+                "rows are read from .csv, .parquet, a folder of these, .npy, .npz or .safetensors, not from "
+                f"{path.name}"
+            )
+
+
+def _is_whole(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_null(kind)
+
+
+def _numbers(rows: pads.Dataset, path: Path) -> pads.Dataset:
+    """Return the columns that are rows of numbers, or say which is not."""
+    fields = [field for field in rows.schema if not (field.name == "z" and "x1" in rows.schema.names)]
+    for field in fields:
+        kind = field.type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-            raise TypeError(f"column {name!r} of {path.name} holds {kind}, not numbers: drop or encode it first")
-    return np.column_stack([table.column(name).to_numpy().astype(np.float64) for name in names])
+            raise TypeError(f"column {field.name!r} of {path.name} holds {kind}, not numbers: drop or encode it first")
+    return rows.replace_schema(pa.schema(fields))
 
 
 @contextmanager

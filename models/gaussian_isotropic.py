@@ -27,6 +27,7 @@ class GaussianIsotropic:
     """The family with its setting, the variance sigma^2 > 0 that all components and features share."""
 
     variance: float
+
     additive = True
 
     class Params(NamedTuple):

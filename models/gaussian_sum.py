@@ -256,10 +256,11 @@ class KnownNoise:
 
     noise: gaussian_full.Params  # weights (K_y,), locs (K_y, D), covariances (K_y, D, D)
 
+    additive = True
+
     Params: ClassVar = gaussian_full.Params
     Prior: ClassVar = gaussian_full.Prior
     Stats: ClassVar = gaussian_full.Stats
-    additive = True
 
     def __post_init__(self) -> None:
         weights, locs, covariances = self.noise

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
@@ -17,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from mixproof.inference import checkpoint, cli
 from mixproof.inference.cli import app
 from mixproof.inference.sampling import sample
 from mixproof.models import families, gaussian_full
@@ -212,6 +217,164 @@ def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None
         assert words in " ".join(result.stderr.split()), result.stderr
         assert "Traceback" not in result.stderr
     assert not out.exists()
+
+
+# Data that need not fit in memory, and several processes
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """Return a folder with the same 900 rows in every form, and the rows."""
+    x = sample(gaussian_full, PARAMS["gaussian_full"], 900, generator=torch.Generator().manual_seed(5))[0]
+    x[:2] = x[:2].round()  # so that the first rows of the table look like whole numbers
+    table = pyarrow.table({"x1": x[:, 0].numpy(), "x2": x[:, 1].numpy(), "z": np.zeros(900)})
+    pyarrow.csv.write_csv(table, tmp_path / "rows.csv")
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=100)
+    (tmp_path / "folder").mkdir()
+    for i in range(3):
+        pyarrow.parquet.write_table(table.slice(300 * i, 300), tmp_path / "folder" / f"{i}.parquet")
+    np.save(tmp_path / "rows.npy", x.numpy())
+    np.savez(tmp_path / "rows.npz", x=x.numpy())
+    weighted = table.append_column("often", pyarrow.array(np.arange(900) % 3))
+    pyarrow.parquet.write_table(weighted, tmp_path / "weighted.parquet")
+    repeated = weighted.take(np.repeat(np.arange(900), np.arange(900) % 3))
+    pyarrow.parquet.write_table(repeated.drop_columns(["often"]), tmp_path / "repeated.parquet")
+    return tmp_path, x
+
+
+FIT = ("--family", "gaussian_full", "-k", 2, "--starts", 2, "--json")
+
+
+def test_rows_on_disk_are_fitted_as_rows_in_memory(
+    mixture: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, x = mixture
+    expected = json.loads(run("fit", folder / "rows.npz", *FIT).stdout)
+    for limit in (cli.MAX_ENTRIES_IN_MEMORY, 1000):
+        monkeypatch.setattr(cli, "MAX_ENTRIES_IN_MEMORY", limit)
+        for name in ("rows.csv", "rows.parquet", "folder", "rows.npy"):
+            result = run("fit", folder / name, *FIT, "--accelerate", "anderson")
+            assert result.exit_code == 0, result.output
+            found = json.loads(result.stdout)
+            assert found["log_lik"] == pytest.approx(expected["log_lik"], rel=1e-8)
+            assert "EM step" in result.stderr
+    assert x.numel() > 1000
+
+
+def test_a_column_of_weights_counts_rows(mixture: tuple[Path, torch.Tensor]) -> None:
+    folder, _ = mixture
+    weighted, repeated = (
+        run("fit", folder / name, "--family", "gaussian_full", "-k", 1, "--json", *options)
+        for name, options in (("weighted.parquet", ("--weights", "often")), ("repeated.parquet", ()))
+    )
+    assert weighted.exit_code == 0, weighted.output
+    found, expected = json.loads(weighted.stdout), json.loads(repeated.stdout)
+    assert found["log_lik"] == pytest.approx(expected["log_lik"], rel=1e-12)
+    np.testing.assert_allclose(found["params"]["locs"], expected["params"]["locs"], rtol=1e-12)
+    result = run("fit", folder / "weighted.parquet", "--family", "gaussian_full", "-k", 1, "--weights", "no")
+    assert result.exit_code == 2
+    assert "there is no column 'no' of weights" in " ".join(result.stderr.split())
+
+
+def test_empty_entries_are_missing_if_one_says_so(tmp_path: Path) -> None:
+    text = "a,b\n" + "".join(f"{i},{'' if i % 5 == 0 else i % 7}\n" for i in range(40))
+    (tmp_path / "rows.csv").write_text(text)
+    command = ("fit", tmp_path / "rows.csv", "--family", "gaussian_full", "-k", 1, "--json")
+    assert run(*command).exit_code == 2
+    result = run(*command, "--missing", "--rtol", "1e-12")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["params"]["locs"][0][0] == pytest.approx(19.5, rel=1e-6)
+
+
+def test_a_second_run_goes_on_from_the_checkpoint(mixture: tuple[Path, torch.Tensor]) -> None:
+    folder, _ = mixture
+    command = ("fit", folder / "rows.npy", *FIT, "--checkpoint", folder / "state")
+    assert run(*command, "--max-steps", 2).exit_code == 0
+    assert {file.name for file in folder.glob("state*")} == {"state.1", "state.2"}
+    result = run(*command)
+    assert json.loads(result.stdout) == json.loads(run("fit", folder / "rows.npy", *FIT).stdout)
+    other = run("fit", folder / "rows.npy", *FIT[:-3], "1", "--checkpoint", folder / "state", "--seed", 1)
+    assert other.exit_code == 2
+    assert "differs in init" in " ".join(other.stderr.split())
+
+
+def test_what_cannot_be_written_is_said_before_the_work(mixture: tuple[Path, torch.Tensor]) -> None:
+    folder, _ = mixture
+    for option, words in (("--checkpoint", "No such file"), ("--out", "there is no folder")):
+        result = run("fit", folder / "rows.npy", *FIT, option, folder / "no" / "file.json")
+        assert result.exit_code == 2
+        assert words in " ".join(result.stderr.split())
+        assert "EM step 1" not in result.stderr
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def children(process: int) -> list[int]:
+    """Return the processes that a process has started."""
+    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
+    return [child for child, parent in pairs if parent == process]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(DATA.parents[1] / ".links"), "OMP_NUM_THREADS": "1"}
+
+
+def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6000, 2, generator=generator, dtype=torch.float64)
+    np.save(tmp_path / "rows.npy", x.numpy())
+    options = ["fit", tmp_path / "rows.npy", "--family", "gaussian_full", "-k", "3", "--starts", "1", "--rtol", "0"]
+    options += ["--max-steps", "150", "--json"]
+    state = tmp_path / "state.1"
+    command = [*TORCHRUN, "--max-restarts", "3", "-m", "mixproof.inference.cli", *options]
+    command += ["--checkpoint", tmp_path / "state"]
+    with (tmp_path / "stderr").open("w") as stderr, (tmp_path / "stdout").open("w") as stdout:
+        agent = subprocess.Popen([str(part) for part in command], stdout=stdout, stderr=stderr, env=environment())
+        lengths: list[int] = []
+        killed = None
+        deadline = time.monotonic() + 300
+        while agent.poll() is None:
+            if time.monotonic() > deadline:
+                agent.terminate()
+                pytest.fail(f"it hangs: {(tmp_path / 'stderr').read_text()}")
+            time.sleep(0.02)
+            found = checkpoint.load(state, {})
+            if found is None:
+                continue
+            lengths.append(len(found["trace"]))
+            if killed is None and lengths[-1] >= 5:
+                killed = lengths[-1]
+                os.kill(children(agent.pid)[1], signal.SIGKILL)
+    assert agent.returncode == 0, (tmp_path / "stderr").read_text()
+    assert killed is not None
+    assert killed < 150
+    assert lengths == sorted(lengths)
+    printed = json.loads((tmp_path / "stdout").read_text())  # by one process, once
+    alone = run(*options)
+    assert alone.exit_code == 0, alone.output
+    expected = json.loads(alone.stdout)
+    assert printed["num_steps"] == expected["num_steps"] == 150
+    assert printed["log_lik"] == pytest.approx(expected["log_lik"], rel=1e-12)
+    for name, value in expected["params"].items():
+        np.testing.assert_allclose(printed["params"][name], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_torchrun_says_what_is_wrong_with_the_share_of_one_process(tmp_path: Path) -> None:
+    x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[70, 1] = torch.nan
+    np.save(tmp_path / "rows.npy", x.numpy())
+    command = [*TORCHRUN, "-m", "mixproof.inference.cli", "fit", tmp_path / "rows.npy", *FIT]
+    ran = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=environment(), check=False
+    )
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    said = " ".join(ran.stderr.split())
+    assert "error: process 1 of the group failed: x[20, 1] is nan" in said
+    assert "error in process 1: x[20, 1] is nan" in said
 
 
 SUBJECTS = """

@@ -210,11 +210,7 @@ def test_blocks_of_any_size_give_the_same_fit(sizes: list[int], entries: int, se
         assert_same(few_steps(gaussian_diagonal, columns, start, weights="w"), expected, 1e5)
     for num_ranks in (1, 2, 3):  # the shares of the processes are disjoint and together all
         for source, own in ((Chunks(*chunks), weights), (columns, "w")):
-            parts = [
-                list(Dataset(gaussian_diagonal, share(source, rank, num_ranks), own))
-                for rank in range(num_ranks)
-                if source is columns or rank < sum(bool(len(chunk)) for chunk in chunks)
-            ]
+            parts = [list(Dataset(gaussian_diagonal, share(source, rank, num_ranks), own)) for rank in range(num_ranks)]
             found = [torch.cat([b.x, b.weights[:, None]], 1) for part in parts for b in part if b.weights is not None]
             everything = torch.cat(found).numpy()
             order, expected_order = np.lexsort(everything.T), np.lexsort(np.column_stack([x, weights]).T)
@@ -418,18 +414,18 @@ def test_shares_are_disjoint_and_together_all_rows(name: str, num_ranks: int, tm
         share(x, num_ranks, num_ranks)
 
 
-def test_every_nth_chunk_keeps_its_number_and_its_weights() -> None:
-    source, weights = Chunks(X[:5], X[:0], X[5:7], X[7:]), np.arange(12.0)
-    for rank, expected in enumerate([[(0, 5), (7, 5)], [(5, 2)]]):
-        blocks = list(Dataset(gaussian_full, share(source, rank, 2), weights))
-        assert [(block.first_row, len(block.x)) for block in blocks] == expected
-        for block in blocks:
-            assert block.weights is not None
-            assert np.array_equal(block.weights.numpy(), weights[block.first_row :][: len(block.x)])
-            assert np.array_equal(block.x.numpy(), X[block.first_row :][: len(block.x)])
-    for wrong in (np.arange(6.0), np.arange(13.0)):
-        with pytest.raises(ValueError, match="weights must have shape"):
-            list(Dataset(gaussian_full, share(source, 0, 2), wrong))
+def test_every_nth_row_keeps_its_weights() -> None:
+    """Each process reads all the chunks, and takes its weights out of those of all rows."""
+    source, weights = Chunks(X[:5], X[:0], X[5:6], X[6:]), np.arange(12.0)
+    for rank in range(3):
+        blocks = list(Dataset(gaussian_full, share(source, rank, 3), weights))
+        assert np.array_equal(torch.cat([block.x for block in blocks]).numpy(), X[rank::3])
+        found = torch.cat([block.weights for block in blocks if block.weights is not None])
+        assert np.array_equal(found.numpy(), weights[rank::3])
+        assert [b.first_row for b in blocks] == list(np.cumsum([0, *[len(b.x) for b in blocks]])[:-1])
+        for wrong in (np.arange(4.0), np.arange(13.0)):  # 4 are as many as its own rows
+            with pytest.raises(ValueError, match="weights must have shape"):
+                list(Dataset(gaussian_full, share(source, rank, 3), wrong))
 
 
 def test_union_of_datasets_and_datasets_in_memory_are_shared_by_blocks() -> None:
