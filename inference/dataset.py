@@ -25,25 +25,19 @@ BLOCK_ENTRIES = 1 << 21
 
 
 class Block(NamedTuple):
-    """Rows at equal distances in the data."""
+    """Consecutive rows."""
 
     first_row: int
-    """The number of the first of them in all the data."""
+    """The number of the first of them in all the data; of a group, in this process's own."""
     x: Tensor
     """(n, D)."""
     weights: Tensor | None
     """(n,), how often each row counts; None counts each once."""
-    step: int = 1
-    """The distance, 1 of consecutive rows."""
-
-    def number(self, row: int) -> int:
-        """Return the number in all the data of a row of the block."""
-        return self.first_row + self.step * row
 
     def rows(self, start: int, stop: int) -> Block:
         """Return the block of some of the rows."""
         weights = None if self.weights is None else self.weights[start:stop]
-        return Block(self.number(start), self.x[start:stop], weights, self.step)
+        return Block(self.first_row + start, self.x[start:stop], weights)
 
 
 class Dataset:
@@ -99,22 +93,21 @@ class Dataset:
         yield from self._blocks()
 
     def _checked(self, chunks: Iterator[tuple[Any, Any]]) -> Iterator[Block]:
-        """Yield the blocks of this process out of all chunks; the numbers of rows are those in all of them."""
-        first_row = 0
+        """Yield the blocks of this process out of all chunks; the weights are those of all rows."""
+        first_row = own_rows = 0
         for chunk, column in chunks:
-            num_rows = len(chunk) if np.ndim(chunk) else 1
             x, weights = self._check(chunk, first_row), column
             if self._weights is not None:
-                weights = _sharable(self._weights[first_row : first_row + num_rows])
-                if len(weights) < num_rows:
-                    have = f"there are {len(self._weights)}, and at least {first_row + num_rows} rows"
+                weights = _sharable(self._weights[first_row : first_row + len(x)])
+                if len(weights) < len(x):
+                    have = f"there are {len(self._weights)}, and at least {first_row + len(x)} rows"
                     raise ValueError(f"weights must have shape (N,), one for each row: {have}")
             weights = check_row_weights(weights, x, first_row=first_row)
             own = slice((self._rank - first_row) % self._num_ranks, None, self._num_ranks)
-            if own.start < num_rows:
-                own_weights = None if weights is None else weights[own]
-                yield Block(first_row + own.start, x[own], own_weights, self._num_ranks)
-            first_row += num_rows
+            first_row += len(x)
+            if len(x[own]):
+                yield Block(own_rows, x[own], None if weights is None else weights[own])
+                own_rows += len(x[own])
         if self._num_rows not in (None, first_row):
             raise ValueError(f"x had {self._num_rows} rows on one pass and has {first_row} on the next: they must stay")
         self._num_rows = first_row
@@ -333,9 +326,8 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
 
     Returns:
         Consecutive rows of a matrix or table, or row groups of Parquet files if there are enough for each process to
-        have some. Of other sources each process reads all, and keeps every ``num_ranks``-th row. Weights (N,)
-        are shared like a matrix beside a matrix or a table, and go whole to each process beside chunks; beside files,
-        name a column.
+        have some. Of other sources each process reads all, and keeps every ``num_ranks``-th row: beside those, weights
+        (N,) go whole to each process, and beside a matrix or a table they are shared as it is.
 
     Raises:
         ValueError: the rank is not one of them.
@@ -353,13 +345,9 @@ def share(x: Any, rank: int, num_ranks: int) -> Any:
 
 
 def _dataset_share(x: pads.Dataset, rank: int, num_ranks: int) -> Any:
-    try:
-        fragments: list[Any] = list(x.get_fragments())
-    except ValueError:  # of a filter, which Arrow does not hand on to parts
+    groups = list(_pieces(x) or ())
+    if not all(isinstance(group, pads.ParquetFileFragment) for group in groups):
         return _EveryNth(x, rank, num_ranks)
-    if not all(isinstance(fragment, pads.ParquetFileFragment) for fragment in fragments):
-        return _EveryNth(x, rank, num_ranks)
-    groups = [group for fragment in fragments for group in fragment.split_by_row_group()]
     sizes = np.array([group.row_groups[0].num_rows for group in groups])
     # the process in whose part of the rows the middle of the group lies
     owners = (2 * sizes.cumsum() - sizes) * num_ranks // max(1, 2 * sizes.sum())

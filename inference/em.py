@@ -468,13 +468,13 @@ def raise_for_impossible(table: Tensor, block: Block, when: str) -> None:
         row, k = impossible.nonzero()[0].tolist()
         raise ValueError(
             f"component {k} has collapsed {when}: its spread is zero to rounding, so that the density of row "
-            f"{block.number(row)} is not finite. Give a prior, use fewer components, or start elsewhere"
+            f"{block.first_row + row} is not finite. Give a prior, use fewer components, or start elsewhere"
         )
     excluded = (table.logsumexp(-1) == -torch.inf) & counts
     if excluded.any():
         row = int(excluded.nonzero()[0])
         raise ValueError(
-            f"row {block.number(row)} is impossible under every component {when}: its density underflows to 0. "
+            f"row {block.first_row + row} is impossible under every component {when}: its density underflows to 0. "
             "Start from parameters under which each row has positive density, as init_params gives"
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.dataset as pads
@@ -70,8 +70,8 @@ def assert_same(found: Fit, expected: Fit, factor: float = 1e4) -> None:
         assert (own - other).abs().max() <= factor * eps * other.abs().max()
 
 
-def memory_map(x: np.ndarray, folder: Path, order: str = "C") -> np.memmap:
-    np.save(folder / "x.npy", np.asarray(x, order=order))
+def memory_map(x: np.ndarray, folder: Path) -> np.memmap:
+    np.save(folder / "x.npy", x)
     found = np.load(folder / "x.npy", mmap_mode="r")
     assert isinstance(found, np.memmap)
     return found
@@ -103,7 +103,7 @@ SOURCES: dict[str, Source] = {
     "data frame": lambda x, _: pd.DataFrame(x),
     "record batch": lambda x, _: table(x).to_batches()[0],
     "memory map": memory_map,
-    "Fortran memory map": lambda x, folder: memory_map(x, folder, "F"),
+    "Fortran memory map": lambda x, folder: memory_map(np.asfortranarray(x), folder),
     "other byte order, mapped": lambda x, folder: memory_map(x.astype(x.dtype.newbyteorder()), folder),
     "part of a memory map": lambda x, folder: memory_map(np.concatenate([x[:3] + 1e9, x]), folder)[3:],
     "columns of a memory map": lambda x, folder: memory_map(np.column_stack([x[:, 0], x, x]), folder)[
@@ -194,13 +194,13 @@ def test_row_weights_go_with_their_rows(
     assert_same(few_steps(case.family, source, start, weights=given), few_steps(case.family, repeated, start))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12), entries=st.integers(1, 40), seed=st.integers(0, 99))
 def test_blocks_of_any_size_give_the_same_fit(sizes: list[int], entries: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    x = np.concatenate([rng.normal(size=(12, 2)), rng.normal(size=(sum(sizes), 2))])
+    x = rng.normal(size=(60 + sum(sizes), 2))
     weights = rng.random(len(x)) + 0.1
-    chunks = np.split(x, np.cumsum([12, *sizes])[:-1])
+    chunks = np.split(x, np.cumsum([60, *sizes])[:-1])
     start = gaussian_diagonal.init_params(torch.as_tensor(x), 2, seeded(seed))
     expected = few_steps(gaussian_diagonal, x, start, weights=weights)
     columns = table(x, weights)
@@ -210,11 +210,7 @@ def test_blocks_of_any_size_give_the_same_fit(sizes: list[int], entries: int, se
         assert_same(few_steps(gaussian_diagonal, columns, start, weights="w"), expected, 1e5)
     for num_ranks in (1, 2, 3):  # the shares of the processes are disjoint and together all
         for source, own in ((Chunks(*chunks), weights), (columns, "w")):
-            parts = [
-                list(Dataset(gaussian_diagonal, share(source, rank, num_ranks), own))
-                for rank in range(num_ranks)
-                if rank < sum(bool(len(chunk)) for chunk in chunks)
-            ]
+            parts = [list(Dataset(gaussian_diagonal, share(source, rank, num_ranks), own)) for rank in range(num_ranks)]
             found = [torch.cat([b.x, b.weights[:, None]], 1) for part in parts for b in part if b.weights is not None]
             everything = torch.cat(found).numpy()
             order, expected_order = np.lexsort(everything.T), np.lexsort(np.column_stack([x, weights]).T)
@@ -229,10 +225,10 @@ def test_float32_stays_float32(name: str, tmp_path: Path) -> None:
     assert_same(few_steps(gaussian_diagonal, SOURCES[name](x, tmp_path), start), few_steps(gaussian_diagonal, x, start))
 
 
-@pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint16, np.bool_])
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint16, np.bool_])
 @pytest.mark.parametrize("name", ["array", "memory map", "table", "Parquet", "chunks", "list of tensors"])
-def test_integers_and_booleans_become_float64(name: str, kind: type, tmp_path: Path) -> None:
-    x = np.random.default_rng(0).integers(0, 2, size=(60, 2)).astype(kind)
+def test_integers_and_booleans_become_float64(name: str, dtype: Any, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 2, size=(60, 2)).astype(dtype)
     found = rows(SOURCES[name](x, tmp_path))
     assert found.dtype == torch.float64
     assert np.array_equal(found.numpy(), x)
@@ -268,7 +264,7 @@ def test_null_is_missing_and_an_error_elsewhere(column: list, monkeypatch: Any) 
 def test_missing_values_in_blocks_give_the_fit_of_the_matrix(
     missing_case: Case, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    x = missing_case.data(1, 60)
+    x: Tensor = missing_case.data(1, 60)
     start = missing_case.start(2, x)
     x[torch.rand(x.shape, generator=seeded(4)) < 0.2] = torch.nan
     expected = few_steps(missing_case.family, x, start, missing=True)
@@ -343,7 +339,7 @@ class Shrinking:
         ([], None, ValueError, "x must have shape (N, D), not (0,)"),
         ("rows.csv", None, TypeError, "x must hold numbers"),
         ({"a": [1.0]}, None, TypeError, "x must hold numbers"),
-        (Chunks(X, X / 0), None, ValueError, "x[12, 0] is nan"),
+        (Chunks(X, X * np.nan), None, ValueError, "x[12, 0] is nan"),
         (Chunks(X, np.where(np.eye(12, 2) > 0, np.inf, X)), None, ValueError, "x[12, 0] is inf"),
         (Chunks(X, X), np.ones(25), ValueError, "weights must have shape (24,), one for each row, not (25,)"),
         (Chunks(X, X), np.ones(23), ValueError, "one for each row: there are 23, and at least 24 rows"),
@@ -366,8 +362,7 @@ class Shrinking:
 )
 def test_faults_of_a_source_are_errors_in_words(x: Any, weights: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        for _ in range(2):
-            list(Dataset(gaussian_full, x, weights))
+        rows(x, weights)
 
 
 @pytest.mark.parametrize("shape", [(12,), (2, 3, 4), (0, 2)])
@@ -403,7 +398,7 @@ def test_laplace_refuses_blocks_and_takes_the_matrix() -> None:
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         em(laplace, [X, X], start)
-    assert few_steps(laplace, X, start).num_steps == 4
+    assert few_steps(laplace, X, start).params.locs.shape == (1, 2)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
@@ -419,18 +414,18 @@ def test_shares_are_disjoint_and_together_all_rows(name: str, num_ranks: int, tm
         share(x, num_ranks, num_ranks)
 
 
-def test_every_nth_chunk_keeps_its_number_and_its_weights() -> None:
-    source, weights = Chunks(X[:5], X[:0], X[5:7], X[7:]), np.arange(12.0)
-    for rank, expected in enumerate([[(0, 5), (7, 5)], [(5, 2)]]):
-        blocks = list(Dataset(gaussian_full, share(source, rank, 2), weights))
-        assert [(block.first_row, len(block.x)) for block in blocks] == expected
-        for block in blocks:
-            assert block.weights is not None
-            assert np.array_equal(block.weights.numpy(), weights[block.first_row :][: len(block.x)])
-            assert np.array_equal(block.x.numpy(), X[block.first_row :][: len(block.x)])
-    for wrong in (np.arange(6.0), np.arange(13.0)):
-        with pytest.raises(ValueError, match="weights must have shape"):
-            list(Dataset(gaussian_full, share(source, 0, 2), wrong))
+def test_every_nth_row_keeps_its_weights() -> None:
+    """Each process reads all the chunks, and takes its weights out of those of all rows."""
+    source, weights = Chunks(X[:5], X[:0], X[5:6], X[6:]), np.arange(12.0)
+    for rank in range(3):
+        blocks = list(Dataset(gaussian_full, share(source, rank, 3), weights))
+        assert np.array_equal(torch.cat([block.x for block in blocks]).numpy(), X[rank::3])
+        found = torch.cat([block.weights for block in blocks if block.weights is not None])
+        assert np.array_equal(found.numpy(), weights[rank::3])
+        assert [b.first_row for b in blocks] == list(np.cumsum([0, *[len(b.x) for b in blocks]])[:-1])
+        for wrong in (np.arange(4.0), np.arange(13.0)):  # 4 are as many as its own rows
+            with pytest.raises(ValueError, match="weights must have shape"):
+                list(Dataset(gaussian_full, share(source, rank, 3), wrong))
 
 
 def test_union_of_datasets_and_datasets_in_memory_are_shared_by_blocks() -> None:
@@ -472,14 +467,14 @@ print(before, peak(), *total.tolist())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-@pytest.mark.parametrize("kind", ["npy", "parquet"])
-def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["npy", "parquet"])
+def test_memory_does_not_grow_with_the_file(ending: str, tmp_path: Path) -> None:
     """A process that has read a small file, of one row group, reads one of 400 MB in 150 MB more at most."""
     rng = np.random.default_rng(0)
     piece = rng.normal(size=(1 << 18, 8))
-    small, large = (str(tmp_path / f"{size}.{kind}") for size in ("small", "large"))
+    small, large = (str(tmp_path / f"{size}.{ending}") for size in ("small", "large"))
     num_pieces = 24
-    if kind == "npy":
+    if ending == "npy":
         np.save(small, piece)
         mapped = np.lib.format.open_memmap(large, "w+", np.float64, (num_pieces * len(piece), 8))
         for i in range(num_pieces):
