@@ -278,12 +278,13 @@ def sample(params: Params, num_samples: int, generator: torch.Generator) -> tupl
     """Return ``num_samples`` draws x (n, D) and the components z (n,) that they came from."""
     z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
     locs = params.locs
-    noise = torch.randn(num_samples, locs.shape[-1], generator=generator, dtype=locs.dtype, device=locs.device)
+    # features first: the choice between components then runs along rows that lie side by side in memory
+    noise = torch.randn(locs.shape[-1], num_samples, generator=generator, dtype=locs.dtype, device=locs.device)
     factors = cholesky(params.covariances)
-    x = torch.zeros_like(noise)
-    for k in range(locs.shape[-2]):
-        x = torch.where((z == k)[:, None], locs[k] + noise @ factors[k].mT, x)
-    return x, z
+    x = locs[0][:, None] + factors[0] @ noise
+    for k in range(1, locs.shape[-2]):
+        x = torch.where(z == k, (factors[k] @ noise).add_(locs[k][:, None]), x)
+    return x.mT.contiguous(), z
 
 
 def moments(params: Params) -> tuple[Tensor, Tensor]:
