@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -93,9 +94,7 @@ def test_pass_waits_at_most_for_its_choice_of_sums(case: Case, weighted: bool) -
     """Moments are used if exact before the pass and after it: two questions, however many chunks."""
     params, x = case.params(1), case.data(2, 64)
     weights = torch.rand(64, generator=seeded(3), dtype=torch.float64) if weighted else None
-    counts = [
-        waits_of(lambda chunk=chunk: expectation(case.family, params, x, weights, chunk=chunk)) for chunk in (64, 4)
-    ]
+    counts = [waits_of(partial(expectation, case.family, params, x, weights, chunk=chunk)) for chunk in (64, 4)]
     assert counts[0] == counts[1]
     assert len(counts[0]) <= 2
     assert set(counts[0]) <= {"_local_scalar_dense"}
