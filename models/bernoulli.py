@@ -157,7 +157,7 @@ def sample(params: Params, num_samples: int, generator: torch.Generator) -> tupl
     z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
     probs = params.probs
     uniform = torch.rand(num_samples, probs.shape[-1], generator=generator, dtype=probs.dtype, device=probs.device)
-    return (uniform < probs[z]).to(probs.dtype), z
+    return (uniform < probs.index_select(0, z)).to(probs.dtype), z
 
 
 def moments(params: Params) -> tuple[Tensor, Tensor]:

@@ -191,7 +191,7 @@ def sample(params: Params, num_samples: int, generator: torch.Generator) -> tupl
     z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
     locs = params.locs
     noise = torch.randn(num_samples, locs.shape[-1], generator=generator, dtype=locs.dtype, device=locs.device)
-    return locs[z] + params.variances.sqrt()[z] * noise, z
+    return noise.mul(params.variances.sqrt().index_select(0, z)).add_(locs.index_select(0, z)), z
 
 
 def moments(params: Params) -> tuple[Tensor, Tensor]:

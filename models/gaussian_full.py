@@ -288,13 +288,15 @@ def log_prior(params: Params, prior: Prior) -> Tensor:
 def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return ``num_samples`` draws x (n, D) and the components z (n,) that they came from."""
     z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
-    locs = params.locs
-    noise = torch.randn(num_samples, locs.shape[-1], generator=generator, dtype=locs.dtype, device=locs.device)
-    factors = cholesky(params.covariances)
-    x = torch.zeros_like(noise)
-    for k in range(locs.shape[-2]):
-        x = torch.where((z == k)[:, None], locs[k] + noise @ factors[k].mT, x)
-    return x, z
+    locs, factors = params.locs, cholesky(params.covariances)
+    blocks = []
+    for part in z.split(2**14):  # rows that stay in the cache, features first so that the choice runs along rows
+        noise = torch.randn(locs.shape[-1], len(part), generator=generator, dtype=locs.dtype, device=locs.device)
+        x = locs[0][:, None] + factors[0] @ noise
+        for k in range(1, locs.shape[-2]):
+            x = torch.where(part == k, locs[k][:, None] + factors[k] @ noise, x)
+        blocks.append(x.mT)
+    return torch.cat(blocks), z
 
 
 def moments(params: Params) -> tuple[Tensor, Tensor]:

@@ -148,7 +148,7 @@ class GaussianIsotropic:
         z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
         locs = params.locs
         noise = torch.randn(num_samples, locs.shape[-1], generator=generator, dtype=locs.dtype, device=locs.device)
-        return locs[z] + math.sqrt(self.variance) * noise, z
+        return noise.mul(math.sqrt(self.variance)).add_(locs.index_select(0, z)), z
 
     def moments(self, params: GaussianIsotropic.Params) -> tuple[Tensor, Tensor]:
         """Return the mean (D,) and the covariance (D, D) of one observation."""

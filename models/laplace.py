@@ -144,8 +144,8 @@ def sample(params: Params, num_samples: int, generator: torch.Generator) -> tupl
     locs = params.locs
     shape = (2, num_samples, locs.shape[-1])
     uniform = torch.rand(shape, generator=generator, dtype=locs.dtype, device=locs.device)
-    exponential = -torch.log1p(-uniform)  # finite: uniform draws are below 1
-    return locs[z] + params.scales[z] * (exponential[0] - exponential[1]), z
+    logs = uniform.neg_().log1p_()  # of minus two exponentials; finite: uniform draws are below 1
+    return (logs[1] - logs[0]).mul_(params.scales.index_select(0, z)).add_(locs.index_select(0, z)), z
 
 
 def moments(params: Params) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,19 @@
 """Devices: on a GPU everything agrees with the CPU; without one, no function mixes devices or goes through the host.
 
-A fake tensor has a shape and a device and no values, so that a mistake about devices shows on any machine.
+A tensor on torch's device ``meta`` has a shape and no values, so that a mistake about devices shows on any machine.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -82,10 +81,10 @@ def waits_of(function: Callable[[], Any]) -> list[str]:
 
 def test_modes_catch_planted_round_trips() -> None:
     x = torch.ones(3)
-    for trip in (lambda: x.sum().item(), lambda: x.tolist(), lambda: x.numpy(), lambda: x.cpu(), lambda: float(x[0])):
+    for trip in (x[0].item, x.tolist, x.numpy, x.cpu, x[0].__float__):
         with pytest.raises(AssertionError, match="to the host"):
             waits_of(trip)
-    for wait in (lambda: bool(x[0] > 0), lambda: x[x > 0], lambda: x.nonzero(), lambda: x.unique()):
+    for wait in (x[0].__bool__, x.nonzero, x.unique):
         assert waits_of(wait)
     assert waits_of(lambda: x.softmax(0) @ x) == []
 
@@ -95,32 +94,33 @@ def test_pass_waits_at_most_for_its_choice_of_sums(case: Case, weighted: bool) -
     """Moments are used if exact before the pass and after it: two questions, however many chunks."""
     params, x = case.params(1), case.data(2, 64)
     weights = torch.rand(64, generator=seeded(3), dtype=torch.float64) if weighted else None
-    counts = [
-        waits_of(lambda chunk=chunk: expectation(case.family, params, x, weights, chunk=chunk)) for chunk in (64, 4)
-    ]
+    counts = [waits_of(partial(expectation, case.family, params, x, weights, chunk=chunk)) for chunk in (64, 4)]
     assert counts[0] == counts[1]
     assert len(counts[0]) <= 2
     assert set(counts[0]) <= {"_local_scalar_dense"}
 
 
-@contextmanager
-def fake_gpu() -> Iterator[Callable[[Any], Any]]:
-    """Yield a function that gives tensors' fakes on a GPU that need not exist."""
-    with FakeTensorMode():
-        yield lambda tree: tree_map(
-            lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="cuda") if isinstance(leaf, Tensor) else leaf,
-            tree,
-        )
+class OneDevice(TorchDispatchMode):
+    """Fails where an operation takes a tensor from elsewhere than the device; a number () may come from the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.ndim and leaf.device.type != "meta":
+                raise AssertionError(f"{func} takes a tensor from the {leaf.device.type}")
+        return func(*args, **(kwargs or {}))
 
 
-def test_fake_gpu_catches_planted_mixing() -> None:
-    with fake_gpu() as fake:
-        x = fake(torch.ones(3))
-        assert (x + 1).device.type == "cuda"
-        with pytest.raises(RuntimeError, match="device"):
-            x + torch.ones(3)
-        with pytest.raises(RuntimeError, match="device"):
-            torch.eye(3) @ x
+def on_meta(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def test_mode_catches_planted_mixing() -> None:
+    x = torch.ones(3, device="meta")
+    with OneDevice():
+        assert (x + torch.tensor(1.0)).device.type == "meta"
+    for mix in (lambda: x + torch.ones(3), lambda: torch.eye(3) @ x, lambda: torch.ones(3)[:2]):
+        with OneDevice(), pytest.raises(AssertionError, match="takes a tensor from the cpu"):
+            mix()
 
 
 def test_functions_of_a_family_stay_on_the_device(case: Case, kind: str) -> None:
@@ -128,8 +128,8 @@ def test_functions_of_a_family_stay_on_the_device(case: Case, kind: str) -> None
     if case.name == "KnownNoise":
         pytest.skip("its setting holds tensors, which stay where they were made")
     prior, params, x, resp = case.prior_or_flat(kind), case.params(1), case.data(2, 40), case.resp(3, 40)
-    with fake_gpu() as fake:
-        prior, params, x, resp = (fake(value) for value in (prior, params, x, resp))
+    prior, params, x, resp = (on_meta(value) for value in (prior, params, x, resp))
+    with OneDevice():
         found = [family.log_joint(params, x), family.m_step(family.statistics(params, x, resp), prior)]
         found.append(family.moments(params))
         if prior is not None:
@@ -143,7 +143,7 @@ def test_functions_of_a_family_stay_on_the_device(case: Case, kind: str) -> None
             form = family.prepare(params, center)
             table, kept = form.table(x)
             found += [table, form.statistics(form.sums(kept, resp.mT))]
-        assert {leaf.device.type for leaf in tree_leaves(found)} == {"cuda"}
+        assert {leaf.device.type for leaf in tree_leaves(found)} == {"meta"}
 
 
 # On a GPU

@@ -33,7 +33,7 @@ def one_by_one(family: Any, x: Any, inits: list[Any], **settings: Any) -> tuple[
 
 
 def assert_best(found: Restarts, fits: dict[int, Fit], failures: dict[int, str], num_starts: int) -> None:
-    """The batch sums the rows in another order than ``em``: each trace is near 1e-14 of its size, and ends within the stop rule."""
+    """Check all starts to the stop rule, and the best to rounding: the batch sums in another order than ``em``."""
     assert found.failures == failures
     assert found.log_lik.shape == (num_starts,)
     assert found.log_lik.isnan().nonzero().flatten().tolist() == sorted(failures)
