@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_image, make_blobs
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from mixproof.inference.lloyd import MANHATTAN, SQUARED_EUCLIDEAN, Clustering, lloyd
 

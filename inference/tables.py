@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -104,10 +104,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _arrays(path: Path, mmap_mode: Literal["r"] | None = None) -> Any:
-    """Return the array of an .npy file or the arrays by name of an .npz file."""
+def _arrays(path: Path) -> Any:
+    """Return the memory map of an .npy file or the arrays by name of an .npz file."""
     try:
-        return np.load(path, mmap_mode, allow_pickle=False)
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as file:  # which NumPy leaves open where the archive is broken
+            found = np.load(file, allow_pickle=False)
+            return dict(found) if isinstance(found, Mapping) else {"": found}
     except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} is not a NumPy file: {error}") from error
 
@@ -145,7 +149,7 @@ def open_rows(path: Path) -> Any:
         case ".parquet":
             return _numbers(pads.dataset(path, format="parquet"), path)
         case ".npy":
-            return _arrays(path, mmap_mode="r")
+            return _arrays(path)
         case ".npz":
             return _rows(_arrays(path), path)
         case ".safetensors":

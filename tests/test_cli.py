@@ -77,9 +77,9 @@ def test_the_command_and_its_python_twin_give_the_same_rows_in_every_format(tmp_
         result = run("sample", "gaussian_full", "--params", params, "-n", 40, "--out", out, "--seed", 5)
         assert result.exit_code == 0, result.output
         if ending == "npz":
-            stored = np.load(out)
-            np.testing.assert_array_equal(stored["x"], x.numpy())
-            np.testing.assert_array_equal(stored["z"], z.numpy())
+            with np.load(out) as stored:
+                np.testing.assert_array_equal(stored["x"], x.numpy())
+                np.testing.assert_array_equal(stored["z"], z.numpy())
         elif ending != "safetensors":
             read = pyarrow.csv.read_csv if ending == "csv" else pyarrow.parquet.read_table
             table = read(out)

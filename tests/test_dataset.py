@@ -255,7 +255,7 @@ def test_columns_of_several_types_have_one_type_in_all_blocks(monkeypatch: Any) 
 def test_null_is_missing_and_an_error_elsewhere(column: list, monkeypatch: Any) -> None:
     monkeypatch.setattr(dataset, "BLOCK_ENTRIES", 1)
     found = pa.table({"a": [1.0, 2.0, 3.0], "b": column})
-    with pytest.raises(ValueError, match=re.escape("x[1, 1] is nan: drop or impute the row, or pass missing=True")):
+    with pytest.raises(ValueError, match=re.escape("x[1, 1] is nan: drop or impute the row (em takes missing=True")):
         rows(found)
     expected = torch.tensor([[1.0, column[0]], [2.0, torch.nan], [3.0, column[2]]], dtype=torch.float64)
     assert torch.equal(rows(found, missing=True).nan_to_num(-1), expected.nan_to_num(-1))
