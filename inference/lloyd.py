@@ -170,7 +170,7 @@ class Assignment:
             self.origin = x.mean(0)
             self.centred = (x - self.origin).double()
             self.norms = torch.linalg.vector_norm(self.centred, dim=1).square()
-        self.labels = assign(x, centers, metric)
+        self.labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
         self.path = x.new_zeros((), dtype=torch.float64)  # how far the centres have moved
         self.num_moves = 0
         self.safe_until = torch.full(x.shape[:1], -torch.inf, dtype=torch.float64, device=x.device)  # on the path
@@ -185,8 +185,10 @@ class Assignment:
         suspects = (self.safe_until <= self.path * (1 + self.num_moves * self.rounding)).nonzero()[:, 0]
         suspects = self._measure(suspects)
         before = self.labels.index_select(0, suspects)
-        self.labels[suspects] = assign(self.x.index_select(0, suspects), centers, self.metric)
-        self._measure(suspects)
+        chunks = suspects.split(_chunk(centers))
+        self.labels[suspects] = torch.cat([self._table(rows, centers)[0].min(0).indices for rows in chunks])
+        unsure = self._measure(suspects)  # rounding could decide
+        self.labels[unsure] = assign(self.x.index_select(0, unsure), centers, self.metric)
         changed = (self.labels.index_select(0, suspects) != before).nonzero()[:, 0]
         return suspects[changed], before[changed]
 
@@ -201,19 +203,22 @@ class Assignment:
 
     def _gap(self, rows: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
         """Return by how much farther than the centre of its label (n,) the nearest other centre is from each row."""
-        if self.metric.power == 1:
-            table = torch.cdist(centers, self.x.index_select(0, rows), p=1)
-            norm = error = 0.0
-        else:  # of squares, expanded and less the square of the row, with a bound on the rounding
-            origin, norm = (centers - self.origin).double(), self.norms.index_select(0, rows)
-            squares = origin.square().sum(1)
-            table = torch.addmm(squares[:, None], origin, self.centred.index_select(0, rows).mT, alpha=-2)
-            error = self.rounding * (norm + squares.max())
+        table, norm, error = self._table(rows, centers)
         own = table.gather(0, labels[None])[0]
         other = table.scatter_(0, labels[None], torch.inf).amin(0)
         if self.metric.power == 2:
             own, other = (own + norm + error).sqrt(), (other + norm - error).clamp_min(0).sqrt()
         return other.double() * (1 - self.rounding) - own
+
+    def _table(self, rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return distances (K, n) less what is equal for all centres, the latter (n,), and the rounding (n,)."""
+        if self.metric.power == 1:
+            zero = centers.new_zeros(())
+            return torch.cdist(centers, self.x.index_select(0, rows), p=1), zero, zero
+        origin, norm = (centers - self.origin).double(), self.norms.index_select(0, rows)
+        squares = origin.square().sum(1)
+        table = torch.addmm(squares[:, None], origin, self.centred.index_select(0, rows).mT, alpha=-2)
+        return table, norm, self.rounding * (norm + squares.max())
 
 
 def assign(x: Tensor, centers: Tensor, metric: Metric) -> Tensor:
@@ -253,10 +258,14 @@ def deviations(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric) -> Te
         centers: (K, D).
         metric: ``SQUARED_EUCLIDEAN`` (distances are squared) or ``MANHATTAN``.
     """
-    differences = x - centers.index_select(0, labels)
-    powers = differences.square() if metric.power == 2 else differences.abs()
-    # As a product, much faster than a sum over few features.
-    return (powers.double() @ torch.ones(x.shape[1], dtype=torch.float64, device=x.device)).to(x.dtype)
+    ones = torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
+    size = _chunk(x[:1])
+    distances = []
+    for rows, own in zip(x.split(size), labels.split(size), strict=True):
+        differences = rows - centers.index_select(0, own)
+        powers = differences.square_() if metric.power == 2 else differences.abs_()
+        distances.append(powers.double() @ ones)  # a product is much faster than a sum over few features
+    return torch.cat(distances).to(x.dtype)
 
 
 def _sums(x: Tensor, centers: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -475,7 +484,7 @@ def _raise_unless_sum(
 ) -> None:
     """Raise unless J fell by what the steps lowered it, to rounding: it then fell at each of them."""
     eps = torch.finfo(x.dtype).eps
-    size, total = x.abs().amax(0), weights.sum()
+    size, total = torch.linalg.vector_norm(x, torch.inf, dim=0), weights.sum()
     # A centre is rounded to eps times its size, at each move anew, and the sums are rounded to eps times theirs.
     drift = 2 * eps * num_steps * size
     rounding = 8 * eps * num_steps * (x.shape[1] + len(x).bit_length()) * first
