@@ -7,14 +7,15 @@ the pass knows by the names of the contract and by these optional ones, on top o
 
 ``reduction(params) -> (family, params, back)``
     The table of log joint densities is that of another family at other parameters, and ``back`` maps its ``Stats``.
-``features(x, center) -> (P, N)``, ``natural(params, center) -> (K, P)``,
+``features(x (..., N, D), center, out=None) -> (..., P, N)``, ``natural(params, center) -> (K, P)``,
 ``reach(params, center) -> (K, D)`` and ``statistics_of(moments (P, K), params, center) -> Stats``
     The family is an exponential one: its table (K, N) is natural @ features, its statistics come from the moments
     features @ responsibilities^T. Features are monomials of x - center, of degree two at most, and |x - center| has
     root mean squares of at most ``reach`` in each component.
 ``prepare(params, center)``
     An object that does a chunk precisely, whatever the parameters: ``width`` numbers a row in its largest temporary,
-    ``table(x) -> ((K, n), kept)``, ``sums(kept, resp (K, n))``, a tuple of tensors that add up over chunks, and
+    ``table(x (L, n, D), space) -> (L, K, n)`` for L lanes of rows, in memory of the ``Workspace``,
+    ``sums(x, resp (L, K, n), space)``, a tuple of tensors, lanes first, that add up over lanes and chunks, and
     ``statistics(sums) -> Stats``.
 ``additive = True``
     ``Stats`` of chunks add up to those of all rows, entry by entry.
@@ -83,16 +84,31 @@ def expectation(
     if chunk is None and x.numel() * params[0].shape[0] < SMALL:
         return _pass(_Plain(family, params), x, row_weights, len(x))
     center = family.moments(params)[0]
-    if hasattr(family, "features"):
+    # With more features than this, products with K factors are less work.
+    most = 3 * params[0].shape[0] * x.shape[1] if hasattr(family, "prepare") else math.inf
+    if hasattr(family, "features") and len(family.features(center[None], center)) <= most:
         moments = Moments(family, params, center)
-        # Below, products with K factors are less work than those with a table of about D^2 / 2 features.
-        worth = not hasattr(family, "prepare") or moments.width <= 3 * params[0].shape[0] * x.shape[1]
-        if worth and moments.exact:
+        if moments.exact:
             found = _pass(moments, x, row_weights, chunk)
             if Moments(family, _in_type(family.m_step(found.stats), x.dtype), center).exact:
                 return found
     form = family.prepare(params, center) if hasattr(family, "prepare") else _Plain(family, params)
     return _pass(form, x, row_weights, chunk)
+
+
+class Workspace:
+    """Memory that each chunk writes to again: fresh memory costs a fault a page, as slow as the arithmetic."""
+
+    def __init__(self, like: Tensor):
+        self._like = like
+        self._tensors: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """Return the tensor of a name in a shape, with whatever it holds."""
+        size = math.prod(shape)
+        if name not in self._tensors or self._tensors[name].numel() < size:
+            self._tensors[name] = self._like.new_empty(size)
+        return self._tensors[name][:size].view(shape)
 
 
 class Moments:
@@ -114,62 +130,72 @@ class Moments:
         """Whether sums of these features lose less than three tenths of the digits of their type."""
         return bool(self.growth.amax() <= torch.finfo(self.center.dtype).eps ** -0.3)
 
-    def table(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.family.features(x, self.center)
-        return self.natural @ features, features
+    def table(self, x: Tensor, space: Workspace) -> Tensor:
+        num_lanes, num_rows, _ = x.shape
+        num_components = len(self.natural)
+        features = space("features", num_lanes, self.width, num_rows)
+        self.family.features(x, self.center, out=features)
+        natural = self.natural.expand(num_lanes, num_components, self.width)
+        return torch.bmm(natural, features, out=space("table", num_lanes, num_components, num_rows))
 
-    def sums(self, features: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
-        return (features @ resp.mT,)
+    def sums(self, x: Tensor, resp: Tensor, space: Workspace) -> tuple[Tensor, ...]:
+        num_lanes, num_components, num_rows = resp.shape
+        features = space("features", num_lanes, self.width, num_rows)
+        return (torch.bmm(features, resp.mT, out=space("moments", num_lanes, self.width, num_components)),)
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Any:
         return self.family.statistics_of(sums[0], _in_type(self.params, torch.float64), self.center.double())
 
 
 class _Plain:
-    """A pass by ``log_joint`` and ``statistics`` themselves."""
+    """A pass by ``log_joint`` and ``statistics`` themselves, in one lane."""
 
     def __init__(self, family: Any, params: Any):
         self.family, self.params = family, params
         self.width = sum(value.numel() for value in params)
 
-    def table(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.family.log_joint(self.params, x).mT.contiguous(), x
+    def table(self, x: Tensor, space: Workspace) -> Tensor:
+        return self.family.log_joint(self.params, x.flatten(0, 1)).mT.contiguous()[None]
 
-    def sums(self, x: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
-        leaves, self.tree = tree_flatten(self.family.statistics(self.params, x, resp.mT))
-        return tuple(leaves)
+    def sums(self, x: Tensor, resp: Tensor, space: Workspace) -> tuple[Tensor, ...]:
+        leaves, self.tree = tree_flatten(self.family.statistics(self.params, x.flatten(0, 1), resp[0].mT))
+        return tuple(leaf[None] for leaf in leaves)
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Any:
         return tree_unflatten(sums, self.tree)
 
 
 def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -> Expectation:
-    """Return the sums over all chunks of rows."""
-    chunk = chunk or _rows_in_cache(form.width, x.device)
+    """Return the sums over all chunks of rows.
+
+    A chunk has a lane for each core, laid out one after the other, so that an operation on all lanes hands a core the
+    rows that are in its cache.
+    """
+    num_lanes = torch.get_num_threads() if x.device.type == "cpu" else 1
+    chunk = chunk or num_lanes * _rows_in_cache(form.width, x.device)
     floor = 0.92 * math.log(torch.finfo(x.dtype).tiny)  # subnormal numbers are twenty times slower
+    space = Workspace(x)
     log_lik = torch.zeros((), dtype=torch.float64, device=x.device)
     total: tuple[Tensor, ...] = ()
     for start in range(0, len(x), chunk):
-        table, kept = form.table(x[start : start + chunk])
+        rows = x[start : start + chunk]
+        lanes = rows.unflatten(0, (num_lanes if len(rows) % num_lanes == 0 else 1, -1))
+        table = form.table(lanes, space)
         if row_weights is not None:
-            table.masked_fill_(row_weights[start : start + chunk] == 0, 0)  # such a row may be impossible
-        largest = table.amax(0)
-        resp = torch.threshold_(table - largest, floor, -torch.inf).exp_()
-        normaliser = resp.sum(0)
+            weights = row_weights[start : start + chunk].view(len(table), 1, -1)
+            table.masked_fill_(weights == 0, 0)  # such a row may be impossible
+        largest = table.amax(1, keepdim=True)
+        resp = torch.threshold_(table.sub_(largest), floor, -torch.inf).exp_()
+        normaliser = resp.sum(1, keepdim=True)
         log_density = normaliser.log().add_(largest)
         if row_weights is None:
             resp.mul_(normaliser.reciprocal_())
         else:
-            weights = row_weights[start : start + chunk]
             log_density.mul_(weights)
             resp.mul_(weights / normaliser)
         log_lik += log_density.sum(dtype=torch.float64)
-        sums = form.sums(kept, resp)
-        if total:
-            for accumulator, part in zip(total, sums, strict=True):
-                accumulator.add_(part)
-        else:
-            total = tuple(part.to(torch.float64, copy=True) for part in sums)
+        sums = tuple(part.sum(0, dtype=torch.float64) for part in form.sums(lanes, resp, space))
+        total = tuple(a.add_(b) for a, b in zip(total, sums, strict=True)) if total else sums
     return Expectation(log_lik, form.statistics(total))
 
 
@@ -185,8 +211,7 @@ def _in_one_piece(family: Any, params: Any, x: Tensor, row_weights: Tensor | Non
 
 def _rows_in_cache(width: int, device: torch.device) -> int:
     """Return how many rows fill a core's cache with a temporary of so many numbers a row; a GPU takes far more."""
-    cores = torch.get_num_threads() if device.type == "cpu" else 2**9
-    return cores * max(2**18 // width, 256)
+    return max(2**20 // width, 256) * (1 if device.type == "cpu" else 2**7)
 
 
 def _in_type(params: Any, dtype: torch.dtype) -> Any:

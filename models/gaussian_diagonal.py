@@ -127,12 +127,13 @@ def recentre(stats: Stats, old: Params, new: Params) -> Stats:
     return stats._replace(shifts=shifts, squares=squares)
 
 
-def features(x: Tensor, center: Tensor) -> Tensor:
-    """Return the squares of x - center, x - center itself and ones, shape (2 D + 1, N), for rows x (N, D)."""
-    size = x.shape[-1]
-    result = x.new_ones(2 * size + 1, len(x))
-    torch.sub(x.mT, center[:, None], out=result[size:-1])
-    torch.square(result[size:-1], out=result[:size])
+def features(x: Tensor, center: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the squares of x - center, x - center and ones, shape (..., 2 D + 1, N), for rows x (..., N, D)."""
+    *batch, num_rows, size = x.shape
+    result = x.new_empty(*batch, 2 * size + 1, num_rows) if out is None else out
+    result[..., -1, :] = 1
+    centred = torch.sub(x.mT, center[:, None], out=result[..., size:-1, :])
+    torch.square(centred, out=result[..., :size, :])
     return result
 
 

@@ -12,6 +12,7 @@ section 2).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pyro
@@ -136,29 +137,34 @@ def recentre(stats: Stats, old: Params, new: Params) -> Stats:
     return stats._replace(shifts=shifts, scatters=scatters)
 
 
-def features(x: Tensor, center: Tensor) -> Tensor:
-    """Return the products of x - center with itself, x - center and ones, shape (P, N), for rows x (N, D).
+def features(x: Tensor, center: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the products of x - center with itself, x - center and ones, (..., P, N), for rows x (..., N, D).
 
     Of the symmetric matrix of products, the blocks on and above the diagonal are kept.
     """
-    size = x.shape[-1]
-    bands = _bands(size)
-    result = x.new_empty(sum((end - start) * (size - start) for start, end in bands) + size + 1, len(x))
-    result[-1] = 1
-    centred = torch.sub(x.mT, center[:, None], out=result[-1 - size : -1])
+    *batch, num_rows, size = x.shape
+    bands = _bands_of_features(size)
+    num_products = sum((end - start) * (size - start) for start, end in bands)
+    result = x.new_empty(*batch, num_products + size + 1, num_rows) if out is None else out
+    result[..., -1, :] = 1
+    centred = torch.sub(x.mT, center[:, None], out=result[..., num_products:-1, :])
     first = 0
     for start, end in bands:
         last = first + (end - start) * (size - start)
-        products = result[first:last].view(end - start, size - start, len(x))
-        torch.mul(centred[start:end, None], centred[start:], out=products)
+        products = result[..., first:last, :].unflatten(-2, (end - start, size - start))
+        torch.mul(centred[..., start:end, None, :], centred[..., None, start:, :], out=products)
         first = last
     return result
 
 
-def _bands(size: int) -> list[tuple[int, int]]:
-    """Return the ends of at most four bands of rows of a matrix: few operations on 10 / 16 of its blocks."""
-    width = math.ceil(size / 4)
+def _bands(size: int, width: int) -> list[tuple[int, int]]:
+    """Return the first row and the end of each band of rows of a matrix."""
     return [(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+def _bands_of_features(size: int) -> list[tuple[int, int]]:
+    """Return at most seven bands: few operations, on little more than half of the matrix."""
+    return _bands(size, math.ceil(size / 7))
 
 
 def natural(params: Params, center: Tensor) -> Tensor:
@@ -169,7 +175,7 @@ def natural(params: Params, center: Tensor) -> Tensor:
     linear = (precisions @ locs)[..., 0]
     constant = constant - (whitening @ locs).square().sum((-2, -1)) / 2
     quadratic = []
-    for start, end in _bands(center.shape[-1]):
+    for start, end in _bands_of_features(center.shape[-1]):
         band = -precisions[:, start:end, start:]
         band[..., : end - start] /= 2  # both halves of a block on the diagonal are there
         quadratic.append(band.flatten(1))
@@ -195,7 +201,7 @@ def statistics_of(moments: Tensor, params: Params, center: Tensor) -> Stats:
     counts, sums = moments[-1], moments[-1 - size : -1].mT
     products = moments.new_empty(len(counts), size, size)
     first = 0
-    for start, end in _bands(size):
+    for start, end in _bands_of_features(size):
         last = first + (end - start) * (size - start)
         band = moments[first:last].mT.unflatten(-1, (end - start, size - start))
         products[:, start:end, start:] = band
@@ -219,37 +225,52 @@ class _Whitened:
         self.columns = self.locs.mT.contiguous()[..., None]  # (D, K, 1)
         num_components, size = self.locs.shape
         self.width = num_components * size
-        self.bands = _bands(size) if size >= 64 else [(0, size)]
+        self.bands = _bands(size, 16)
         whitening, self.constant = _whitening(params)
         affine = torch.cat([-whitening @ self.locs[..., None], whitening], -1)
         self.factors = [affine[:, start:end, : end + 1].flatten(0, 1) for start, end in self.bands]
 
-    def table(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p(x_n, z_n = k), shape (K, n), for rows x (n, D), and ones above their x - center, (1 + D, n)."""
-        centred = x.new_ones(1 + x.shape[-1], len(x))
-        torch.sub(x.mT, self.center[:, None], out=centred[1:])
-        mahalanobis: Tensor | float = 0.0
+    def table(self, x: Tensor, space: Callable[..., Tensor]) -> Tensor:
+        """Return log p(x_n, z_n = k), shape (L, K, n), for rows x (L, n, D)."""
+        (num_lanes, num_rows, size), num_components = x.shape, len(self.constant)
+        centred = space("centred", num_lanes, 1 + size, num_rows)  # ones above x - center
+        centred[:, 0] = 1
+        torch.sub(x.mT, self.center[:, None], out=centred[:, 1:])
+        table = space("table", num_lanes, num_components, num_rows).copy_(self.constant[:, None])
         for (start, end), factors in zip(self.bands, self.factors, strict=True):
-            whitened = (factors @ centred[: end + 1]).view(-1, end - start, len(x))
-            mahalanobis = mahalanobis + whitened.square_().sum(1)
-        return self.constant[:, None] - mahalanobis / 2, centred
+            whitened = space("whitened", num_lanes, len(factors), num_rows)
+            torch.bmm(factors.expand(num_lanes, -1, -1), centred[:, : end + 1], out=whitened)
+            table.sub_(whitened.square_().view(num_lanes, num_components, end - start, num_rows).sum(2), alpha=0.5)
+        return table
 
-    def sums(self, centred: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
-        """Return the sums of r, of r (x - loc), and, from each band's diagonal on, of r (x - loc)(x - center)^T."""
-        weighted = (centred[1:, None] - self.columns).mul_(resp)  # (D, K, n)
-        scatters = (weighted[start:].flatten(0, 1) @ centred[start + 1 : end + 1].mT for start, end in self.bands)
-        return resp.sum(-1), weighted.sum(-1), *scatters
+    def sums(self, x: Tensor, resp: Tensor, space: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        """Return the sums of r and, from each band's diagonal on, of r (x - loc)(x - center)^T.
+
+        The first band has the sums of r (x - loc) before its other columns.
+        """
+        num_lanes, num_rows, size = x.shape
+        centred = space("centred", num_lanes, 1 + size, num_rows)
+        weighted = space("weighted", num_lanes, size, len(self.constant), num_rows)
+        torch.sub(centred[:, 1:, None], self.columns, out=weighted).mul_(resp[:, None])
+        scatters = (
+            torch.bmm(weighted[:, start:].flatten(1, 2), centred[:, start + (start > 0) : end + 1].mT)
+            for start, end in self.bands
+        )
+        return resp.sum(-1), *scatters
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Stats:
-        counts, shifts, *bands = sums
+        """Return the sufficient statistics from the sums over all rows."""
+        counts, *bands = sums
         num_components, size = self.locs.shape
-        scatters = counts.new_zeros(num_components, size, size)
+        shifts, bands[0] = bands[0][:, 0].view(size, num_components).mT, bands[0][:, 1:]
+        scatters = counts.new_empty(num_components, size, size)
         for (start, end), band in zip(self.bands, bands, strict=True):
-            scatters[:, start:, start:end] = band.unflatten(0, (size - start, num_components)).movedim(0, 1)
-        shifts = shifts.mT
-        scatters = (scatters - shifts[..., :, None] * self.locs[..., None, :]).tril()
-        scatters = scatters + scatters.tril(-1).mT
-        return Stats(counts, shifts + counts[:, None] * self.params.locs, shifts, scatters)
+            below = band.unflatten(0, (size - start, num_components)).movedim(1, 0)  # (K, size - start, width)
+            below = below - shifts[:, start:, None] * self.locs[:, None, start:end]
+            scatters[:, start:, start:end] = below
+            scatters[:, start:end, start:] = below.mT
+        shifted = shifts + counts[:, None] * self.params.locs
+        return Stats(counts, shifted, shifts, (scatters + scatters.mT) / 2)
 
 
 def prepare(params: Params, center: Tensor) -> _Whitened:

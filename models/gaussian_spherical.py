@@ -127,11 +127,13 @@ def recentre(stats: Stats, old: Params, new: Params) -> Stats:
     return stats._replace(shifts=shifts, squares=squares)
 
 
-def features(x: Tensor, center: Tensor) -> Tensor:
-    """Return ||x - center||^2, x - center itself and ones, shape (D + 2, N), for rows x (N, D)."""
-    result = x.new_ones(x.shape[-1] + 2, len(x))
-    torch.sub(x.mT, center[:, None], out=result[1:-1])
-    torch.sum(result[1:-1].square(), 0, out=result[0])
+def features(x: Tensor, center: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ||x - center||^2, x - center and ones, shape (..., D + 2, N), for rows x (..., N, D)."""
+    *batch, num_rows, size = x.shape
+    result = x.new_empty(*batch, size + 2, num_rows) if out is None else out
+    result[..., -1, :] = 1
+    centred = torch.sub(x.mT, center[:, None], out=result[..., 1:-1, :])
+    torch.sum(centred.square(), -2, out=result[..., 0, :])
     return result
 
 

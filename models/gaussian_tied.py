@@ -10,6 +10,7 @@ shared covariance and normal on each mean given it (Fraley and Raftery 2007, sec
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pyro
@@ -150,18 +151,27 @@ class _Whitened:
         self.whitened_columns = (self.whitening @ self.columns[..., 0])[..., None]
         self.constant = params.weights.log() - (len(factor) * math.log(2 * math.pi) + log_det(factor)) / 2
 
-    def table(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p(x_n, z_n = k), shape (K, n), for rows x (n, D), and their x - center, (D, n)."""
-        centred = torch.sub(x.mT, self.center[:, None], out=x.new_empty(x.shape[1], len(x)))
-        deviations = (self.whitening @ centred)[:, None] - self.whitened_columns  # (D, K, n)
-        return self.constant[:, None] - deviations.square_().sum(0) / 2, centred
+    def table(self, x: Tensor, space: Callable[..., Tensor]) -> Tensor:
+        """Return log p(x_n, z_n = k), shape (L, K, n), for rows x (L, n, D)."""
+        (num_lanes, num_rows, size), num_components = x.shape, len(self.constant)
+        centred = torch.sub(x.mT, self.center[:, None], out=space("centred", num_lanes, size, num_rows))
+        whitened = space("whitened", num_lanes, size, num_rows)
+        torch.bmm(self.whitening.expand(num_lanes, -1, -1), centred, out=whitened)
+        deviations = space("deviations", num_lanes, size, num_components, num_rows)
+        torch.sub(whitened[:, :, None], self.whitened_columns, out=deviations)
+        table = torch.sum(deviations.square_(), 1, out=space("table", num_lanes, num_components, num_rows))
+        return table.div_(-2).add_(self.constant[:, None])
 
-    def sums(self, centred: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
+    def sums(self, x: Tensor, resp: Tensor, space: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         """Return the sums of r, of r (x - loc), and of r (x - loc)(x - center)^T over all components."""
-        weighted = (centred[:, None] - self.columns).mul_(resp)  # (D, K, n)
-        return resp.sum(-1), weighted.sum(-1), weighted.sum(1) @ centred.mT
+        num_lanes, num_rows, size = x.shape
+        centred = space("centred", num_lanes, size, num_rows)
+        weighted = space("deviations", num_lanes, size, len(self.constant), num_rows)
+        torch.sub(centred[:, :, None], self.columns, out=weighted).mul_(resp[:, None])
+        return resp.sum(-1), weighted.sum(-1), torch.bmm(weighted.sum(2), centred.mT)
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Stats:
+        """Return the sufficient statistics from the sums over all rows."""
         counts, shifts, scatter = sums
         scatter = scatter - (shifts[:, None] * self.locs.mT).sum(-1)
         return Stats(counts, shifts.mT + counts[:, None] * self.params.locs, shifts.mT, (scatter + scatter.mT) / 2)

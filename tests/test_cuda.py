@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mixproof.inference.em import em, responsibilities
-from mixproof.inference.expectation import expectation
+from mixproof.inference.expectation import Workspace, expectation
 from mixproof.inference.lloyd import kmeans, kmedians
 from mixproof.inference.posterior_mode import posterior_mode
 from mixproof.inference.restarts import em_restarts
@@ -141,8 +141,10 @@ def test_functions_of_a_family_stay_on_the_device(case: Case, kind: str) -> None
             found.append(family.statistics_of(features @ resp, params, center))
         if hasattr(family, "prepare"):
             form = family.prepare(params, center)
-            table, kept = form.table(x)
-            found += [table, form.statistics(form.sums(kept, resp.mT))]
+            space = Workspace(x)
+            table = form.table(x[None], space)
+            sums = [part.sum(0) for part in form.sums(x[None], resp.mT[None].contiguous(), space)]
+            found += [table, form.statistics(tuple(sums))]
         assert {leaf.device.type for leaf in tree_leaves(found)} == {"meta"}
 
 

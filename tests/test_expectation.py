@@ -119,6 +119,25 @@ def test_chunks_that_fill_the_cache(case: Case) -> None:
     assert_close(expectation(case.family, params, x), plain(case.family, params, x), x, growth(case.family, params, x))
 
 
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_lanes_for_several_threads(case: Case, num_threads: int) -> None:
+    """121 rows in chunks of 30 leave one row over, which no two lanes share."""
+    params = case.params(3)
+    x = case.data(4, 121, params)
+    weights = torch.rand(121, generator=seeded(5), dtype=torch.float64)
+    expected, roundings = plain(case.family, params, x, weights), growth(case.family, params, x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        assert_close(expectation(case.family, params, x, weights, chunk=30), expected, x, roundings)
+        if hasattr(case.family, "prepare"):
+            center = case.family.moments(params)[0]
+            found = passes._pass(case.family.prepare(params, center), x, weights, 30)
+            assert_close(found, expected, x, roundings)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_float32_sums_in_float64(case: Case) -> None:
     params = in_type(case.params(3), torch.float32)
     x = case.data(4, 300, case.params(3)).float()
