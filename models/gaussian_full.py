@@ -163,8 +163,8 @@ def _bands(size: int, width: int) -> list[tuple[int, int]]:
 
 
 def _bands_of_features(size: int) -> list[tuple[int, int]]:
-    """Return at most seven bands: few operations, on little more than half of the matrix."""
-    return _bands(size, math.ceil(size / 7))
+    """Return at most eight bands: few operations, on little more than half of the matrix."""
+    return _bands(size, math.ceil(size / 8))
 
 
 def natural(params: Params, center: Tensor) -> Tensor:
