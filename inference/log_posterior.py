@@ -52,7 +52,10 @@ class LogPosterior:
     def __call__(self, u: Tensor, temperature: Tensor) -> Evaluation:
         """Return both parts and the slope at points u (C, P), the likelihood raised to powers (C,) between 0 and 1."""
         if len(u) not in self._graphs:
-            slope = torch.func.vmap(torch.func.grad(lambda u, temperature: self._at(u, temperature), has_aux=True))
+
+            def slope(u: Tensor, temperature: Tensor) -> Any:
+                return torch.func.vmap(torch.func.grad(self._at, has_aux=True))(u, temperature)
+
             with torch.no_grad(), pyro.validation_enabled(False):
                 self._graphs[len(u)] = make_fx(slope)(u, temperature)
         with torch.no_grad():
