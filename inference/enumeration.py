@@ -217,12 +217,18 @@ def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor]
 
 def _row_weights(scales: Mapping[str, float | Tensor], rows: torch.Size) -> Tensor:
     """Return the one scale that all sites of a row have, spread over the rows."""
-    spread = {name: torch.as_tensor(scale).expand(rows).reshape(-1) for name, scale in scales.items()}
-    first, *others = spread
+    first, *others = scales
     for other in others:
-        if not torch.equal(spread[first], spread[other]):
+        if not _same(scales[first], scales[other]):
             raise ValueError(f"the sites {first} and {other} of one row carry different scales: scale both alike")
-    return spread[first]
+    return torch.as_tensor(scales[first]).expand(rows).reshape(-1)
+
+
+def _same(left: float | Tensor, right: float | Tensor) -> bool:
+    """Return whether two scales are equal; plain numbers are compared as such, which a captured graph needs."""
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return bool((torch.as_tensor(left) == torch.as_tensor(right)).all())
+    return left == right
 
 
 def unconstrain(support: constraints.Constraint) -> Transform:
@@ -257,6 +263,15 @@ class Coordinates:
             for (name, shape), block in zip(self.shapes.items(), blocks, strict=True)
         }
         return {**self.fixed, **free}
+
+    def log_jacobian(self, u: Tensor) -> Tensor:
+        """Return log |d params / d u|, (), at unconstrained coordinates u (P,)."""
+        blocks = u.split([shape.numel() for shape in self.shapes.values()])
+        parts = []
+        for (name, shape), block in zip(self.shapes.items(), blocks, strict=True):
+            transform, inner = self.transforms[name], block.reshape(shape)
+            parts.append(transform.log_abs_det_jacobian(inner, transform(inner)).sum())
+        return torch.stack(parts).sum()
 
     def inverse(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return the unconstrained coordinates (P,) of parameters inside their supports."""

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Transform, biject_to, constraints
+
+from mixproof.models.conjugate import draw_gamma, draw_normal
 
 Size = torch.Size | list[int] | tuple[int, ...]
 
@@ -57,6 +59,25 @@ def log_inverse_wishart(covariances: Tensor, df: Tensor, scale: Tensor) -> Tenso
     return df / 2 * log_det(scale_factor) - normaliser - (df + size + 1) / 2 * log_det(factor) - trace / 2
 
 
+def draw_inverse_wishart_root(df: Tensor, scale: Tensor, generator: torch.Generator) -> Tensor:
+    """Return M (..., D, D) such that M M^T has the inverse-Wishart law, by Bartlett's decomposition.
+
+    A Wishart matrix is (C A)(C A)^T with C C^T its scale, A lower triangular, its diagonal the roots of chi-squared
+    variables with df, df - 1, ... degrees of freedom and standard normal below (Anderson 2003, An Introduction to
+    Multivariate Statistical Analysis, section 7.2). With scale = L L^T, the inverse of such a matrix has M = L A^-T.
+
+    Args:
+        df: (...), degrees of freedom, above D - 1.
+        scale: (..., D, D), positive definite.
+        generator: the only source of randomness.
+    """
+    size = scale.shape[-1]
+    halves = (df[..., None] - torch.arange(size, dtype=scale.dtype, device=scale.device)) / 2
+    diagonal = (2 * draw_gamma(halves, generator)).sqrt()
+    bartlett = draw_normal(scale, generator).tril(-1) + torch.diag_embed(diagonal)
+    return torch.linalg.solve_triangular(bartlett, cholesky(scale).mT, upper=False).mT
+
+
 class InverseWishart(TorchDistribution):
     """The inverse-Wishart law with ``df`` degrees of freedom () and scale matrix (D, D), as a Pyro distribution."""
 
@@ -88,3 +109,60 @@ class InverseWishart(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         return log_inverse_wishart(value, self.df, self.scale).expand(value.shape[:-2])
+
+
+class LogCholesky(Transform):
+    """Vectors (..., D (D + 1) / 2) to positive definite matrices L L^T: the rows of L, its diagonal by logarithm.
+
+    Pinheiro and Bates 1996, Statistics and Computing 6, section 2.2.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.positive_definite
+    bijective = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        factor = self._factor(x)
+        return factor @ factor.mT
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        size = y.shape[-1]
+        factor = cholesky(y)
+        diagonal = factor.diagonal(dim1=-2, dim2=-1)
+        rows, columns = torch.tril_indices(size, size, device=y.device)
+        return (factor - torch.diag_embed(diagonal) + torch.diag_embed(diagonal.log()))[..., rows, columns]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return log |dy / dx|, y by its lower triangle: D log 2 + sum_i (D + 2 - i) log L_ii, i from 1."""
+        size = y.shape[-1]
+        powers = torch.arange(size + 1, 1, -1, dtype=x.dtype, device=x.device)
+        return size * math.log(2) + (powers * self._log_diagonal(x)).sum(-1)
+
+    def _log_diagonal(self, x: Tensor) -> Tensor:
+        size = _size_of(x.shape[-1])
+        ends = torch.arange(1, size + 1, device=x.device).cumsum(0) - 1
+        return x[..., ends]
+
+    def _factor(self, x: Tensor) -> Tensor:
+        size = _size_of(x.shape[-1])
+        rows, columns = torch.tril_indices(size, size, device=x.device)
+        places = torch.zeros(size, size, dtype=torch.long, device=x.device)
+        places[rows, columns] = torch.arange(x.shape[-1], device=x.device)
+        return x[..., places].tril(-1) + torch.diag_embed(self._log_diagonal(x).exp())
+
+    def forward_shape(self, shape: Size) -> torch.Size:
+        size = _size_of(shape[-1])
+        return torch.Size((*shape[:-1], size, size))
+
+    def inverse_shape(self, shape: Size) -> torch.Size:
+        return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+def _size_of(length: int) -> int:
+    """Return D from D (D + 1) / 2."""
+    return (math.isqrt(8 * length + 1) - 1) // 2
+
+
+@biject_to.register(constraints.positive_definite)  # torch has none, and no sampler or autoguide does without
+def _log_cholesky(constraint: constraints.Constraint) -> Transform:
+    return LogCholesky()

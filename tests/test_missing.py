@@ -432,8 +432,9 @@ def marginal_covariance(family: Any, params: Any, row: Tensor) -> list[tuple[Ten
     return found
 
 
-LINEAR = ("bernoulli", "UniformWeights", "GaussianIsotropic")  # statistics without squares: means are enough
-INDEPENDENT = (*LINEAR, "gaussian_diagonal", "gaussian_spherical")  # nothing observed bears on what is missing
+LINEAR = ("bernoulli", "UniformWeights")  # statistics without squares: means are enough
+# Nothing observed bears on what is missing.
+INDEPENDENT = (*LINEAR, "GaussianIsotropic", "gaussian_diagonal", "gaussian_spherical")
 
 
 @pytest.mark.parametrize(
