@@ -11,13 +11,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+from torch.distributions import constraints
 
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import log_joint_table
 from mixproof.inference.labels import assign, log_likelihood, numbering, renumber, responsibilities
 from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.posterior_mode import at_edge
 from mixproof.inference.validation import check_params, check_rows, num_components
 
+LOG_ERROR = 10.0
+"""The standard error of a logarithm or a log odds above which its parameter may as well be at the edge."""
 DISTANCE = 0.01
 """How far from the maximum, in standard errors, a fit may lie before its standard errors come with a warning."""
 
@@ -51,42 +55,64 @@ def standard_errors(posterior: LogPosterior, params: Any) -> StandardErrors:
         ValueError: a parameter is at the edge of its support, the data leave a direction of the parameters open, or the
             likelihood rises from the fit: the message names the parameters. Use ``bootstrap`` at an edge.
     """
-    given: Mapping[str, Tensor] = params if isinstance(params, Mapping) else params._asdict()
     coordinates = posterior.coordinates
-    fit = {site: given[site].detach() for site in coordinates.shapes}
-    places = {site: coordinates.transforms[site].inv(value).reshape(-1) for site, value in fit.items()}
-    for site, place in places.items():
-        if not torch.isfinite(place).all():
-            raise ValueError(f"{site} is at the edge of its support, where the likelihood has no curvature: bootstrap")
-    u = torch.cat(list(places.values()))
-
-    def log_lik(u: Tensor) -> Tensor:
-        found = log_joint_table(posterior.model, posterior.program, coordinates(u), *posterior.args)
-        return found.log_likelihood
+    fit, u = _coordinates_of(posterior, params)
+    information = observed_information(posterior, params)
 
     def entries(u: Tensor) -> Tensor:
         return torch.cat([value.reshape(-1) for value in coordinates(u).values()])
 
-    information = -torch.autograd.functional.hessian(log_lik, u)
-    information = (information + information.mT) / 2
-    owners = [site for site, place in places.items() for _ in place]
+    owners = [site for site, shape in coordinates.shapes.items() for _ in range(shape.numel())]
     _raise_unless_definite(information, owners)
     factor = torch.linalg.cholesky(information)
-    slope = torch.autograd.functional.jacobian(log_lik, u)
+    slope = torch.autograd.functional.jacobian(partial(_log_likelihood, posterior), u)
     distance = float(torch.linalg.solve_triangular(factor, slope[:, None], upper=False).norm())
     if distance > DISTANCE:
         warnings.warn(
-            f"the fit is {distance:.2g} standard errors away from the maximum of the likelihood: run EM further, with a "
-            "lower rtol or a higher max_steps",
+            f"the fit is {distance:.2g} standard errors away from the maximum of the likelihood: run EM further, with "
+            "a lower rtol or a higher max_steps",
             ConvergenceWarning,
             stacklevel=2,
         )
     jacobian = torch.autograd.functional.jacobian(entries, u)
+    _raise_next_to_edge(posterior, torch.cholesky_inverse(factor).diagonal().sqrt(), owners)
     root = torch.linalg.solve_triangular(factor, jacobian.mT, upper=False)
     covariance = root.mT @ root
     errors = covariance.diagonal().sqrt().split([value.numel() for value in fit.values()])
     by_site = {site: part.reshape(fit[site].shape) for site, part in zip(fit, errors, strict=True)}
     return StandardErrors(by_site, covariance, information)
+
+
+def observed_information(posterior: LogPosterior, params: Any) -> Tensor:
+    """Return minus the Hessian of log p(x | params) in unconstrained coordinates, (P, P), by autograd.
+
+    Args:
+        posterior: the program with its data.
+        params: a value for each parameter site, as a dict or NamedTuple; others are ignored.
+
+    Raises:
+        ValueError: a parameter is at the edge of its support.
+    """
+    _, u = _coordinates_of(posterior, params)
+    information = -torch.autograd.functional.hessian(partial(_log_likelihood, posterior), u)
+    return (information + information.mT) / 2
+
+
+def _coordinates_of(posterior: LogPosterior, params: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the free parameters by site, and their unconstrained coordinates (P,)."""
+    given: Mapping[str, Tensor] = params if isinstance(params, Mapping) else params._asdict()
+    transforms = posterior.coordinates.transforms
+    fit = {site: given[site].detach() for site in transforms}
+    places = {site: transforms[site].inv(value).reshape(-1) for site, value in fit.items()}
+    for site, value in fit.items():
+        if not torch.isfinite(places[site]).all() or at_edge(value, posterior.program.supports[site]):
+            raise ValueError(f"{site} is at the edge of its support, where the likelihood has no curvature: bootstrap")
+    return fit, torch.cat(list(places.values()))
+
+
+def _log_likelihood(posterior: LogPosterior, u: Tensor) -> Tensor:
+    found = log_joint_table(posterior.model, posterior.program, posterior.coordinates(u), *posterior.args)
+    return found.log_likelihood
 
 
 def _raise_unless_definite(information: Tensor, owners: list[str]) -> None:
@@ -105,10 +131,23 @@ def _raise_unless_definite(information: Tensor, owners: list[str]) -> None:
     if values[0] < -math.sqrt(torch.finfo(values.dtype).eps):
         raise ValueError(f"the fit is no maximum: the likelihood curves upwards along {involved}; run EM further")
     raise ValueError(
-        f"the information is singular: along {involved} the likelihood is flat, so that the data do not decide them. "
-        "A parameter next to its edge, an empty component, or two that share their rows do this, and so does a model "
-        "that is not identified: take fewer components, or bootstrap"
+        f"the information is singular: along {involved} the likelihood is flat, and the data do not decide them. "
+        "An empty component or two equal ones do this, and a model that is not identified: take fewer components"
     )
+
+
+def _raise_next_to_edge(posterior: LogPosterior, errors: Tensor, owners: list[str]) -> None:
+    """Raise where a bounded parameter is undecided by factors, from standard errors (P,) of the coordinates."""
+    for site, error in zip(owners, errors.tolist(), strict=True):
+        support = posterior.program.supports[site]
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        bounded = support is not constraints.real and support.event_dim < 2
+        if bounded and error > LOG_ERROR:
+            raise ValueError(
+                f"{site} is next to the edge of its support: on its logarithmic scale the standard error is "
+                f"{error:.2g}, and the likelihood is no parabola that far. Bootstrap, or take fewer components"
+            )
 
 
 def bootstrap(
@@ -139,9 +178,9 @@ def bootstrap(
         rtol: the relative change of the log likelihood at which a replicate stops.
 
     Returns:
-        ``Draws`` of one chain, one draw for each replicate whose components kept their rows; ``lp`` is log p(x | params)
-        of the data themselves. Their standard deviations are standard errors. Replicates that failed or did not
-        converge are counted in the attributes and are a warning.
+        ``Draws`` of one chain, a draw for each replicate that converged; ``lp`` is log p(x | params) of the data
+        themselves. Their standard deviations are standard errors. Replicates that failed or did not converge are
+        counted in the attributes and are a warning.
 
     Raises:
         TypeError, ValueError: the data, the fit or a setting is not what it must be, or no replicate converged.
@@ -167,8 +206,8 @@ def bootstrap(
         raise ValueError(f"none of {num_replicates} replicates converged in {max_steps} steps: take fewer components")
     if num_failed > 0:
         warnings.warn(
-            f"{num_failed} of {num_replicates} replicates lost a component or did not converge in {max_steps} steps, and "
-            "are left out: the others say too little of the spread. Take fewer components or more steps",
+            f"{num_failed} of {num_replicates} replicates lost a component or did not converge in {max_steps} steps: "
+            "without them the spread looks too small. Take fewer components or more steps",
             ConvergenceWarning,
             stacklevel=2,
         )

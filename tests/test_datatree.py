@@ -174,7 +174,7 @@ def test_predictions_use_the_parameters_of_their_draw(posterior: LogPosterior) -
     weights = torch.full((4, 2), 0.5, dtype=torch.float64)
     params = {"weights": weights.unflatten(0, (2, 2)), "probs": probs.unflatten(0, (2, 2))}
     ends = Draws(params, {"lp": torch.zeros(2, 2, dtype=torch.float64)}, {})
-    found = to_datatree(_inside(ends), posterior, seed=0, num_prior=0)["posterior_predictive"]["x"]
+    found: Any = to_datatree(_inside(ends), posterior, seed=0, num_prior=0)["posterior_predictive"]["x"]
     assert found.mean(["obs_id", "feature"]).values.tolist() == [[0, 1], [1, 0]]
 
 
@@ -203,7 +203,7 @@ def test_it_is_read_back_from_netcdf_as_it_was(draws: Draws, posterior: LogPoste
     with xarray.open_datatree(tmp_path / "draws.nc") as read:
         assert read.identical(written)
         assert read["sample_stats"]["diverging"].dtype == bool
-        attributes = dict(read["posterior"].attrs)
+        attributes = {str(name): value for name, value in read["posterior"].attrs.items()}
     assert {"engine": "exact", "seed": 3, "warm": 1, "rate": 0.25, "rates": "[0.5]", "to": "null"}.items() <= (
         attributes.items()
     )
@@ -231,13 +231,13 @@ def _one_component(x: Tensor, draws: Draws) -> dict[str, Tensor]:
     return {"weights": torch.ones(*shape[:2], 1, dtype=torch.float64), "probs": probs}
 
 
-PLOTS = {
+PLOTS: dict[str, Any] = {
     "trace": lambda tree: arviz_plots.plot_trace(tree, group="label_invariant", var_names=["lp"]),
     "dist": lambda tree: arviz_plots.plot_dist(tree, var_names=["probs"]),
     "ess": lambda tree: arviz_plots.plot_ess(tree, group="label_invariant", var_names=["lp"]),
     "forest": lambda tree: arviz_plots.plot_forest(tree, var_names=["weights"]),
     "khat": lambda tree: arviz_plots.plot_khat(loo(tree, pointwise=True)),
-    "ppc": arviz_plots.plot_ppc_tstat,
+    "ppc": arviz_plots.plot_ppc_pava,
     "prior": lambda tree: arviz_plots.plot_prior_posterior(tree, var_names=["weights"]),
 }
 
@@ -258,7 +258,7 @@ def test_a_summary_of_components_that_do_not_agree_warns(draws: Draws, posterior
     with pytest.warns(UserWarning, match=r"not aligned.*align\(\)"):
         both = summary(tree, components=True)
     assert "probs[1, 2]" in both.index
-    aligned = to_datatree(align(draws, posterior), posterior, seed=1, num_predictive=0, num_prior=0)
+    aligned: Any = to_datatree(align(draws, posterior), posterior, seed=1, num_predictive=0, num_prior=0)
     agreed = summary(aligned, components=True, round_to="none")
     assert agreed.loc["weights[0]", "mean"] == pytest.approx(float(aligned["posterior"]["weights"][..., 0].mean()))
     assert not agreed.index.duplicated().any()
