@@ -38,7 +38,7 @@ ADAM_DECAY = 0.95
 MAX_STEPS = 1000
 FEW_STEPS = 16
 """The largest number of leapfrog steps while the scales are unknown."""
-NUM_CANDIDATES = 16
+NUM_CANDIDATES = 8
 CLIMB_STEPS = 100
 CLIMB_RATE = 0.1
 POOLED = 5
@@ -203,7 +203,7 @@ def hmc(
     if not 0 < target_acceptance < 1:
         raise ValueError(f"target_acceptance must lie between 0 and 1, not {target_acceptance}")
     posterior = LogPosterior(model, *args)
-    u = None if init is None else _starts(posterior, init, num_chains)
+    u = None if init is None else coordinates_of(posterior, init, num_chains)
     file = None if checkpoint is None else Path(checkpoint)
     identity = {
         "engine": "hmc",
@@ -297,7 +297,7 @@ def _height(evaluation: Evaluation) -> Tensor:
     return torch.where(torch.isfinite(value), value, -math.inf)
 
 
-def _starts(posterior: LogPosterior, init: Mapping[str, Tensor], num_chains: int) -> Tensor:
+def coordinates_of(posterior: LogPosterior, init: Mapping[str, Tensor], num_chains: int) -> Tensor:
     """Return the caller's starts as coordinates (C, P)."""
     names = list(posterior.coordinates.transforms)
     if set(init) != set(names):

@@ -60,6 +60,7 @@ class LogPosterior:
         }
         if not example:
             raise ValueError("the program has no continuous parameter to draw")
+        self.param_sites = [name for name, site in trace.nodes.items() if site["type"] == "param"]
         self.model, self.args = model, args
         self.program = inspect(model, example, *args)
         self.coordinates = Coordinates(self.program.supports, example)
@@ -96,6 +97,10 @@ class LogPosterior:
         with torch.no_grad():
             gradient, (log_prior, log_likelihood) = graph(u, temperature)
         return Evaluation(gradient, log_prior, log_likelihood)
+
+    def log_density(self, u: Tensor) -> Tensor:
+        """Return log p(u, data), (), at one point u (P,), differentiable as often as one likes."""
+        return self._at(u, u.new_ones(()))[0]
 
     def _at(self, u: Tensor, temperature: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         found = log_joint_table(self.model, self.program, self.coordinates(u), *self.args, same_scales=True)
@@ -175,12 +180,27 @@ class _ProperSites(Messenger):
         if message["done"] or message["is_observed"] or message["value"] is not None:
             return
         try:
-            message["value"] = message["fn"](*message["args"], **message["kwargs"])
+            message["value"] = _drawn(message["fn"])
         except NotImplementedError as error:
             raise ValueError(f'the prior of "{message["name"]}" is improper: it cannot be drawn from') from error
 
     def _pyro_param(self, message: Any) -> None:
-        raise ValueError(f'the prior of the param site "{message["name"]}" is flat and improper: it cannot be drawn from')
+        raise ValueError(
+            f'the prior of the param site "{message["name"]}" is flat and improper: it cannot be drawn from'
+        )
+
+
+def _drawn(distribution: Any) -> Tensor:
+    """Return a draw; of a Dirichlet law by way of gamma variables, since torch's own does not run under vmap.
+
+    log G(a) = log G(a + 1) + log(U) / a keeps small shapes from underflow (Marsaglia and Tsang 2000, section 6).
+    """
+    if not isinstance(distribution, torch.distributions.Dirichlet):
+        return distribution.sample()
+    shape = distribution.concentration
+    uniform = torch.rand_like(shape).clamp(min=torch.finfo(shape.dtype).tiny)
+    gamma = torch._standard_gamma(shape + 1)
+    return (gamma.log() + uniform.log() / shape).softmax(-1)
 
 
 def _is_parameter(site: Mapping[str, Any]) -> bool:
