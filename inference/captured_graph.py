@@ -1,10 +1,11 @@
 """A function of tensors as a graph of operations, from which what broadcasting repeats has been taken out.
 
-A log density that is vectorised over many points spends most of its time on repeated work: the logarithm of a scale is taken
-in every row, and factors that no row changes are multiplied in before the sum over rows. Here the function is run once on
-examples. What each operation gives is kept as a product of tensors that are no larger than they need be, with the shape that
-it stands for; an operation on single entries is done on those, and a sum leaves out the factors that do not vary along it.
-Operations with constants alone are done at once, equal ones once. The results are those of the function up to rounding.
+A log density that is vectorised over many points spends most of its time on repeated work: the logarithm of a scale is
+taken in every row, and factors that no row changes are multiplied in before the sum over rows. Here the function is run
+once on examples. What each operation gives is kept as a product of tensors no larger than they need be, with the shape
+that it stands for; an operation on single entries is done on those, and a sum leaves out the factors that do not vary
+along it. Operations with constants alone are done at once, equal ones once. The results are those of the function up to
+rounding, but that a matrix without a Cholesky factor gets one of NaNs and no exception.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def capture(function: Callable[..., Any], *examples: Tensor) -> Callable[..., An
     """Return the function for tensors of these shapes, as a graph of the operations that it made on the examples.
 
     Args:
-        function: it takes tensors and returns tensors in any nest of tuples; what it does must not depend on their values.
+        function: it takes tensors and returns tensors in any nest of tuples; what it does must not depend on their
+            values.
         examples: tensors to run it on.
     """
 
@@ -299,6 +301,17 @@ class _Rewriter:
         kept = self.emit(aten.where.self, (mask, self.product(inner), zero), {})
         return Product(shape, left.scale, self.collected((*others, kept)))
 
+    def cholesky(self, x: Product, **kwargs: Any) -> tuple[Product, Product]:
+        factor, info = self.emit(aten.linalg_cholesky_ex.default, (self.full(x),), {**kwargs, "check_errors": False})
+        regular = self.emit(aten.eq.Scalar, (info, 0), {})
+        regular = self.reshape(regular, (*x.shape[:-2], 1, 1))
+        nan = Value(None, factor.example.new_full((), math.nan))
+        return _whole(self.emit(aten.where.self, (regular, factor, nan), {})), _whole(info)
+
+    def check(self, *_: Any, **__: Any) -> tuple[()]:
+        """Leave out a check that raises: NaNs say the same of the one point that they belong to."""
+        return ()
+
     # Products
 
     def is_zero(self, x: Product) -> bool:
@@ -371,8 +384,9 @@ class _Rewriter:
                         spread[axis] = x.shape[axis]
                     target += [shape[axis] for axis in new]
             if spread != list(sizes):
-                part = self.emit(aten.expand.default, (part, spread), {})
-            parts.append(self.reshape(part, tuple(target)))
+                parts.append(self.reshape(self.emit(aten.expand.default, (part, spread), {}), tuple(target)))
+            else:
+                parts.append(self.reshape(part, tuple(target)))
         return Product(shape, x.scale, tuple(parts))
 
     # The new graph
@@ -455,6 +469,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.clone.default: _Rewriter.same,
     aten.lift_fresh_copy.default: _Rewriter.same,
     aten._to_copy.default: _Rewriter.cast,
+    aten.linalg_cholesky_ex.default: _Rewriter.cholesky,
+    aten._linalg_check_errors.default: _Rewriter.check,
 }
 
 
