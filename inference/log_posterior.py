@@ -72,6 +72,10 @@ class LogPosterior:
         flat = torch.func.vmap(self.coordinates)(u.reshape(-1, u.shape[-1]))
         return {name: value.reshape(*u.shape[:-1], *value.shape[1:]) for name, value in flat.items()}
 
+    def log_jacobian(self, u: Tensor) -> Tensor:
+        """Return log |d params / d u|, (...), at points u (..., P)."""
+        return torch.func.vmap(self.coordinates.log_jacobian)(u.reshape(-1, u.shape[-1])).reshape(u.shape[:-1])
+
     def unconstrain(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return the points u (C, P) of parameters (C, *shape) by site, inside their supports."""
         return torch.func.vmap(self.coordinates.inverse)(dict(params))
