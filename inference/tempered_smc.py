@@ -12,18 +12,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.hmc import TARGET_ACCEPTANCE, State, hmc_step
+from mixproof.inference.log_posterior import Evaluation, LogPosterior
 
-TARGET_ACCEPTANCE = 0.8
-"""Of Hamiltonian moves: near the optimum of their cost, and where a step's error is still felt in time to shorten it
-(Hoffman and Gelman 2014, Journal of Machine Learning Research 15, section 4.2)."""
+MAX_STEPS = 32
+"""The largest number of leapfrog steps of a move."""
 
 
 class TemperedSMC(NamedTuple):
     """What R replicates of tempered sequential Monte Carlo found, each with S particles at every temperature."""
 
-    log_evidence: Tensor
-    """(R,), an estimate of log p(data) by each replicate; each evidence itself is estimated without bias, but for the
+    log_evidences: Tensor
+    """(R,), log of the evidence as each replicate estimates it: an estimate that is right on average, but for the
     temperatures and the kernel, which are chosen by the particles of all."""
     u: Tensor
     """(R, S, P), draws of the unconstrained coordinates from the posterior, dependent within a replicate."""
@@ -40,12 +40,16 @@ class TemperedSMC(NamedTuple):
     step_size: Tensor
     """(T,), the last at each temperature."""
 
+    @property
+    def log_evidence(self) -> float:
+        """log of the mean of the replicates' evidences."""
+        return float(self.log_evidences.logsumexp(0)) - math.log(len(self.log_evidences))
 
-class _State(NamedTuple):
-    u: Tensor  # (C, P)
-    gradient: Tensor  # (C, P)
-    log_prior: Tensor  # (C,)
-    log_likelihood: Tensor  # (C,)
+    @property
+    def standard_error(self) -> float:
+        """Of ``log_evidence``: the replicates' evidences' standard deviation over their mean, by the root of R."""
+        evidences = (self.log_evidences - self.log_evidence).exp()
+        return float(evidences.std()) / math.sqrt(len(evidences))
 
 
 def tempered_smc(
@@ -55,7 +59,7 @@ def tempered_smc(
     num_replicates: int = 32,
     num_chains: int = 16,
     num_moves: int = 15,
-    efficiency: float = 0.8,
+    efficiency: float = 0.5,
     relabel: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     progress: bool = False,
 ) -> TemperedSMC:
@@ -93,22 +97,21 @@ def tempered_smc(
     generator = torch.Generator().manual_seed(seed)
     starts = posterior.draw_prior(num_replicates * num_chains, seed=seed)
     kernel = _Kernel(posterior, generator)
-    temperature, log_evidence = 0.0, torch.zeros(num_replicates, dtype=starts.dtype)
+    temperature, log_evidences = 0.0, torch.zeros(num_replicates, dtype=starts.dtype)
     temperatures, sizes, rates, steps = [0.0], [], [], []
     with _Bar(progress) as bar:
         try:
             while True:
-                particles, rate = _walk(kernel, starts, temperature, num_moves, num_replicates)
+                u, log_prior, log_lik, rate = _walk(kernel, starts, temperature, num_moves, num_replicates)
                 rates.append(rate)
                 steps.append(kernel.step_size)
                 bar.show(temperature, rate)
                 if temperature == 1:
                     break
-                log_lik = particles.log_likelihood
                 _check_likelihood(log_lik, temperature)
                 before, temperature = temperature, _next_temperature(log_lik, temperature, efficiency)
                 log_weights = (temperature - before) * log_lik
-                log_evidence = log_evidence + log_weights.logsumexp(1) - math.log(log_lik.shape[1])
+                log_evidences = log_evidences + log_weights.logsumexp(1) - math.log(log_lik.shape[1])
                 weights = log_weights.softmax(1)
                 size = float((1 / weights.square().sum(1)).min())
                 if size < 1.5:
@@ -118,13 +121,13 @@ def tempered_smc(
                     )
                 sizes.append(size)
                 temperatures.append(temperature)
-                starts = _resample(particles.u, weights, num_chains, generator).flatten(0, 1)
+                starts = _resample(u, weights, num_chains, generator).flatten(0, 1)
                 if relabel is not None:
                     starts = relabel(starts, generator)
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(f"stopped at temperature {temperature:.2g}: there is no evidence before temperature 1")
             raise
-    spread = float(log_evidence.std())
+    spread = float(log_evidences.std())
     if spread > 1:
         warnings.warn(
             f"the replicates' log evidences differ by a standard deviation of {spread:.2f}: above 1, a few replicates "
@@ -132,10 +135,10 @@ def tempered_smc(
             stacklevel=2,
         )
     return TemperedSMC(
-        log_evidence,
-        particles.u,
-        particles.log_prior,
-        particles.log_likelihood,
+        log_evidences,
+        u,
+        log_prior,
+        log_lik,
         *(torch.tensor(values, dtype=starts.dtype) for values in (temperatures, sizes, rates, steps)),
     )
 
@@ -151,80 +154,92 @@ class _Kernel:
     def __init__(self, posterior: LogPosterior, generator: torch.Generator):
         self.posterior, self.generator = posterior, generator
         self.step_size = 0.5
-        self.root = torch.empty(())  # (P, P): root root^T is the inverse of the metric
 
-    def start(self, u: Tensor, temperature: float) -> _State:
-        """Return the state at points u (C, P), and take the metric from their gradients."""
-        state = self._evaluate(u, temperature)
-        gradients = state.gradient[state.gradient.isfinite().all(1)]
-        size, count = u.shape[1], len(gradients)
-        if not count:
-            raise ValueError(f"the gradient of the log posterior is finite at none of {len(u)} particles")
-        fisher = gradients.mT @ gradients / count
+    def start(self, u: Tensor, temperature: float) -> State:
+        """Return the state at points u (C, P) of a new temperature, and take the metric from their gradients."""
+        count, size = u.shape
+        self.temperature = u.new_full((count,), temperature)
+        found = self.posterior(u, self.temperature)
+        gradients = found.gradient[found.gradient.isfinite().all(1)]
+        if not len(gradients):
+            raise ValueError(f"the gradient of the log posterior is finite at none of {count} particles")
+        fisher = gradients.mT @ gradients / len(gradients)
         diagonal = torch.diag(fisher.diagonal().clamp_min(torch.finfo(u.dtype).tiny ** 0.5))
-        share = size / (size + count)  # off the diagonal the mean of few outer products is noise
+        share = size / (size + len(gradients))  # off the diagonal the mean of few outer products is noise
         factor = torch.linalg.cholesky((1 - share) * fisher + share * diagonal)
-        self.root = torch.linalg.solve_triangular(factor.mT, torch.eye(size, dtype=u.dtype), upper=True)
-        return state
+        self.white = _Whitened(self.posterior, factor)
+        return State(u @ factor, found._replace(gradient=self.white.slope(found.gradient)))
 
-    def _evaluate(self, u: Tensor, temperature: float) -> _State:
-        found = self.posterior(u, torch.full((len(u),), temperature, dtype=u.dtype))
-        return _State(u, found.gradient, found.log_prior, found.log_likelihood)
-
-    def move(self, state: _State, temperature: float) -> tuple[_State, Tensor]:
-        """Return the state after one move, and the probabilities (C,) with which the moves were accepted."""
+    def move(self, state: State) -> tuple[State, float]:
+        """Return the state after a move of every point, and the mean probability of acceptance."""
         count, size = state.u.shape
         # Lengths vary over the points and moves, so that no period of the dynamics returns a point to its start.
-        step = self.step_size * (0.6 + 0.8 * self._uniform(count, 1))
-        longest = min(max(round(math.pi / 2 / self.step_size), 1), 32)
+        share = torch.rand(count, generator=self.generator, dtype=state.u.dtype)
+        longest = min(max(round(math.pi / 2 / self.step_size), 1), MAX_STEPS)
         num_steps = int(torch.randint((longest + 1) // 2, longest + 1, (), generator=self.generator))
-        first = momentum = torch.randn(count, size, generator=self.generator, dtype=state.u.dtype)
-        end = state
-        for _ in range(num_steps):
-            momentum = momentum + step / 2 * end.gradient @ self.root
-            end = self._evaluate(end.u + step * momentum @ self.root.mT, temperature)
-            momentum = momentum + step / 2 * end.gradient @ self.root
-        gain = _log_density(end, temperature) - _log_density(state, temperature)
-        gain = gain + (first.square() - momentum.square()).sum(1) / 2
-        probability = gain.exp().nan_to_num(0.0).clamp_max(1)
-        accepted = self._uniform(count) < probability
-        kept = (torch.where(accepted.reshape(-1, *[1] * (new.ndim - 1)), new, old) for new, old in zip(end, state, strict=True))
-        self.step_size *= math.exp(float(probability.mean()) - TARGET_ACCEPTANCE)
-        return _State(*kept), probability
-
-    def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, dtype=self.root.dtype)
+        state, step = hmc_step(
+            self.white,
+            state,
+            self.temperature,
+            self.step_size * (0.6 + 0.8 * share),
+            state.u.new_ones(count, size),
+            num_steps,
+            self.generator,
+        )
+        rate = float(step.acceptance_rate.nan_to_num(0.0).mean())
+        self.step_size *= math.exp(rate - TARGET_ACCEPTANCE)
+        return state, rate
 
 
-def _log_density(state: _State, temperature: float) -> Tensor:
-    likelihood = temperature * state.log_likelihood if temperature > 0 else 0
-    return state.log_prior + likelihood
+class _Whitened:
+    """A log posterior in the coordinates v = L^T u, in which a metric L L^T is the unit matrix."""
+
+    def __init__(self, posterior: LogPosterior, factor: Tensor):
+        self.posterior, self.factor = posterior, factor
+
+    def __call__(self, v: Tensor, temperature: Tensor) -> Evaluation:
+        found = self.posterior(self.coordinates(v), temperature)
+        return found._replace(gradient=self.slope(found.gradient))
+
+    def coordinates(self, v: Tensor) -> Tensor:
+        """Return u (C, P) at v (C, P)."""
+        return torch.linalg.solve_triangular(self.factor, v, upper=False, left=False)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """Return the gradient (C, P) in v from that in u."""
+        return torch.linalg.solve_triangular(self.factor.mT, gradient, upper=True, left=False)
 
 
 def _walk(
     kernel: _Kernel, starts: Tensor, temperature: float, num_moves: int, num_replicates: int
-) -> tuple[_State, float]:
-    """Return all states of the chains from starts (R M, P), (R, S, ...), and the rate of acceptance."""
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return all states of the chains from starts (R M, P) and the rate of acceptance.
+
+    The states are their coordinates (R, S, P), the log prior (R, S) and the log likelihood (R, S).
+    """
     state = kernel.start(starts, temperature)
-    if temperature == 0 and not state.log_prior.isfinite().all():
-        bad = int((~state.log_prior.isfinite()).sum())
+    if temperature == 0 and not state.evaluation.log_prior.isfinite().all():
+        bad = int((~state.evaluation.log_prior.isfinite()).sum())
         raise ValueError(
             f"the prior density is not finite at {bad} of {len(starts)} draws from the prior, in unconstrained "
             "coordinates: the prior reaches the edge of its support in rounding"
         )
     states, rates = [state], []
     for _ in range(num_moves):
-        state, probability = kernel.move(state, temperature)
+        state, rate = kernel.move(state)
         states.append(state)
-        rates.append(float(probability.mean()))
-    rate = sum(rates) / len(rates)
-    if rate < 0.01:
+        rates.append(rate)
+    mean = sum(rates) / len(rates)
+    if mean < 0.01:
         raise RuntimeError(
-            f"the particles do not move: {rate:.1%} of moves are accepted at temperature {temperature:.2g}, with a "
+            f"the particles do not move: {mean:.1%} of moves are accepted at temperature {temperature:.2g}, with a "
             f"step size of {kernel.step_size:.2g}; is the log posterior continuous?"
         )
-    stacked = (torch.stack(field, 1) for field in zip(*states, strict=True))  # (R M, num_moves + 1, ...)
-    return _State(*(field.reshape(num_replicates, -1, *field.shape[2:]) for field in stacked)), rate
+    u = kernel.white.coordinates(torch.stack([state.u for state in states], 1).flatten(0, 1))
+    log_prior = torch.stack([state.evaluation.log_prior for state in states], 1)
+    log_lik = torch.stack([state.evaluation.log_likelihood for state in states], 1)
+    shape = (num_replicates, -1)
+    return u.reshape(*shape, u.shape[1]), log_prior.reshape(shape), log_lik.reshape(shape), mean
 
 
 def _check_settings(num_replicates: int, num_chains: int, num_moves: int, efficiency: float) -> None:
