@@ -5,12 +5,35 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mixproof.inference.labels import component_axes
 from mixproof.inference.log_posterior import LogPosterior
+
+
+MAX_ROUNDS = 50
+NUM_STARTS = 5
+NUM_LEARNT = 1000
+"""From how many points a reference is learnt at most."""
+
+
+class Reference(NamedTuple):
+    """What the components of one latent look like once points are aligned."""
+
+    mean: Tensor
+    """(K, F), of the features of each component: its parameters without bounds."""
+    scale: Tensor
+    """(K, F), their standard deviations."""
+
+    def cost(self, features: Tensor) -> Tensor:
+        """Return, for features (M, K, F), minus the log density up to a constant of component j as number k, (M, j, k),
+        the features taken as normal and independent."""
+        deviations = (features[:, :, None] - self.mean) / self.scale
+        return deviations.square().sum(-1) / 2 + self.scale.log().sum(-1)
 
 
 class Relabelling:
@@ -61,3 +84,71 @@ class Relabelling:
                 index = permutation.reshape(len(u), *[1] * axis, size, *[1] * (value.ndim - axis - 2))
                 params[site] = value.gather(axis + 1, index.expand_as(value))
         return self.posterior.unconstrain(params)
+
+    def learn(self, u: Tensor) -> list[Reference]:
+        """Return references to which points u (M, P) can be aligned with the least scatter that several starts find.
+
+        Components are assigned to the reference and the reference taken from the assigned components in turn, as in
+        Stephens 2000, JRSS B 62, section 4.1, with a normal law in each place.
+        """
+        u = u[:: max(len(u) // NUM_LEARNT, 1)]
+        references = []
+        for features in self._features(u):
+            starts = features[:: max(len(features) // NUM_STARTS, 1)][:NUM_STARTS]
+            everywhere = features.flatten(0, 1).std(0).expand(features.shape[1:])
+            found = [_learn(features, Reference(start, everywhere)) for start in starts]
+            references.append(min(found, key=lambda end: end[1])[0])
+        return references
+
+    def align(self, u: Tensor, references: list[Reference]) -> Tensor:
+        """Return points u (M, P), each under the relabelling that agrees best with the references."""
+        return self.apply(u, self._assignments(u, references))
+
+    def is_aligned(self, u: Tensor, references: list[Reference]) -> Tensor:
+        """Return which of the points u (M, P) ``align`` leaves as they are, (M,): 1 / K! of any invariant law."""
+        aligned = torch.ones(len(u), dtype=torch.bool)
+        for assignment in self._assignments(u, references):
+            aligned &= (assignment == torch.arange(assignment.shape[1])).all(1)
+        return aligned
+
+    def _assignments(self, u: Tensor, references: list[Reference]) -> list[Tensor]:
+        pairs = zip(references, self._features(u), strict=True)
+        return [_assign(reference.cost(features)) for reference, features in pairs]
+
+    def _features(self, u: Tensor) -> list[Tensor]:
+        """Return what tells components apart at points u (M, P), (M, K, F) for each latent.
+
+        These are the parameters of each component without bounds; of a simplex, whose coordinates do not belong to
+        single components, the logarithms.
+        """
+        params = self.posterior.constrain(u)
+        features = []
+        for axes, size in self.axes:
+            parts = []
+            for site, axis in axes.items():
+                value = params[site]
+                free = self.posterior.coordinates.transforms[site].inv(value)
+                part = free if free.ndim > axis + 1 and free.shape[axis + 1] == size else value.log()
+                parts.append(part.movedim(axis + 1, 1).flatten(2) if part.ndim > 2 else part[..., None])
+            features.append(torch.cat(parts, 2))
+        return features
+
+
+def _learn(features: Tensor, reference: Reference) -> tuple[Reference, float]:
+    """Return the reference that a start leads to, and the mean cost of the points (M, K, F) aligned to it."""
+    assignment = torch.empty(0)
+    for _ in range(MAX_ROUNDS):
+        cost = reference.cost(features)
+        before, assignment = assignment, _assign(cost)
+        if before.shape == assignment.shape and (before == assignment).all():
+            break
+        aligned = features.gather(1, assignment[..., None].expand_as(features))
+        spread = aligned.std(0)
+        reference = Reference(aligned.mean(0), spread.where(spread > 0, 1))
+    return reference, float(cost.gather(1, assignment[:, None]).sum((1, 2)).mean())
+
+
+def _assign(cost: Tensor) -> Tensor:
+    """Return for each of M costs (M, j, k) which component j takes each place k, (M, K), at the least total."""
+    # of the transpose the rows are places, which scipy returns in order
+    return torch.as_tensor([linear_sum_assignment(matrix)[1] for matrix in cost.mT.numpy()])
