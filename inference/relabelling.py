@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -151,4 +152,4 @@ def _learn(features: Tensor, reference: Reference) -> tuple[Reference, float]:
 def _assign(cost: Tensor) -> Tensor:
     """Return for each of M costs (M, j, k) which component j takes each place k, (M, K), at the least total."""
     # of the transpose the rows are places, which scipy returns in order
-    return torch.as_tensor([linear_sum_assignment(matrix)[1] for matrix in cost.mT.numpy()])
+    return torch.as_tensor(np.stack([linear_sum_assignment(matrix)[1] for matrix in cost.mT.numpy()]))
