@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mixproof.inference.labels import component_axes
+from mixproof.inference.labels import numbering
 from mixproof.inference.log_posterior import LogPosterior
 
 
@@ -50,12 +50,9 @@ class Relabelling:
         self.axes: list[tuple[Mapping[str, int], int]] = []
         """For each latent with exchangeable components, the axis of each site that numbers them, and K."""
         for latent, size in zip(posterior.program.latents, posterior.program.latent_sizes, strict=True):
-            try:
-                axes = component_axes(posterior, latent)
-            except ValueError:  # its components are told apart, and have no symmetry to treat
-                continue
-            if axes and size > 1:
-                self.axes.append((axes, size))
+            found = numbering(posterior, latent)
+            if found.axes and found.exchangeable and size > 1:
+                self.axes.append((found.axes, size))
 
     @property
     def log_count(self) -> float:

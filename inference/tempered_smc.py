@@ -121,7 +121,7 @@ def tempered_smc(
                     )
                 sizes.append(size)
                 temperatures.append(temperature)
-                starts = _resample(u, weights, num_chains, generator).flatten(0, 1)
+                starts = _at(u, systematic(weights, num_chains, generator))
                 if relabel is not None:
                     starts = relabel(starts, generator)
         except KeyboardInterrupt as interrupt:
@@ -284,12 +284,16 @@ def _next_temperature(log_lik: Tensor, temperature: float, efficiency: float) ->
     return temperature + low
 
 
-def _resample(values: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return ``count`` of values (R, S, P) of each replicate, in proportion to weights (R, S): systematic resampling."""
+def systematic(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return the numbers (R, count) of particles drawn in proportion to weights (R, S), by systematic resampling."""
     offsets = torch.rand(len(weights), 1, generator=generator, dtype=weights.dtype)
     places = (torch.arange(count, dtype=weights.dtype) + offsets) / count
-    index = torch.searchsorted(weights.cumsum(1), places).clamp_max(weights.shape[1] - 1)
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+    return torch.searchsorted(weights.cumsum(1), places).clamp_max(weights.shape[1] - 1)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Return entries index (R, M) of values (R, S, P), one after another, (R M, P)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1])).flatten(0, 1)
 
 
 class _Bar:
