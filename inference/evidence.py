@@ -151,7 +151,9 @@ def posterior_probabilities(
         raise ValueError("there are no candidates: give the evidence of at least one")
     names = list(evidences)
     if prior is not None and set(prior) != set(names):
-        raise ValueError(f"the prior is of {', '.join(map(str, prior))}, the evidences are of {', '.join(map(str, names))}")
+        raise ValueError(
+            f"the prior is of {', '.join(map(str, prior))}, the evidences are of {', '.join(map(str, names))}"
+        )
     before = torch.tensor([1.0 if prior is None else prior[name] for name in names], dtype=torch.float64)
     if not (before.isfinite() & (before > 0)).all():
         raise ValueError(f"prior probabilities must be positive, not {before.tolist()}: leave a candidate of 0 out")

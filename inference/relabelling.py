@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -58,13 +57,6 @@ class Relabelling:
     def log_count(self) -> float:
         """The logarithm of the number of relabellings, log K! of one latent."""
         return sum(math.lgamma(size + 1) for _, size in self.axes)
-
-    def all(self, u: Tensor) -> Iterator[Tensor]:
-        """Yield points u (C, P) under each relabelling, the identity first."""
-        options = (itertools.permutations(range(size)) for _, size in self.axes)
-        for permutations in itertools.product(*options):
-            numbers = [torch.tensor(permutation).expand(len(u), -1) for permutation in permutations]
-            yield self.apply(u, numbers) if any(list(p) != sorted(p) for p in permutations) else u
 
     def random(self, u: Tensor, generator: torch.Generator) -> Tensor:
         """Return points u (C, P), each under a relabelling of its own, all equally likely."""

@@ -178,7 +178,7 @@ class _Kernel:
         longest = min(max(round(math.pi / 2 / self.step_size), 1), MAX_STEPS)
         num_steps = int(torch.randint((longest + 1) // 2, longest + 1, (), generator=self.generator))
         state, step = hmc_step(
-            self.white,
+            self.white,  # type: ignore[arg-type]  # all it asks of a posterior is a call
             state,
             self.temperature,
             self.step_size * (0.6 + 0.8 * share),

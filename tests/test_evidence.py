@@ -79,6 +79,15 @@ def tiny() -> Tiny:
     return Tiny(x, prior, posterior, float(exact_log_evidence(gaussian_diagonal, x, prior, num_components=2)))
 
 
+def coins(num_components: int) -> Tiny:
+    """Return a mixture of pairs of coins, whose evidence bears on every part of the prior."""
+    x = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 1], [0, 1], [1, 1]], dtype=torch.float64)
+    ones = torch.ones(2, dtype=torch.float64)
+    prior = bernoulli.Prior(torch.ones(num_components, dtype=torch.float64), 0.5 * ones, ones)
+    posterior = LogPosterior(partial(bernoulli.model, num_components=num_components, prior=prior), x)
+    return Tiny(x, prior, posterior, float(exact_log_evidence(bernoulli, x, prior, num_components=num_components)))
+
+
 @pytest.fixture(scope="module")
 def runs(tiny: Tiny) -> list[TemperedSMC]:
     relabel = Relabelling(tiny.posterior).random
@@ -153,20 +162,22 @@ class WithTemperedPrior(LogPosterior):
 
     def __call__(self, u: Tensor, temperature: Tensor) -> Evaluation:
         found = super().__call__(u, torch.ones_like(temperature))
-        return found._replace(
-            gradient=temperature[:, None] * found.gradient, log_prior=temperature * found.log_prior
-        )
+        return found._replace(gradient=temperature[:, None] * found.gradient, log_prior=temperature * found.log_prior)
 
 
 @pytest.mark.parametrize("fault", [WithoutJacobian, WithTemperedPrior])
-def test_a_wrong_density_is_caught_in_smc(tiny: Tiny, fault: Callable[..., LogPosterior]) -> None:
-    assert refuted(smc_z_scores(fault(tiny.posterior.model, tiny.x), tiny.exact, 6))
+def test_a_wrong_density_is_caught_in_smc(fault: Callable[..., LogPosterior]) -> None:
+    x, _, posterior, exact = coins(2)
+    assert refuted(smc_z_scores(fault(posterior.model, x), exact, 6))
 
 
-def test_weights_forgotten_at_resampling_are_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_forgotten_at_resampling_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = smc_module.systematic
-    monkeypatch.setattr(smc_module, "systematic", lambda weights, *rest: right(torch.full_like(weights, 1 / weights.shape[1]), *rest))
-    assert refuted(smc_z_scores(tiny.posterior, tiny.exact, 6))
+    monkeypatch.setattr(
+        smc_module, "systematic", lambda weights, *rest: right(weights.sign() / weights.shape[1], *rest)
+    )
+    _, _, posterior, exact = coins(2)
+    assert refuted(smc_z_scores(posterior, exact, 6))
 
 
 def test_a_missing_jacobian_is_caught_in_the_bridge(tiny: Tiny) -> None:
@@ -178,7 +189,9 @@ def test_a_missing_jacobian_is_caught_in_the_bridge(tiny: Tiny) -> None:
 # Families and programs
 
 
-def check_smc(model: Callable[..., Any], x: Tensor, exact: float, limit: float = scipy.stats.t.isf(RARE / 2, 31)) -> None:
+def check_smc(
+    model: Callable[..., Any], x: Tensor, exact: float, limit: float = scipy.stats.t.isf(RARE / 2, 31)
+) -> None:
     found = log_evidence(model, x, seed=1, **SMALL)
     assert abs(found.log_evidence - exact) < limit * found.standard_error
     assert found.standard_error < 1
@@ -194,11 +207,8 @@ def test_every_family_whose_evidence_is_a_sum(case: Case) -> None:
 
 @pytest.mark.parametrize("num_components", [1, 2, 3])
 def test_exchangeable_components(num_components: int) -> None:
-    x = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 1], [0, 1], [1, 1]], dtype=torch.float64)
-    ones = torch.ones(2, dtype=torch.float64)
-    prior = bernoulli.Prior(torch.ones(num_components, dtype=torch.float64), 0.5 * ones, ones)
-    exact = float(exact_log_evidence(bernoulli, x, prior, num_components=num_components))
-    model = partial(bernoulli.model, num_components=num_components, prior=prior)
+    x, _, posterior, exact = coins(num_components)
+    model = posterior.model
     check_smc(model, x, exact)
     found = log_evidence(model, x, method="bridge", seed=2, **SMALL)
     assert abs(found.log_evidence - exact) < scipy.stats.norm.isf(RARE / 2) * found.standard_error
