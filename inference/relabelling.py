@@ -14,7 +14,6 @@ from torch import Tensor
 from mixproof.inference.labels import numbering
 from mixproof.inference.log_posterior import LogPosterior
 
-
 MAX_ROUNDS = 50
 NUM_STARTS = 5
 NUM_LEARNT = 1000
