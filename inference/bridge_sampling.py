@@ -1,13 +1,13 @@
 """Bridge sampling: the evidence from draws of the posterior and draws of a law that is fitted to it.
 
-The evidence is the factor between the density of the posterior as it can be written down and its normalised density. The
-draws of both sides say where the two densities overlap, and with the optimal bridge the ratio is the root of one
+The evidence is the factor between the density of the posterior as it can be written down and its normalised density.
+The draws of both sides say where the two densities overlap, and with the optimal bridge the ratio is the root of one
 equation (Meng and Wong 1996, Statistica Sinica 6, equation 4.1).
 
 A posterior of exchangeable components has K! modes alike, and a bridge from one law to all of them would be narrow. So
 the parameters are confined to a region of which each K! relabellings of a point have one, and the draws relabelled into
 it: 1 / K! of the evidence lies there. Without it, draws that show one mode give an evidence that is too low by log K!,
-the mistake that Neal 1999 found in Chib 1995; Fruehwirth-Schnatter 2004, section 4, goes through the ways of treating it.
+the mistake that Neal 1999 found in Chib 1995; Fruehwirth-Schnatter 2004, section 4, goes through the remedies.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.relabelling import Relabelling
 
 DEGREES_OF_FREEDOM = 5.0
-"""Of the proposal, a t law: the posterior of a log scale or a log odds falls off exponentially, more slowly than a normal
-law."""
+"""Of the proposal, a t law: the posterior of a log scale or a log odds falls off exponentially, more slowly than a
+normal law."""
 CHUNK = 512
 """How many points are evaluated at once: the smallest batch whose points cost as little as those of any larger."""
 

@@ -1,4 +1,4 @@
-"""The evidence of a Pyro program, log p(data) with parameters and latents summed out, and what it says of candidates."""
+"""The evidence of a Pyro program, log p(data), parameters and latents summed out, and what it says of candidates."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def log_evidence(
         model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
         args: the positional arguments of the program.
         method: ``"smc"``, tempered sequential Monte Carlo from the prior to the posterior; or ``"bridge"``, bridge
-            sampling from ``draws`` or else from the particles at which that ends. Where the posterior has one mode up to
-            relabelling the bridge is by far the more exact; where it has several only the first weighs them unaided.
+            sampling from ``draws`` or else from the particles at which that ends. Where the posterior has one mode
+            up to relabelling the bridge is by far the more exact; draws that miss another mode leave it out.
         seed: seeds every random number.
         draws: for ``"bridge"``, draws from p(params | data) by any sampler, all modes among them in their shares.
         relabel: whether the symmetry of exchangeable components is treated. Without it, ``"bridge"`` takes one mode for
@@ -63,7 +63,8 @@ def log_evidence(
         progress: whether to show the run on stderr.
 
     Returns:
-        ``Evidence``. Its draws are those given, or the last particles, (num_replicates, S, ...): resampled, in no order.
+        ``Evidence``. Its draws are those given, or the last particles, (num_replicates, S, ...), resampled, in no
+        order.
 
     Raises:
         TypeError: ``draws`` are no ``Draws``.
@@ -174,7 +175,7 @@ def _check_priors(model: Callable[..., Any], *args: Any, from_prior: bool) -> No
     for name, site in trace.nodes.items():
         if site["type"] == "param":
             raise ValueError(
-                f'"{name}" is a pyro.param, which has no prior, so that there is no evidence: give it one by pyro.sample'
+                f'"{name}" is a pyro.param, without a prior, so that there is no evidence: give it one by pyro.sample'
             )
         if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
             continue

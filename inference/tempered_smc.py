@@ -15,6 +15,7 @@ from torch import Tensor
 from mixproof.inference.hmc import TARGET_ACCEPTANCE, State, hmc_step
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
 
+MAX_TEMPERATURES = 1000
 MAX_STEPS = 32
 """The largest number of leapfrog steps of a move."""
 
@@ -118,6 +119,12 @@ def tempered_smc(
                     raise RuntimeError(
                         f"the particles of a replicate collapsed to one at temperature {temperature:.2g} "
                         f"(effective sample size {size:.2f} of {log_lik.shape[1]}): raise num_chains or num_moves"
+                    )
+                if len(temperatures) == MAX_TEMPERATURES:
+                    raise RuntimeError(
+                        f"{MAX_TEMPERATURES} temperatures lead no further than {temperature:.2g}: the log likelihoods of "
+                        f"the particles range from {float(log_lik.min()):.3g} to {float(log_lik.max()):.3g}; is the prior "
+                        "that wide?"
                     )
                 sizes.append(size)
                 temperatures.append(temperature)

@@ -83,7 +83,7 @@ def coins(num_components: int) -> Tiny:
     """Return a mixture of pairs of coins, whose evidence bears on every part of the prior."""
     x = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 1], [0, 1], [1, 1]], dtype=torch.float64)
     ones = torch.ones(2, dtype=torch.float64)
-    prior = bernoulli.Prior(torch.ones(num_components, dtype=torch.float64), 0.5 * ones, ones)
+    prior = bernoulli.Prior(torch.full((num_components,), 2.0, dtype=torch.float64), 2 * ones, 3 * ones)
     posterior = LogPosterior(partial(bernoulli.model, num_components=num_components, prior=prior), x)
     return Tiny(x, prior, posterior, float(exact_log_evidence(bernoulli, x, prior, num_components=num_components)))
 
