@@ -122,9 +122,9 @@ def tempered_smc(
                     )
                 if len(temperatures) == MAX_TEMPERATURES:
                     raise RuntimeError(
-                        f"{MAX_TEMPERATURES} temperatures lead no further than {temperature:.2g}: the log likelihoods of "
-                        f"the particles range from {float(log_lik.min()):.3g} to {float(log_lik.max()):.3g}; is the prior "
-                        "that wide?"
+                        f"{MAX_TEMPERATURES} temperatures lead no further than {temperature:.2g}: the log likelihood "
+                        f"ranges from {float(log_lik.min()):.3g} to {float(log_lik.max()):.3g} over the particles; is "
+                        "the prior that wide?"
                     )
                 sizes.append(size)
                 temperatures.append(temperature)

@@ -158,11 +158,14 @@ class WithoutJacobian(LogPosterior):
 
 
 class WithTemperedPrior(LogPosterior):
-    """Walks on (prior likelihood)^temperature, from draws of the prior."""
+    """Raises the prior too to a power that the temperature carries to 1: from 1/2 on, where it still is a density."""
 
     def __call__(self, u: Tensor, temperature: Tensor) -> Evaluation:
-        found = super().__call__(u, torch.ones_like(temperature))
-        return found._replace(gradient=temperature[:, None] * found.gradient, log_prior=temperature * found.log_prior)
+        power = (1 + temperature) / 2
+        of_prior = super().__call__(u, torch.zeros_like(temperature)).gradient
+        found = super().__call__(u, temperature)
+        gradient = found.gradient + (power - 1)[:, None] * of_prior
+        return found._replace(gradient=gradient, log_prior=power * found.log_prior)
 
 
 @pytest.mark.parametrize("fault", [WithoutJacobian, WithTemperedPrior])
