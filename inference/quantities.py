@@ -1,0 +1,161 @@
+"""Test quantities of a posterior: numbers by which calibration compares draws of parameters with the truth.
+
+A quantity that looks at the parameters alone cannot see a posterior that ignores the data; one that looks at the data
+too, the log likelihood first of all, does (Modrák, Moon, Kim, Bürkner, Huurre, Faltejsková, Gelman and Vehtari,
+"Simulation-based calibration checking for Bayesian computation: the choice of test quantities shapes sensitivity",
+Bayesian Analysis 20(2), 2025). The components of a mixture have no names, so that of their parameters only symmetric
+functions are quantities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+from mixproof.inference.enumeration import default_dtype_of, inspect, log_joint_table
+from mixproof.inference.random_state import seeded
+
+Quantity = Callable[[dict[str, Tensor], Tensor], Tensor]
+"""A number () from parameters by site and data x (N, D), written in operations that ``torch.func.vmap`` can batch."""
+
+CHUNK = 20_000
+"""How many draws are evaluated at once: it bounds the memory."""
+
+
+class Simulation(NamedTuple):
+    """One draw from the joint distribution of a program."""
+
+    params: dict[str, Tensor]
+    """By parameter site, a draw from p(params)."""
+    x: Tensor
+    """(N, D), a draw from p(x | params)."""
+
+
+def simulate(model: Callable[..., Any], x: Tensor, *, seed: int, params: Mapping[str, Tensor] | None = None) -> Simulation:
+    """Run a program forward: draw its parameters from their prior, and data in the place of those it observes.
+
+    Args:
+        model: a Pyro program; ``model(x)`` observes the data at one site.
+        x: (N, D), of which only shape and type count.
+        seed: of the draw.
+        params: values for all parameter sites; None to draw them.
+
+    Raises:
+        NotImplementedError: a prior is improper and cannot be drawn from.
+        ValueError: a parameter is a ``pyro.param``, which has no prior, or the program does not observe one tensor of the
+            shape of x.
+    """
+    program = poutine.uncondition(model)
+    if params is not None:
+        program = poutine.condition(program, data=dict(params))
+    with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(x), seeded(seed):
+        trace: Any = poutine.trace(program).get_trace(x)
+    if points := [name for name, site in trace.nodes.items() if site["type"] == "param"]:
+        raise ValueError(f"{', '.join(points)} is a pyro.param and has no prior to draw from: make it a pyro.sample")
+    found, data = {}, {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample" or site["infer"].get("_deterministic"):
+            continue
+        if site["infer"].get("was_observed"):
+            data[name] = site["value"]
+        elif not site["fn"].support.is_discrete:
+            found[name] = site["value"]
+    if [value.shape for value in data.values()] != [x.shape]:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in data.items()) or "nothing"
+        raise ValueError(f"the program must observe the data {tuple(x.shape)} at one site, and observes {shapes}")
+    return Simulation(found, next(iter(data.values())))
+
+
+class Quantities:
+    """The test quantities of a program with enumerated latents, at many draws of parameters and data at once.
+
+    Of the data: the log likelihood, the log density of the first row, and the probability that the first two rows
+    belong to one component. Of the parameters: the log prior, the log likelihood of rows that stay the same throughout,
+    and each entry of each site; where sites are indexed by exchangeable components, the smallest, the largest and the
+    mean entry over the components, and, where there is one latent, the mean by the components' weights.
+
+    Args:
+        model: a Pyro program; ``model(x)`` observes the data.
+        x: (N, D), of which only shape and type count.
+        seed: of the rows that stay the same.
+        component_axes: by site, which of its axes counts exchangeable components; empty where there are none.
+        further: quantities by name, beside those above.
+
+    Raises:
+        NotImplementedError, ValueError: as ``simulate`` and ``mixproof.inference.enumeration.inspect``.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        x: Tensor,
+        *,
+        seed: int,
+        component_axes: Mapping[str, int],
+        further: Mapping[str, Quantity] | None = None,
+    ):
+        example = simulate(model, x, seed=seed)
+        self.model, self.fixed_rows = model, example.x
+        self.program = inspect(model, example.params, example.x)
+        self.component_axes, self.further = dict(component_axes), dict(further or {})
+
+    def __call__(self, params: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        """Return the quantities (B, S) by name at parameters (B, S, *shape) by site and data (B, N, D)."""
+        num_draws = next(iter(params.values())).shape[1]
+        rows = max(1, CHUNK // num_draws)
+        parts = []
+        at_draws = torch.func.vmap(torch.func.vmap(self._at, in_dims=(0, None)))
+        with torch.no_grad(), pyro.validation_enabled(False):
+            for first in range(0, len(x), rows):
+                block = slice(first, first + rows)
+                parts.append(at_draws({name: value[block] for name, value in params.items()}, x[block]))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _at(self, params: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        found = log_joint_table(self.model, self.program, params, x)
+        values = {
+            "log likelihood": found.log_likelihood,
+            "log prior": found.log_prior,
+            "log p(row 1)": found.rows[0].logsumexp(0),
+            "log p(fixed rows)": log_joint_table(self.model, self.program, params, self.fixed_rows).log_likelihood,
+        }
+        if found.rows.shape[0] > 1 and found.rows.shape[1] > 1:
+            resp = found.rows[:2].softmax(1)
+            values["p(rows 1, 2 together)"] = resp[0] @ resp[1]
+        for name in self.program.supports:
+            axis = self.component_axes.get(name)
+            values |= self._of_site(name, params[name], axis, found.latent[0].exp())
+        return values | {name: function(params, x) for name, function in self.further.items()}
+
+    def _of_site(self, name: str, value: Tensor, axis: int | None, weights: Tensor) -> dict[str, Tensor]:
+        support = self.program.supports[name]
+        if axis is None:
+            return _entries(name, value, support)
+        by_component = value.movedim(axis, 0)
+        reduced = {"min": by_component.amin(0), "max": by_component.amax(0)}
+        if support is not constraints.simplex:
+            reduced["mean"] = by_component.mean(0)
+            if len(self.program.latents) == 1:
+                reduced["weighted mean"] = torch.tensordot(weights, by_component, 1)
+        entries: dict[str, Tensor] = {}
+        for kind, entry in reduced.items():
+            entries |= _entries(f"{kind} {name}", entry, support)
+        return entries
+
+
+def _entries(name: str, value: Tensor, support: constraints.Constraint) -> dict[str, Tensor]:
+    """Return the entries of a tensor by name, those of a symmetric matrix once."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    symmetric = support is constraints.positive_definite
+    found = {}
+    for place in torch.cartesian_prod(*map(torch.arange, value.shape)).reshape(-1, value.ndim).tolist():
+        if not symmetric or place[-1] <= place[-2]:
+            found[f"{name}{place}" if place else name] = value[tuple(place)]
+    return found
