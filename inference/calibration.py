@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mixproof.inference.draws import Draws
 from mixproof.inference.quantities import Quantities, Quantity, simulate
-from mixproof.inference.verification.report import Report, conclude
+from mixproof.inference.verification.report import Check, Report, conclude
 from mixproof.inference.verification.uniformity import simultaneous_band, uniform
 
 Engine = Callable[[Tensor, int], Draws]
@@ -107,7 +107,6 @@ def calibrate(
     *,
     num_simulations: int,
     seed: int,
-    component_axes: Mapping[str, int] | None = None,
     quantities: Mapping[str, Quantity] | None = None,
     num_ranks: int | None = None,
     batch_size: int | None = None,
@@ -127,8 +126,6 @@ def calibrate(
         x: (N, D), of which only shape and type count.
         num_simulations: M.
         seed: of the simulations and of all that follows.
-        component_axes: by site, which of its axes counts exchangeable components: their parameters have no order, and
-            only symmetric functions of them are compared. None finds them by the program's own symmetry.
         quantities: further ones by name, each a function of the parameters by site and the data x (N, D).
         num_ranks: L + 1, in place of the number that the effective sizes call for.
         batch_size: B, for an engine that takes data (B, N, D) and returns one chain for each, all as long.
@@ -148,7 +145,7 @@ def calibrate(
         raise ValueError(f"num_simulations must be at least 1, not {num_simulations}")
     generator = torch.Generator().manual_seed(seed)
     simulation_seeds, engine_seeds = torch.randint(2**31, (2, num_simulations), generator=generator).tolist()
-    compared = Quantities(model, x, seed=seed, component_axes=component_axes or {}, further=quantities)
+    compared = Quantities(model, x, seed=seed, further=quantities)
     size = batch_size or 1
     starts = range(0, num_simulations, size)
     found: list[dict[str, Tensor]] = []
@@ -179,10 +176,7 @@ def calibrate(
     elif not 2 <= num_ranks <= num_draws + 1:
         raise ValueError(f"num_ranks must be from 2 to {num_draws + 1}, one more than the draws, not {num_ranks}")
     ranks = {name: _ranks(value, num_ranks - 1, generator) for name, value in values.items()}
-    checks = [
-        uniform((rank + 0.5) / num_ranks, num_points=num_ranks, probability=1 - false_alarm / len(ranks), name=name)
-        for name, rank in ranks.items()
-    ]
+    checks = [_check(name, rank, num_ranks, 1 - false_alarm / len(ranks)) for name, rank in ranks.items()]
     subject = f"ranks in {len(effective_sizes)} simulations among {num_ranks - 1} thinned draws"
     return Calibration(ranks, num_ranks, effective_sizes, conclude(subject, checks, seed), false_alarm)
 
@@ -249,3 +243,17 @@ def _ranks(values: Tensor, num_draws: int, generator: torch.Generator) -> Tensor
     ties = (thinned == truth).sum(1)
     share = torch.rand(len(values), generator=generator, dtype=torch.float64)
     return (thinned < truth).sum(1) + (share * (ties + 1)).long()
+
+
+def _check(name: str, ranks: Tensor, num_ranks: int, probability: float) -> Check:
+    """Test that ranks are uniform, and say of those that are not what that means of the draws."""
+    shares = (ranks + 0.5) / num_ranks
+    check = uniform(shares, num_points=num_ranks, probability=probability, name=name)
+    if check.passed:
+        return check._replace(detail="")
+    excess = {
+        ("too high", "too low"): (shares - 0.5) * 12**0.5,
+        ("too wide", "too narrow"): ((shares - 0.5).square() - 1 / 12) * 180**0.5,
+    }
+    words, z = max(((words, float(value.mean())) for words, value in excess.items()), key=lambda pair: abs(pair[1]))
+    return check._replace(detail=f"the draws are {words[z > 0]}")

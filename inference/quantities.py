@@ -9,6 +9,7 @@ functions are quantities.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.inference.enumeration import default_dtype_of, inspect, log_joint_table
+from mixproof.inference.labels import component_axes
+from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 
 Quantity = Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -77,14 +80,13 @@ class Quantities:
 
     Of the data: the log likelihood, the log density of the first row, and the probability that the first two rows
     belong to one component. Of the parameters: the log prior, the log likelihood of rows that stay the same throughout,
-    and each entry of each site; where sites are indexed by exchangeable components, the smallest, the largest and the
-    mean entry over the components, and, where there is one latent, the mean by the components' weights.
+    and each entry of each site; where a site is indexed by exchangeable components, the smallest and the largest entry
+    over the components, their mean, and their mean by the components' weights.
 
     Args:
         model: a Pyro program; ``model(x)`` observes the data.
         x: (N, D), of which only shape and type count.
         seed: of the rows that stay the same.
-        component_axes: by site, which of its axes counts exchangeable components; empty where there are none.
         further: quantities by name, beside those above.
 
     Raises:
@@ -97,20 +99,21 @@ class Quantities:
         x: Tensor,
         *,
         seed: int,
-        component_axes: Mapping[str, int],
         further: Mapping[str, Quantity] | None = None,
     ):
         example = simulate(model, x, seed=seed)
         self.model, self.fixed_rows = model, example.x
         self.program = inspect(model, example.params, example.x)
-        self.component_axes, self.further = dict(component_axes), dict(further or {})
+        self.further = dict(further or {})
+        self.components = _exchangeable(LogPosterior(model, example.x))
 
     def __call__(self, params: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
         """Return the quantities (B, S) by name at parameters (B, S, *shape) by site and data (B, N, D)."""
         num_draws = next(iter(params.values())).shape[1]
         rows = max(1, CHUNK // num_draws)
         parts = []
-        at_draws = torch.func.vmap(torch.func.vmap(self._at, in_dims=(0, None)))
+        at = torch.func.functionalize(self._at)  # under vmap alone, Pyro's look at ``Tensor.data`` is refused
+        at_draws = torch.func.vmap(torch.func.vmap(at, in_dims=(0, None)))
         with torch.no_grad(), pyro.validation_enabled(False):
             for first in range(0, len(x), rows):
                 block = slice(first, first + rows)
@@ -128,34 +131,43 @@ class Quantities:
         if found.rows.shape[0] > 1 and found.rows.shape[1] > 1:
             resp = found.rows[:2].softmax(1)
             values["p(rows 1, 2 together)"] = resp[0] @ resp[1]
-        for name in self.program.supports:
-            axis = self.component_axes.get(name)
-            values |= self._of_site(name, params[name], axis, found.latent[0].exp())
+        latent = found.latent[0].exp().reshape(self.program.latent_sizes)
+        for name, support in self.program.supports.items():
+            if name not in self.components:
+                values |= _entries(name, params[name], support)
+                continue
+            axis, which = self.components[name]
+            by_component = params[name].movedim(axis, 0)
+            reduced = {"min": by_component.amin(0), "max": by_component.amax(0)}
+            if support is not constraints.simplex:
+                weights = latent.movedim(which, 0).flatten(1).sum(1) if latent.ndim > 1 else latent
+                reduced |= {"mean": by_component.mean(0), "weighted mean": torch.tensordot(weights, by_component, 1)}
+            for kind, value in reduced.items():
+                values |= _entries(f"{kind} {name}", value, support)
         return values | {name: function(params, x) for name, function in self.further.items()}
 
-    def _of_site(self, name: str, value: Tensor, axis: int | None, weights: Tensor) -> dict[str, Tensor]:
-        support = self.program.supports[name]
-        if axis is None:
-            return _entries(name, value, support)
-        by_component = value.movedim(axis, 0)
-        reduced = {"min": by_component.amin(0), "max": by_component.amax(0)}
-        if support is not constraints.simplex:
-            reduced["mean"] = by_component.mean(0)
-            if len(self.program.latents) == 1:
-                reduced["weighted mean"] = torch.tensordot(weights, by_component, 1)
-        entries: dict[str, Tensor] = {}
-        for kind, entry in reduced.items():
-            entries |= _entries(f"{kind} {name}", entry, support)
-        return entries
+
+def _exchangeable(posterior: LogPosterior) -> dict[str, tuple[int, int]]:
+    """Return, by site, which of its axes counts exchangeable components, and the number of the latent they belong to."""
+    found = {}
+    for which, (latent, size) in enumerate(zip(posterior.program.latents, posterior.program.latent_sizes, strict=True)):
+        try:
+            axes = component_axes(posterior, latent) if size > 1 else {}
+        except ValueError:  # each component has a name of its own
+            continue
+        found |= {name: (axis, which) for name, axis in axes.items()}
+    return found
 
 
 def _entries(name: str, value: Tensor, support: constraints.Constraint) -> dict[str, Tensor]:
     """Return the entries of a tensor by name, those of a symmetric matrix once."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
+    if support is constraints.simplex and value.shape[-1] == 1:
+        return {}  # it is 1 up to rounding
     symmetric = support is constraints.positive_definite
     found = {}
-    for place in torch.cartesian_prod(*map(torch.arange, value.shape)).reshape(-1, value.ndim).tolist():
+    for place in itertools.product(*map(range, value.shape)):
         if not symmetric or place[-1] <= place[-2]:
-            found[f"{name}{place}" if place else name] = value[tuple(place)]
+            found[f"{name}{list(place) if place else ''}"] = value[place]
     return found
