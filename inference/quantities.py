@@ -163,7 +163,7 @@ def _entries(name: str, value: Tensor, support: constraints.Constraint) -> dict[
     """Return the entries of a tensor by name, those of a symmetric matrix once."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    if support is constraints.simplex and value.shape[-1] == 1:
+    if support is constraints.simplex and value.shape[-1:] == (1,):
         return {}  # it is 1 up to rounding
     symmetric = support is constraints.positive_definite
     found = {}
