@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -84,3 +85,11 @@ def digest(values: Any) -> str:
 
     add(values)
     return found.hexdigest()[:16]
+
+
+def identify(family: Any) -> str:
+    """Return a name for a family and the exact values of its settings."""
+    if not dataclasses.is_dataclass(family):
+        return getattr(family, "__name__", type(family).__name__)
+    settings = tuple(getattr(family, field.name) for field in dataclasses.fields(family))
+    return f"{type(family).__qualname__} {digest(settings)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
@@ -182,7 +181,7 @@ class _Data:
                 raise ValueError(f"EM cannot start: {error}.{self._no_spread()}") from error
             self._prior = check_prior(family, prior, self.init)
             self.identity = {
-                "family": _identify(family),
+                "family": checkpoints.identify(family),
                 "prior": checkpoints.digest(self._prior),
                 "missing": missing,
                 "columns of x": num_features,
@@ -438,14 +437,6 @@ def _add(left: Any, right: Any) -> Any:
     if isinstance(left, tuple):
         return type(left)(*(_add(a, b) for a, b in zip(left, right, strict=True)))
     return left + right
-
-
-def _identify(family: Any) -> str:
-    """Return a name for a family and the exact values of its settings."""
-    if not dataclasses.is_dataclass(family):
-        return getattr(family, "__name__", type(family).__name__)
-    settings = tuple(getattr(family, field.name) for field in dataclasses.fields(family))
-    return f"{type(family).__qualname__} {checkpoints.digest(settings)}"
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

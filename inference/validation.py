@@ -228,6 +228,41 @@ def num_components(params: Any) -> int | tuple[int, ...]:
     return sizes[0] if len(sizes) == 1 else sizes
 
 
+def check_num_components(family: Any, num_components: Any) -> int | tuple[int, ...]:
+    """Return K as the family's program takes it, or say what is wrong with it.
+
+    Raises:
+        TypeError: it is not an integer, or a tuple of them for a family with several fields of weights.
+        ValueError: a number is below 1.
+    """
+    groups = [name for name in family.Params._fields if name.endswith("weights")]
+    sizes = num_components if len(groups) > 1 else (num_components,)
+    if not isinstance(sizes, tuple) or len(sizes) != len(groups):
+        raise TypeError(f"num_components must be a number for each of {', '.join(groups)}, not {num_components!r}")
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int | np.integer):
+            raise TypeError(f"num_components must be an integer, not {size!r}")
+        if size < 1:
+            raise ValueError(f"num_components must be at least 1, not {size}")
+    return tuple(map(int, sizes)) if len(groups) > 1 else int(sizes[0])
+
+
+def example_params(family: Any, num_components: int | tuple[int, ...], x: Tensor) -> tuple[Any, tuple[str, ...]]:
+    """Return parameters of the right shapes inside their supports, and the names of those that are not known.
+
+    Args:
+        family: a family of the contract.
+        num_components: K as the family's program takes it.
+        x: (N, D), the data, whose type and device the parameters get.
+    """
+    with torch.no_grad(), InitMessenger(feasible), poutine.trace() as tape:
+        family.model(num_components=num_components, num_data=1, num_features=x.shape[1])
+    nodes: Any = tape.trace.nodes
+    fields = family.Params._fields
+    free = tuple(name for name in fields if not nodes[name]["infer"].get("_deterministic"))
+    return family.Params(*(nodes[name]["value"].to(x) for name in fields)), free
+
+
 def data_support(family: Any, num_features: int) -> constraints.Constraint:
     """Return the torch constraint on one row of D features: the support of the site ``x`` of the family's program."""
     num_weights = sum(name.endswith("weights") for name in family.Params._fields)

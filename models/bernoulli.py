@@ -10,6 +10,7 @@ section 9.3.3. The conjugate prior is Dirichlet on the weights and beta on each 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.models.conjugate import draw_beta, draw_dirichlet, log_allocations
 from mixproof.models.initial import partition, row_weights
 
 
@@ -152,6 +154,39 @@ def _log_beta(probs: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
     return (log_density + log_normaliser).sum((-2, -1))
 
 
+def posterior(stats: Stats, prior: Prior) -> Prior:
+    """Return the hyperparameters of p(params | x, z): concentration (K,), ones and zeros (K, D), of each component."""
+    return Prior(prior.concentration + stats.counts, prior.ones + stats.ones, prior.zeros + stats.zeros)
+
+
+def draw(params: Params, stats: Stats, prior: Prior, generator: torch.Generator) -> Params:
+    """Return a draw from p(params | x, z), Dirichlet and beta; of no rows, from the prior.
+
+    Args:
+        params: not looked at: the statistics are about no location.
+        stats: those of all rows, each in one component; leading dimensions are chains.
+        prior: the prior.
+        generator: the only source of randomness.
+    """
+    concentration, ones, zeros = posterior(stats, prior)
+    return Params(draw_dirichlet(concentration, generator), draw_beta(ones, zeros, generator))
+
+
+def log_marginal(stats: Stats, prior: Prior) -> Tensor:
+    """Return log p(x, z), the parameters integrated out, for statistics of rows each in one component.
+
+    The beta-binomial law, row by row: a ratio of beta functions for each component and feature.
+    """
+    log_urns = _log_beta_ratio(stats.ones, stats.zeros, prior.ones, prior.zeros)
+    return log_allocations(stats.counts, prior.concentration) + log_urns
+
+
+def _log_beta_ratio(ones: Tensor, zeros: Tensor, prior_ones: Tensor, prior_zeros: Tensor) -> Tensor:
+    """Return the sum over components and features of log B(prior + counts) - log B(prior)."""
+    counts = torch.stack([ones, zeros], -1)
+    return log_allocations(counts, torch.stack([prior_ones, prior_zeros], -1)).sum((-2, -1))
+
+
 def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return ``num_samples`` draws x (n, D) of 0.0 and 1.0 and the components z (n,) that they came from."""
     z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
@@ -261,6 +296,23 @@ class UniformWeights:
     def log_prior(self, params: UniformWeights.Params, prior: UniformWeights.Prior) -> Tensor:
         """Return the log density of the prior at the probabilities, a number ()."""
         return _log_beta(params.probs, prior.ones, prior.zeros)
+
+    def draw(
+        self,
+        params: UniformWeights.Params,
+        stats: UniformWeights.Stats,
+        prior: UniformWeights.Prior,
+        generator: torch.Generator,
+    ) -> UniformWeights.Params:
+        """Return a draw from p(probs | x, z) beside the weights as they are known; of no rows, from the prior."""
+        probs = draw_beta(prior.ones + stats.ones, prior.zeros + stats.zeros, generator)
+        return UniformWeights.Params(torch.full_like(probs[..., 0], 1 / probs.shape[-2]), probs)
+
+    def log_marginal(self, stats: UniformWeights.Stats, prior: UniformWeights.Prior) -> Tensor:
+        """Return log p(x, z), the probabilities integrated out, for statistics of rows each in one component."""
+        ones, zeros = stats
+        num_data = (ones + zeros)[..., 0].sum(-1)
+        return _log_beta_ratio(ones, zeros, *prior) - num_data * math.log(ones.shape[-2])
 
     def sample(
         self, params: UniformWeights.Params, num_samples: int, generator: torch.Generator

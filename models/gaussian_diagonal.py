@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.models.conjugate import draw_dirichlet, draw_gamma, draw_normal, log_allocations
 from mixproof.models.initial import partition, row_weights
 
 
@@ -184,6 +185,58 @@ def log_prior(params: Params, prior: Prior) -> Tensor:
     precision = prior.strength / variances
     log_locs = ((precision / (2 * math.pi)).log() - precision * (params.locs - prior.loc).square()) / 2
     return log_dirichlet + (log_variances + log_locs).sum((-2, -1))
+
+
+def posterior(stats: Stats, prior: Prior) -> Prior:
+    """Return the hyperparameters of p(params | x, z), of each component its own.
+
+    Gelman et al., Bayesian Data Analysis, 3rd edition, section 3.3, feature by feature. Shapes: concentration (K,),
+    strength (K, 1), loc, shape and rate (K, D), behind any leading dimensions of the statistics.
+    """
+    counts = stats.counts[..., None]
+    safe = counts.clamp_min(torch.finfo(counts.dtype).tiny)
+    strength = prior.strength + counts
+    within = stats.squares - stats.shifts.square() / safe  # about the component's own mean
+    pull = prior.strength / strength * (stats.sums - counts * prior.loc).square() / safe
+    return Prior(
+        concentration=prior.concentration + stats.counts,
+        loc=(prior.strength * prior.loc + stats.sums) / strength,
+        strength=strength,
+        shape=prior.shape + counts / 2,
+        rate=prior.rate + (within + pull) / 2,
+    )
+
+
+def draw(params: Params, stats: Stats, prior: Prior, generator: torch.Generator) -> Params:
+    """Return a draw from p(params | x, z), Dirichlet and normal-inverse-gamma; of no rows, from the prior.
+
+    Args:
+        params: the parameters about whose locs the statistics are; the draw does not depend on them otherwise.
+        stats: those of all rows, each in one component; leading dimensions are chains.
+        prior: the prior.
+        generator: the only source of randomness.
+    """
+    concentration, loc, strength, shape, rate = posterior(stats, prior)
+    weights = draw_dirichlet(concentration, generator)
+    variances = rate / draw_gamma(shape, generator)
+    return Params(weights, loc + draw_normal(loc, generator) * (variances / strength).sqrt(), variances)
+
+
+def log_marginal(stats: Stats, prior: Prior) -> Tensor:
+    """Return log p(x, z), the parameters integrated out, for statistics of rows each in one component.
+
+    Murphy 2007, Conjugate Bayesian analysis of the Gaussian distribution, equation 203, feature by feature.
+    """
+    after = posterior(stats, prior)
+    log_density = (
+        -stats.counts[..., None] / 2 * math.log(2 * math.pi)
+        + (prior.strength.log() - after.strength.log()) / 2
+        + after.shape.lgamma()
+        - prior.shape.lgamma()
+        + prior.shape * prior.rate.log()
+        - after.shape * after.rate.log()
+    )
+    return log_allocations(stats.counts, prior.concentration) + log_density.sum((-2, -1))
 
 
 def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,17 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.models.conjugate import draw_dirichlet, draw_normal, log_allocations
 from mixproof.models.initial import partition, row_weights
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
-from mixproof.models.positive_definite import InverseWishart, cholesky, log_det, log_inverse_wishart, outer
+from mixproof.models.positive_definite import (
+    InverseWishart,
+    cholesky,
+    draw_inverse_wishart_root,
+    log_det,
+    log_inverse_wishart,
+    outer,
+)
 
 
 class Params(NamedTuple):
@@ -283,6 +291,59 @@ def log_prior(params: Params, prior: Prior) -> Tensor:
     size = params.locs.shape[-1]
     log_locs = (size * (prior.strength / (2 * math.pi)).log() - log_det(factors) - prior.strength * mahalanobis) / 2
     return log_dirichlet + (log_locs + log_inverse_wishart(params.covariances, prior.df, prior.scale)).sum(-1)
+
+
+def posterior(stats: Stats, prior: Prior) -> Prior:
+    """Return the hyperparameters of p(params | x, z), of each component its own.
+
+    Gelman et al., Bayesian Data Analysis, 3rd edition, section 3.6. Shapes: concentration and strength (K,), loc
+    (K, D), df (K,), scale (K, D, D), behind any leading dimensions of the statistics.
+    """
+    counts = stats.counts[..., None]
+    safe = counts.clamp_min(torch.finfo(counts.dtype).tiny)
+    strength = prior.strength + counts
+    within = stats.scatters - outer(stats.shifts) / safe[..., None]  # scatter about the component's own mean
+    pull = outer(stats.sums - counts * prior.loc) * (prior.strength / strength / safe)[..., None]
+    return Prior(
+        concentration=prior.concentration + stats.counts,
+        loc=(prior.strength * prior.loc + stats.sums) / strength,
+        strength=strength[..., 0],
+        df=prior.df + stats.counts,
+        scale=prior.scale + within + pull,
+    )
+
+
+def draw(params: Params, stats: Stats, prior: Prior, generator: torch.Generator) -> Params:
+    """Return a draw from p(params | x, z), Dirichlet and normal-inverse-Wishart; of no rows, from the prior.
+
+    Args:
+        params: the parameters about whose locs the statistics are; the draw does not depend on them otherwise.
+        stats: those of all rows, each in one component; leading dimensions are chains.
+        prior: the prior.
+        generator: the only source of randomness.
+    """
+    concentration, loc, strength, df, scale = posterior(stats, prior)
+    weights = draw_dirichlet(concentration, generator)
+    roots = draw_inverse_wishart_root(df, scale, generator)
+    deviations = (roots @ draw_normal(loc, generator)[..., None]).squeeze(-1)
+    return Params(weights, loc + deviations / strength.sqrt()[..., None], roots @ roots.mT)
+
+
+def log_marginal(stats: Stats, prior: Prior) -> Tensor:
+    """Return log p(x, z), the parameters integrated out, for statistics of rows each in one component.
+
+    Murphy 2007, Conjugate Bayesian analysis of the Gaussian distribution, equation 266.
+    """
+    size, after = stats.sums.shape[-1], posterior(stats, prior)
+    log_density = (
+        -stats.counts * size / 2 * math.log(math.pi)
+        + torch.special.multigammaln(after.df / 2, size)
+        - torch.special.multigammaln(prior.df / 2, size)
+        + prior.df / 2 * log_det(cholesky(prior.scale))
+        - after.df / 2 * log_det(cholesky(after.scale))
+        + size / 2 * (prior.strength.log() - after.strength.log())
+    )
+    return log_allocations(stats.counts, prior.concentration) + log_density.sum(-1)
 
 
 def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models import gaussian_spherical
+from mixproof.models.conjugate import draw_dirichlet, draw_normal, log_allocations
 from mixproof.models.initial import partition, row_weights
 
 
@@ -43,10 +44,12 @@ class GaussianIsotropic:
         strength: Tensor  # (), in pseudo-observations
 
     class Stats(NamedTuple):
-        """Sums over rows, weighted by responsibilities; additive over rows."""
+        """Sums over rows, weighted by responsibilities; additive over rows. Second moments are about the locs."""
 
         counts: Tensor  # (K,), of r
         sums: Tensor  # (K, D), of r x
+        shifts: Tensor  # (K, D), of r (x - loc)
+        squares: Tensor  # (K,), of r ||x - loc||^2
 
     additive: ClassVar = True
 
@@ -90,7 +93,10 @@ class GaussianIsotropic:
 
     def statistics(self, params: GaussianIsotropic.Params, x: Tensor, resp: Tensor) -> GaussianIsotropic.Stats:
         """Return the sufficient statistics of rows x (N, D) under responsibilities (N, K)."""
-        return GaussianIsotropic.Stats(resp.sum(-2), resp.mT @ x)
+        deviations = x - params.locs[..., None, :]  # (K, N, D)
+        weighted = resp.mT[..., None] * deviations
+        squares = (weighted * deviations).sum((-2, -1))
+        return GaussianIsotropic.Stats(resp.sum(-2), resp.mT @ x, weighted.sum(-2), squares)
 
     def log_joint_observed(self, params: GaussianIsotropic.Params, x: Tensor) -> Tensor:
         """Return log p(observed part of x_n, z_n = k), shape (N, K), with NaN in x (N, D) for what is missing."""
@@ -103,14 +109,24 @@ class GaussianIsotropic:
     def statistics_observed(self, params: GaussianIsotropic.Params, x: Tensor, resp: Tensor) -> GaussianIsotropic.Stats:
         """Return the expected statistics of rows x (N, D) given what is observed, under responsibilities (N, K)."""
         missing = x.isnan()
+        deviations = torch.where(missing, 0, x - params.locs[..., None, :])  # (K, N, D)
+        weighted = resp.mT[..., None] * deviations
         unseen = resp.mT @ missing.to(x.dtype)  # (K, D), of r where the feature is missing
-        return GaussianIsotropic.Stats(resp.sum(-2), resp.mT @ torch.where(missing, 0, x) + unseen * params.locs)
+        return GaussianIsotropic.Stats(
+            resp.sum(-2),
+            resp.mT @ torch.where(missing, 0, x) + unseen * params.locs,
+            weighted.sum(-2),
+            (weighted * deviations).sum((-2, -1)) + unseen.sum(-1) * self.variance,
+        )
 
     def recentre(
         self, stats: GaussianIsotropic.Stats, old: GaussianIsotropic.Params, new: GaussianIsotropic.Params
     ) -> GaussianIsotropic.Stats:
-        """Return the statistics as they are: they are about no location."""
-        return stats
+        """Return the statistics about the locs of new parameters, given those about the locs of old ones."""
+        moves = old.locs - new.locs
+        shifts = stats.shifts + stats.counts[..., None] * moves
+        squares = stats.squares + (moves * (2 * stats.shifts + stats.counts[..., None] * moves)).sum(-1)
+        return stats._replace(shifts=shifts, squares=squares)
 
     def reduction(
         self, params: GaussianIsotropic.Params
@@ -120,7 +136,7 @@ class GaussianIsotropic:
         return (
             gaussian_spherical,
             gaussian_spherical.Params(*params, variances),
-            lambda stats: GaussianIsotropic.Stats(stats.counts, stats.sums),
+            lambda stats: GaussianIsotropic.Stats(*stats),
         )
 
     def m_step(
@@ -140,6 +156,49 @@ class GaussianIsotropic:
         log_dirichlet = torch.xlogy(alpha - 1, params.weights).sum(-1) + alpha.sum().lgamma() - alpha.lgamma().sum()
         log_locs = ((precision / (2 * math.pi)).log() - precision * (params.locs - prior.loc).square()) / 2
         return log_dirichlet + log_locs.sum((-2, -1))
+
+    def posterior(self, stats: GaussianIsotropic.Stats, prior: GaussianIsotropic.Prior) -> GaussianIsotropic.Prior:
+        """Return the hyperparameters of p(params | x, z): concentration and strength (K,), loc (K, D)."""
+        strength = prior.strength + stats.counts
+        loc = (prior.strength * prior.loc + stats.sums) / strength[..., None]
+        return GaussianIsotropic.Prior(prior.concentration + stats.counts, loc, strength)
+
+    def draw(
+        self,
+        params: GaussianIsotropic.Params,
+        stats: GaussianIsotropic.Stats,
+        prior: GaussianIsotropic.Prior,
+        generator: torch.Generator,
+    ) -> GaussianIsotropic.Params:
+        """Return a draw from p(params | x, z), Dirichlet and normal; of no rows, from the prior.
+
+        Args:
+            params: not looked at: the posterior depends on no second moment.
+            stats: those of all rows, each in one component; leading dimensions are chains.
+            prior: the prior.
+            generator: the only source of randomness.
+        """
+        concentration, loc, strength = self.posterior(stats, prior)
+        weights = draw_dirichlet(concentration, generator)
+        spread = (self.variance / strength).sqrt()[..., None]
+        return GaussianIsotropic.Params(weights, loc + draw_normal(loc, generator) * spread)
+
+    def log_marginal(self, stats: GaussianIsotropic.Stats, prior: GaussianIsotropic.Prior) -> Tensor:
+        """Return log p(x, z), the parameters integrated out, for statistics of rows each in one component.
+
+        Murphy 2007, Conjugate Bayesian analysis of the Gaussian distribution, equation 55, feature by feature.
+        """
+        counts, size = stats.counts, stats.sums.shape[-1]
+        safe = counts.clamp_min(torch.finfo(counts.dtype).tiny)
+        strength = prior.strength + counts
+        within = stats.squares - stats.shifts.square().sum(-1) / safe  # about the component's own mean
+        distances = (stats.sums - counts[..., None] * prior.loc).square().sum(-1)
+        pull = prior.strength / strength * distances / safe
+        log_density = (
+            size * (prior.strength.log() - strength.log() - counts * math.log(2 * math.pi * self.variance))
+            - (within + pull) / self.variance
+        ) / 2
+        return log_allocations(counts, prior.concentration) + log_density.sum(-1)
 
     def sample(
         self, params: GaussianIsotropic.Params, num_samples: int, generator: torch.Generator

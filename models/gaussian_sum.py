@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models import gaussian_full
+from mixproof.models.conjugate import draw_normal
 from mixproof.models.initial import check_num_components
 from mixproof.models.positive_definite import InverseWishart, cholesky
 
@@ -231,6 +232,70 @@ def log_prior(params: Params, prior: Prior) -> Tensor:
     return gaussian_full.log_prior(x_part, prior.x) + gaussian_full.log_prior(y_part, prior.y)
 
 
+def draw(params: Params, stats: Stats, prior: Prior, generator: torch.Generator) -> Params:
+    """Return a draw from p(params | summands, k, l), each part by ``gaussian_full``; of no rows, from the prior.
+
+    Args:
+        params: the parameters about whose locs the statistics are; the draw does not depend on them otherwise.
+        stats: those of all rows, as from ``draw_statistics``; leading dimensions are chains.
+        prior: the prior.
+        generator: the only source of randomness.
+    """
+    x_part, y_part = parts(params)
+    drawn = gaussian_full.draw(x_part, stats.x, prior.x, generator)
+    return Params(*drawn, *gaussian_full.draw(y_part, stats.y, prior.y, generator))
+
+
+def draw_statistics(params: Params, x: Tensor, resp: Tensor, generator: torch.Generator) -> Stats:
+    """Return the statistics of summands drawn from p(summands | x, k, l, params).
+
+    Args:
+        params: leading dimensions are chains.
+        x: (N, D), the sums.
+        resp: (N, K_x K_y), 1 where the row's pair is and 0 elsewhere, behind the same leading dimensions.
+        generator: the only source of randomness.
+    """
+    x_part, y_part = parts(params)
+    pairs = resp.unflatten(-1, (x_part.weights.shape[-1], y_part.weights.shape[-1]))
+    summand = _draw_summand(x_part, y_part, x, pairs, generator)
+    return Stats(
+        _statistics_of_summand(x_part, summand, pairs.sum(-1)),
+        _statistics_of_summand(y_part, x - summand, pairs.sum(-2)),
+    )
+
+
+def _draw_summand(
+    part: gaussian_full.Params, other: gaussian_full.Params, x: Tensor, pairs: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Return u (N, D) drawn from p(u | u + v = x), v of the other part, each row in the pair (N, K, L) given.
+
+    Draw u and v from their own laws and move u by what the sum lacks, times the gain (Matheron's rule; Doucet 2010, A
+    note on efficient conditional simulation of Gaussian distributions).
+    """
+    own, others = pairs.sum(-1), pairs.sum(-2)
+    u, v = (_draw_rows(side, labels, generator) for side, labels in ((part, own), (other, others)))
+    covariances = part.covariances[..., :, None, :, :]
+    factors = cholesky(covariances + other.covariances[..., None, :, :, :])  # (K, L, D, D)
+    gains = torch.cholesky_solve(covariances.expand_as(factors), factors).mT
+    gains_of_rows = (pairs.flatten(-2) @ gains.flatten(-4, -3).flatten(-2)).unflatten(-1, gains.shape[-2:])
+    return u + (gains_of_rows @ (x - u - v)[..., None]).squeeze(-1)
+
+
+def _draw_rows(part: gaussian_full.Params, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Return rows (N, D) drawn each from its component, given by labels (N, K) of 0 and 1."""
+    locs = labels @ part.locs
+    factors = (labels @ cholesky(part.covariances).flatten(-2)).unflatten(-1, part.covariances.shape[-2:])
+    return locs + (factors @ draw_normal(locs, generator)[..., None]).squeeze(-1)
+
+
+def _statistics_of_summand(part: gaussian_full.Params, u: Tensor, labels: Tensor) -> gaussian_full.Stats:
+    """Return the statistics of rows u (N, D), each in the component that labels (N, K) of 0 and 1 give."""
+    deviations = u - labels @ part.locs
+    weighted = labels.mT[..., None] * deviations[..., None, :, :]  # (K, N, D)
+    scatters = weighted.mT @ deviations[..., None, :, :]
+    return gaussian_full.Stats(labels.sum(-2), labels.mT @ u, weighted.sum(-2), scatters)
+
+
 def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return ``num_samples`` sums x (n, D) of a draw from each part, and their pairs z (n,), numbered k K_y + l."""
     x_part, y_part = parts(params)
@@ -373,6 +438,23 @@ class KnownNoise:
     def log_prior(self, params: gaussian_full.Params, prior: gaussian_full.Prior) -> Tensor:
         """Return the log density of the prior at the parameters, a number ()."""
         return gaussian_full.log_prior(params, prior)
+
+    def draw(
+        self,
+        params: gaussian_full.Params,
+        stats: gaussian_full.Stats,
+        prior: gaussian_full.Prior,
+        generator: torch.Generator,
+    ) -> gaussian_full.Params:
+        """Return a draw from p(params | x before the noise, k), by ``gaussian_full``; of no rows, from the prior."""
+        return gaussian_full.draw(params, stats, prior, generator)
+
+    def draw_statistics(
+        self, params: gaussian_full.Params, x: Tensor, resp: Tensor, generator: torch.Generator
+    ) -> gaussian_full.Stats:
+        """Return the statistics of x before the noise, drawn given rows (N, D) and pairs (N, K_x K_y) of 0 and 1."""
+        pairs = resp.unflatten(-1, (params.weights.shape[-1], self.noise.weights.shape[-1]))
+        return _statistics_of_summand(params, _draw_summand(params, self.noise, x, pairs, generator), pairs.sum(-1))
 
     def sample(
         self, params: gaussian_full.Params, num_samples: int, generator: torch.Generator

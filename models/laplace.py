@@ -13,6 +13,7 @@ weights nor the divisor of the scales count.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import pyro
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.models.conjugate import draw_dirichlet, draw_gamma, draw_uniform, log_allocations
 from mixproof.models.initial import partition, row_weights
 
 
@@ -136,6 +138,100 @@ def log_prior(params: Params, prior: Prior) -> Tensor:
     )
     log_locs = (prior.strength / (2 * scales)).log() - prior.strength * (params.locs - prior.loc).abs() / scales
     return log_dirichlet + (log_scales + log_locs).sum((-2, -1))
+
+
+class _Pieces(NamedTuple):
+    """p(x, loc | z) of each component and feature, its scale integrated out: a power of a piecewise linear function.
+
+    Given loc, the scale is inverse-gamma with shape q + 1 and rate h(loc) = rate + strength |loc - prior.loc| + sum_n
+    r_n |x_n - loc|, so that loc has a density in proportion to h^-(q + 1), with kinks at the rows and at the prior's
+    loc.
+    """
+
+    kinks: Tensor  # (D, N + 1), in order
+    heights: Tensor  # (K, D, N + 1), h at the kinks
+    slope: Tensor  # (K, D), of h to the right of all kinks; minus it to the left
+    power: Tensor  # (K, D), q
+    log_masses: Tensor  # (K, D, N + 2), of h^-(q + 1) left of all kinks, between each two, and right of all
+
+
+def _pieces(stats: Stats, prior: Prior) -> _Pieces:
+    x = torch.cat([stats.x, prior.loc[None]])
+    resp = torch.cat([stats.resp, prior.strength.expand(*stats.resp.shape[:-2], 1, stats.resp.shape[-1])], -2)
+    kinks, order = x.mT.sort(-1)
+    weights = resp.mT[..., order]  # (K, D, N + 1)
+    power = prior.shape + stats.resp.sum(-2)[..., None]
+    gaps = kinks.diff(dim=-1)
+    cumulated = weights.cumsum(-1)
+    slope = cumulated[..., -1]
+    first = (weights * (kinks - kinks[:, :1])).sum(-1, keepdim=True)
+    climbs = (2 * cumulated[..., :-1] - slope[..., None]) * gaps
+    heights = prior.rate[:, None] + torch.cat([first, first + climbs.cumsum(-1)], -1).clamp_min(0)
+    logs = heights.log()
+    change, lower = logs.diff(dim=-1).abs(), torch.minimum(logs[..., 1:], logs[..., :-1])
+    q = power[..., None]
+    # the mean of (h / min h)^-(q + 1) over a piece, whose ends have log h differ by ``change``
+    log_mean = _log_decay(q * change) - _log_decay(change) - change
+    inner = gaps.log() - (q + 1) * lower + log_mean
+    tails = -q * logs[..., [0, -1]] - (q * slope[..., None]).log()
+    return _Pieces(kinks, heights, slope, power, torch.cat([tails[..., :1], inner, tails[..., 1:]], -1))
+
+
+def _log_decay(t: Tensor) -> Tensor:
+    """Return log((1 - exp(-t)) / t) for t >= 0."""
+    safe = torch.where(t > 0, t, 1)
+    return torch.where(t > 0, (-torch.expm1(-safe) / safe).log(), 0)
+
+
+def draw(params: Params, stats: Stats, prior: Prior, generator: torch.Generator) -> Params:
+    """Return a draw from p(params | x, z); of no rows, from the prior.
+
+    The scale integrated out, a location is drawn by inverting its distribution function piece by piece; the scale given
+    it is inverse-gamma.
+
+    Args:
+        params: not looked at: the statistics are about no location.
+        stats: those of all rows, each in one component; leading dimensions of ``resp`` are chains.
+        prior: the prior.
+        generator: the only source of randomness.
+    """
+    weights = draw_dirichlet(prior.concentration + stats.resp.sum(-2), generator)
+    kinks, heights, slope, power, log_masses = _pieces(stats, prior)
+    cumulated = log_masses.softmax(-1).cumsum(-1)
+    uniform = draw_uniform(slope, generator)[..., None] * cumulated[..., -1:]
+    piece = (cumulated <= uniform).sum(-1, keepdim=True).clamp_max(kinks.shape[-1])
+    ends = torch.cat([piece - 1, piece], -1).clamp(0, kinks.shape[-1] - 1)  # of the piece; twice the same of a tail
+    x, h = kinks.expand_as(heights).gather(-1, ends), heights.gather(-1, ends)
+    low = h.argmin(-1, keepdim=True)
+    (x_low, h_low), (x_high, h_high) = ((t.gather(-1, i)[..., 0] for t in (x, h)) for i in (low, 1 - low))
+    # log h / h_low within the piece is exponential with rate q, cut off at the other end
+    change = (h_high / h_low).log()
+    is_tail = ((piece == 0) | (piece == kinks.shape[-1]))[..., 0]
+    v = draw_uniform(slope, generator)
+    climb = -torch.log1p(v * torch.expm1(-power * torch.where(is_tail, torch.inf, change))) / power
+    inside = torch.where(change > 0, climb.expm1() / torch.where(change > 0, change, 1).expm1(), v)
+    outwards = torch.where(piece[..., 0] == 0, -1, 1) * h_low * climb.expm1() / slope
+    locs = torch.where(is_tail, x_low + outwards, x_low + inside * (x_high - x_low))
+    scales = h_low * climb.exp() / draw_gamma((power + 1).expand_as(slope), generator)
+    return Params(weights, locs, scales)
+
+
+def log_marginal(stats: Stats, prior: Prior) -> Tensor:
+    """Return log p(x, z), the parameters integrated out, for statistics of rows each in one component.
+
+    The integral over the scale is a gamma function, that over the location a sum over pieces.
+    """
+    counts = stats.resp.sum(-2)
+    pieces = _pieces(stats, prior)
+    log_density = (
+        (prior.strength / 2).log()
+        - counts[..., None] * math.log(2)
+        + prior.shape * prior.rate.log()
+        - prior.shape.lgamma()
+        + (pieces.power + 1).lgamma()
+        + pieces.log_masses.logsumexp(-1)
+    )
+    return log_allocations(counts, prior.concentration) + log_density.sum((-2, -1))
 
 
 def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
+from mixproof.models.conjugate import draw_gamma, draw_normal
+
 Size = torch.Size | list[int] | tuple[int, ...]
 
 
@@ -55,6 +57,25 @@ def log_inverse_wishart(covariances: Tensor, df: Tensor, scale: Tensor) -> Tenso
     normaliser = (df * size / 2) * math.log(2) + torch.special.multigammaln(df / 2, size)
     trace = ratio.square().sum((-2, -1))
     return df / 2 * log_det(scale_factor) - normaliser - (df + size + 1) / 2 * log_det(factor) - trace / 2
+
+
+def draw_inverse_wishart_root(df: Tensor, scale: Tensor, generator: torch.Generator) -> Tensor:
+    """Return M (..., D, D) such that M M^T has the inverse-Wishart law, by Bartlett's decomposition.
+
+    A Wishart matrix is (C A)(C A)^T with C C^T its scale, A lower triangular, its diagonal the roots of chi-squared
+    variables with df, df - 1, ... degrees of freedom and standard normal below (Anderson 2003, An Introduction to
+    Multivariate Statistical Analysis, section 7.2). With scale = L L^T, the inverse of such a matrix has M = L A^-T.
+
+    Args:
+        df: (...), degrees of freedom, above D - 1.
+        scale: (..., D, D), positive definite.
+        generator: the only source of randomness.
+    """
+    size = scale.shape[-1]
+    halves = (df[..., None] - torch.arange(size, dtype=scale.dtype, device=scale.device)) / 2
+    diagonal = (2 * draw_gamma(halves, generator)).sqrt()
+    bartlett = draw_normal(scale, generator).tril(-1) + torch.diag_embed(diagonal)
+    return torch.linalg.solve_triangular(bartlett, cholesky(scale).mT, upper=False).mT
 
 
 class InverseWishart(TorchDistribution):

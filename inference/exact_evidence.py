@@ -1,0 +1,129 @@
+"""The evidence and the posterior of a mixture of few rows, exactly: a sum over all K^N allocations of rows.
+
+Given the allocation z the parameters integrate out in closed form, p(x) = sum_z p(x, z) (Nobile and Fearnside 2007,
+Statistics and Computing 17, section 2). Every approximation can be held against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixproof.inference.validation import check_num_components, check_prior, check_rows, example_params
+
+MAX_ALLOCATIONS = 2**22
+"""How many allocations are summed at most: a few seconds to a minute, and 32 MB."""
+AT_ONCE = 2**13
+
+
+class ExactPosterior(NamedTuple):
+    """p(z | x) of all A = K^N allocations z, the parameters integrated out."""
+
+    log_evidence: Tensor
+    """(), log p(x)."""
+    allocations: Tensor
+    """(A, N), the component of each row, all K^N of them."""
+    probs: Tensor
+    """(A,), p(z | x)."""
+
+    @property
+    def coclustering(self) -> Tensor:
+        """(N, N), the probability that two rows are of the same component, whatever the components are called."""
+        together = self.probs.new_zeros(2 * self.allocations.shape[1:])
+        for z, probs in zip(self.allocations.split(AT_ONCE), self.probs.split(AT_ONCE), strict=True):
+            together += torch.einsum("a,aij->ij", probs, (z[:, :, None] == z[:, None]).to(probs))
+        return together
+
+
+def exact_log_evidence(family: Any, x: Any, prior: Any, *, num_components: int) -> Tensor:
+    """Return log p(x), (), by summing over all K^N allocations of the rows.
+
+    Args:
+        family: a family of the contract that has ``log_marginal``.
+        x: (N, D), so few rows that K^N is at most 2^22.
+        prior: the family's ``Prior``.
+        num_components: K.
+
+    Raises:
+        TypeError, ValueError: as ``exact_posterior``.
+    """
+    return exact_posterior(family, x, prior, num_components=num_components).log_evidence
+
+
+def exact_posterior(family: Any, x: Any, prior: Any, *, num_components: int) -> ExactPosterior:
+    """Return the evidence, and the posterior over all K^N allocations of the rows to components.
+
+    Args:
+        family: a family of the contract that has ``log_marginal``.
+        x: (N, D), so few rows that K^N is at most 2^22.
+        prior: the family's ``Prior``.
+        num_components: K.
+
+    Raises:
+        TypeError: the family has no ``log_marginal``, or an argument is of another type.
+        ValueError: the data or the prior are not what they must be, the prior is None, or K^N is above 2^22.
+    """
+    log_joint, allocations = _sum_over_allocations(family, x, prior, num_components)
+    log_evidence = log_joint.logsumexp(0)
+    return ExactPosterior(log_evidence, allocations, (log_joint - log_evidence).exp())
+
+
+def exact_draws(
+    family: Any, x: Any, prior: Any, *, num_components: int, num_draws: int, generator: torch.Generator
+) -> Any:
+    """Return independent draws from p(params | x): an allocation from its exact posterior, and parameters given it.
+
+    Args:
+        family: a family of the contract that has ``log_marginal``.
+        x: (N, D), so few rows that K^N is at most 2^22.
+        prior: the family's ``Prior``.
+        num_components: K.
+        num_draws: S.
+        generator: the only source of randomness.
+
+    Returns:
+        The family's ``Params``, each field (S, ...).
+
+    Raises:
+        TypeError, ValueError: as ``exact_posterior``.
+    """
+    x = check_rows(family, x)
+    posterior = exact_posterior(family, x, prior, num_components=num_components)
+    chosen = torch.multinomial(posterior.probs, num_draws, replacement=True, generator=generator)
+    template, _ = example_params(family, num_components, x)
+    params = type(template)(*(value.expand(num_draws, *value.shape) for value in template))
+    stats = family.statistics(params, x, _one_hot(posterior.allocations[chosen], num_components, x))
+    return family.draw(params, stats, check_prior(family, prior, template), generator)
+
+
+def _sum_over_allocations(family: Any, x: Any, prior: Any, num_components: int) -> tuple[Tensor, Tensor]:
+    """Return log p(x, z), (A,), and the allocations z (A, N)."""
+    if not hasattr(family, "log_marginal"):
+        raise TypeError(
+            "this family has no log_marginal(stats, prior): its rows are not complete once their components are known, "
+            "and its parameters do not integrate out. Use log_evidence, which approximates"
+        )
+    size: Any = check_num_components(family, num_components)
+    x = check_rows(family, x)
+    if prior is None:
+        raise ValueError("prior is None, which is flat: the evidence under an improper prior is not defined")
+    if size ** len(x) > MAX_ALLOCATIONS:
+        raise ValueError(
+            f"{size} components and {len(x)} rows have {size ** len(x):.3g} allocations, above {MAX_ALLOCATIONS}: take "
+            "fewer rows, or approximate by log_evidence"
+        )
+    params, _ = example_params(family, size, x)
+    prior = check_prior(family, prior, params)
+    powers = size ** torch.arange(len(x), device=x.device)
+    allocations = torch.arange(size ** len(x), device=x.device)[:, None] // powers % size
+    tables = []
+    for z in allocations.split(AT_ONCE):
+        batch = type(params)(*(value.expand(len(z), *value.shape) for value in params))
+        tables.append(family.log_marginal(family.statistics(batch, x, _one_hot(z, size, x)), prior))
+    return torch.cat(tables), allocations
+
+
+def _one_hot(z: Tensor, num_components: int, like: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(z, num_components).to(like)
