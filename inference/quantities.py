@@ -112,13 +112,16 @@ class Quantities:
         num_draws = next(iter(params.values())).shape[1]
         rows = max(1, CHUNK // num_draws)
         parts = []
-        at = torch.func.functionalize(self._at)  # under vmap alone, Pyro's look at ``Tensor.data`` is refused
-        at_draws = torch.func.vmap(torch.func.vmap(at, in_dims=(0, None)))
+        at_draws = torch.func.vmap(torch.func.vmap(self._differentiably, in_dims=(0, None)))
         with torch.no_grad(), pyro.validation_enabled(False):
             for first in range(0, len(x), rows):
                 block = slice(first, first + rows)
                 parts.append(at_draws({name: value[block] for name, value in params.items()}, x[block]))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _differentiably(self, params: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        """Return the quantities at one draw as if to differentiate them: under ``vmap`` alone Pyro fails."""
+        return torch.func.vjp(self._at, params, x)[0]
 
     def _at(self, params: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
         found = log_joint_table(self.model, self.program, params, x)
