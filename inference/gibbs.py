@@ -388,7 +388,8 @@ class _Run:
 
     def sweep(self) -> None:
         """Exchange temperatures, keep the parameters at 1, and draw the next ones."""
-        chains, powers, cold = self._chains, None, slice(None)
+        chains, powers = self._chains, None
+        cold = torch.arange(chains.num_replicas, device=chains.x.device)
         if len(chains.ladder) > 1:
             self._swap()
             powers = chains.ladder[self._rung.flatten()]
@@ -437,12 +438,11 @@ class _Run:
         if relabel:
             for group in (name for name in family.Params._fields if name.endswith("weights")):
                 params = self._permuted(params, group)
-        full = {name: params.get(name) for name in family.Params._fields}
-        for name, value in full.items():
-            if value is None:
-                known = getattr(self._params, name)[:1, None]
-                full[name] = known.expand(chains.num_chains, size, *known.shape[2:])
-        flat = family.Params(**{name: value.flatten(0, 1) for name, value in full.items()})
+        known = {name: value[:1] for name, value in self._params._asdict().items() if name not in params}
+        flat = family.Params(
+            **{name: value.flatten(0, 1) for name, value in params.items()},
+            **{name: value.expand(chains.num_chains * size, *value.shape[1:]) for name, value in known.items()},
+        )
         log_prior = torch.func.vmap(partial(family.log_prior, prior=chains.prior))(flat)
         lp = self._log_lik[:, :size] + log_prior.view(chains.num_chains, size)
         if not torch.isfinite(lp).all():

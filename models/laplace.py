@@ -203,7 +203,8 @@ def draw(params: Params, stats: Stats, prior: Prior, generator: torch.Generator)
     ends = torch.cat([piece - 1, piece], -1).clamp(0, kinks.shape[-1] - 1)  # of the piece; twice the same of a tail
     x, h = kinks.expand_as(heights).gather(-1, ends), heights.gather(-1, ends)
     low = h.argmin(-1, keepdim=True)
-    (x_low, h_low), (x_high, h_high) = ((t.gather(-1, i)[..., 0] for t in (x, h)) for i in (low, 1 - low))
+    x_low, h_low = x.gather(-1, low)[..., 0], h.gather(-1, low)[..., 0]
+    x_high, h_high = x.gather(-1, 1 - low)[..., 0], h.gather(-1, 1 - low)[..., 0]
     # log h / h_low within the piece is exponential with rate q, cut off at the other end
     change = (h_high / h_low).log()
     is_tail = ((piece == 0) | (piece == kinks.shape[-1]))[..., 0]
