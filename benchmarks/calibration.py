@@ -187,6 +187,7 @@ SUBJECTS: dict[str, tuple[Any, Tensor, dict[str, Engine]]] = {
     "mixture": (MIXTURE, torch.zeros(6, 1, dtype=torch.float64), faults(mixture_posterior, prior=VAGUE)),
 }
 """The program, data of its shape, and the engines."""
+FAULTS = tuple(SUBJECTS["normal"][2])
 
 
 def calibrate_fault(subject: str, fault: str, num_simulations: int, seed: int) -> Calibration:
