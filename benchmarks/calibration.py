@@ -160,9 +160,7 @@ def too_narrow(exact: Batched) -> Engine:
     return engine
 
 
-VAGUE = MIXTURE_PRIOR._replace(
-    concentration=real([1.0, 1.0]), strength=real(0.002), shape=real(0.03), rate=real(0.02)
-)
+VAGUE = MIXTURE_PRIOR._replace(concentration=real([1.0, 1.0]), strength=real(0.002), shape=real(0.03), rate=real(0.02))
 
 
 def faults(exact: Batched, **vague: Any) -> dict[str, Engine]:

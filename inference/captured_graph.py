@@ -151,7 +151,9 @@ class _Rewriter:
                 mine = _without(mine, part)
                 other = _without(other, part)
         ratio = alpha * right.scale / left.scale
-        total = self.emit(aten.add.Tensor, (self.product(mine), self.product(other)), {} if ratio == 1 else {"alpha": ratio})
+        total = self.emit(
+            aten.add.Tensor, (self.product(mine), self.product(other)), {} if ratio == 1 else {"alpha": ratio}
+        )
         return Product(shape, left.scale, self.collected((*common, total)))
 
     def sub(self, left: Product, right: Any, alpha: float = 1) -> Product | None:
@@ -167,9 +169,13 @@ class _Rewriter:
         return x
 
     def cast(self, x: Product, *, dtype: Any = None, **others: Any) -> Product | None:
-        return x if dtype in (None, _dtype(x)) and not any(v for k, v in others.items() if k != "non_blocking") else None
+        return (
+            x if dtype in (None, _dtype(x)) and not any(v for k, v in others.items() if k != "non_blocking") else None
+        )
 
-    def sum(self, x: Product, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: Any = None) -> Product | None:
+    def sum(
+        self, x: Product, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: Any = None
+    ) -> Product | None:
         if not _is_real(x) or dtype not in (None, _dtype(x)):
             return None
         rank = len(x.shape)
@@ -187,7 +193,9 @@ class _Rewriter:
             others.append(self.emit(aten.sum.dim_IntList, (inner, axes, True), {}))
         shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
         total = Product(shape, scale, self.collected(tuple(others)))
-        return total if keepdim else self.reshaped(total, tuple(n for axis, n in enumerate(x.shape) if axis not in axes))
+        return (
+            total if keepdim else self.reshaped(total, tuple(n for axis, n in enumerate(x.shape) if axis not in axes))
+        )
 
     def sum_all(self, x: Product, *, dtype: Any = None) -> Product | None:
         return self.sum(x, None, dtype=dtype) if x.shape else None
@@ -225,12 +233,16 @@ class _Rewriter:
         """Return x where the index is all of a dimension in order, which takes nothing out."""
         return self._whole_dimension(x.shape, indices, lambda new, _: self.reshaped(x, new))
 
-    def index_put(self, x: Product, indices: Sequence[Product | None], values: Product, accumulate: bool = False) -> Product | None:
+    def index_put(
+        self, x: Product, indices: Sequence[Product | None], values: Product, accumulate: bool = False
+    ) -> Product | None:
         if not self.is_zero(x):
             return None
         return self._whole_dimension(x.shape, indices, lambda new, old: self.reshaped(self.expand(values, new), old))
 
-    def _whole_dimension(self, shape: tuple[int, ...], indices: Sequence[Product | None], then: Callable[..., Product]) -> Product | None:
+    def _whole_dimension(
+        self, shape: tuple[int, ...], indices: Sequence[Product | None], then: Callable[..., Product]
+    ) -> Product | None:
         taken = [(axis, index) for axis, index in enumerate(indices) if index is not None]
         if len(taken) != 1 or not _is_constant(taken[0][1]):
             return None
@@ -271,7 +283,11 @@ class _Rewriter:
         shape = tuple(torch.broadcast_shapes(condition.shape, left.shape, right.shape))
         mask = self.small(condition, len(shape))
         parts = self.aligned(left, len(shape))
-        inner = [part for part in parts if torch.broadcast_shapes(part.example.shape, mask.example.shape) == mask.example.shape]
+        inner = [
+            part
+            for part in parts
+            if torch.broadcast_shapes(part.example.shape, mask.example.shape) == mask.example.shape
+        ]
         others = [part for part in parts if all(part is not each for each in inner)]
         if not inner or not others:
             return None
@@ -319,7 +335,11 @@ class _Rewriter:
     def full(self, x: Product) -> Value:
         """Return a product as one tensor of its shape."""
         value = self.small(x, len(x.shape))
-        return value if tuple(value.example.shape) == x.shape else self.emit(aten.expand.default, (value, list(x.shape)), {})
+        return (
+            value
+            if tuple(value.example.shape) == x.shape
+            else self.emit(aten.expand.default, (value, list(x.shape)), {})
+        )
 
     def reshape(self, value: Value, shape: tuple[int, ...]) -> Value:
         value = self.reshaped_from.get(id(value.example), value)
@@ -368,18 +388,30 @@ class _Rewriter:
         """Return what an operation gives in the new graph: at once for constants, the same for the same arguments."""
         flat, spec = tree_flatten((args, kwargs))
         values = [each for each in flat if isinstance(each, Value)]
-        key = (target, spec, tuple(id(each.example) if isinstance(each, Value) else (type(each), repr(each)) for each in flat))
+        key = (
+            target,
+            spec,
+            tuple(id(each.example) if isinstance(each, Value) else (type(each), repr(each)) for each in flat),
+        )
         if key in self.made:
             return self.made[key]
         e_args, e_kwargs = tree_unflatten([each.example if isinstance(each, Value) else each for each in flat], spec)
         example = target(*e_args, **e_kwargs)
         if all(each.node is None for each in values):
-            found = tuple(Value(None, each) for each in example) if isinstance(example, (tuple, list)) else Value(None, example)
+            found = (
+                tuple(Value(None, each) for each in example)
+                if isinstance(example, (tuple, list))
+                else Value(None, example)
+            )
         else:
-            n_args, n_kwargs = tree_unflatten([self.node(each) if isinstance(each, Value) else each for each in flat], spec)
+            n_args, n_kwargs = tree_unflatten(
+                [self.node(each) if isinstance(each, Value) else each for each in flat], spec
+            )
             node = self.graph.call_function(target, n_args, n_kwargs)
             if isinstance(example, (tuple, list)):
-                found = tuple(Value(self.graph.call_function(operator.getitem, (node, i)), each) for i, each in enumerate(example))
+                found = tuple(
+                    Value(self.graph.call_function(operator.getitem, (node, i)), each) for i, each in enumerate(example)
+                )
             else:
                 found = Value(node, example)
         self.made[key] = found

@@ -40,7 +40,9 @@ class Simulation(NamedTuple):
     """(N, D), a draw from p(x | params)."""
 
 
-def simulate(model: Callable[..., Any], x: Tensor, *, seed: int, params: Mapping[str, Tensor] | None = None) -> Simulation:
+def simulate(
+    model: Callable[..., Any], x: Tensor, *, seed: int, params: Mapping[str, Tensor] | None = None
+) -> Simulation:
     """Run a program forward: draw its parameters from their prior, and data in the place of those it observes.
 
     Args:
@@ -58,7 +60,13 @@ def simulate(model: Callable[..., Any], x: Tensor, *, seed: int, params: Mapping
     if params is not None:
         program = poutine.condition(program, data=dict(params))
     with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(x), seeded(seed):
-        trace: Any = poutine.trace(program).get_trace(x)
+        try:
+            trace: Any = poutine.trace(program).get_trace(x)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                "a prior of the program is improper, or has no sampler, and so no parameters can be drawn from it: give "
+                f"every parameter a proper prior ({str(error).splitlines()[0]})"
+            ) from error
     if points := [name for name, site in trace.nodes.items() if site["type"] == "param"]:
         raise ValueError(f"{', '.join(points)} is a pyro.param and has no prior to draw from: make it a pyro.sample")
     found, data = {}, {}
