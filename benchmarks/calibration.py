@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,18 @@ from torch import Tensor
 
 from mixproof.inference.calibration import Calibration, Engine, calibrate
 from mixproof.inference.draws import Draws
-from mixproof.models import gaussian_spherical
+from mixproof.inference.gibbs import gibbs
+from mixproof.inference.hmc import hmc
+from mixproof.models import (
+    bernoulli,
+    gaussian_diagonal,
+    gaussian_full,
+    gaussian_isotropic,
+    gaussian_spherical,
+    gaussian_sum,
+    gaussian_tied,
+    laplace,
+)
 
 NUM_DRAWS = 99
 FALSE_ALARM = 0.01
@@ -201,3 +210,102 @@ def calibrate_fault(subject: str, fault: str, num_simulations: int, seed: int) -
         batch_size=num_simulations,
         false_alarm=FALSE_ALARM,
     )
+
+
+# Engines
+
+
+def family_cases() -> dict[str, tuple[Any, Any, Any]]:
+    """Return, by name, each family, its K and a prior under which its components are exchangeable and overlap."""
+    eye = torch.eye(2, dtype=torch.float64)
+    concentration = real([2.0, 2.0])
+    normal = {"loc": real([0.0, 0.0]), "strength": real(0.5)}
+    full = gaussian_full.Prior(concentration, **normal, df=real(6.0), scale=4 * eye)
+    noise = gaussian_full.Params(real([0.3, 0.7]), real([[0.0, 0.0], [1.0, 0.0]]), torch.stack([eye / 2, eye / 4]))
+    inverse_gamma_prior = {"shape": real([3.0, 3.0]), "rate": real([2.0, 2.0])}
+    scalar = {"shape": real(3.0), "rate": real(2.0)}
+    isotropic = gaussian_isotropic.GaussianIsotropic(0.7)
+    return {
+        "gaussian_full": (gaussian_full, 2, full),
+        "gaussian_diagonal": (
+            gaussian_diagonal,
+            2,
+            gaussian_diagonal.Prior(concentration, **normal, **inverse_gamma_prior),
+        ),
+        "gaussian_spherical": (gaussian_spherical, 2, gaussian_spherical.Prior(concentration, **normal, **scalar)),
+        "gaussian_tied": (gaussian_tied, 2, gaussian_tied.Prior(concentration, **normal, df=real(6.0), scale=4 * eye)),
+        "gaussian_isotropic": (isotropic, 2, isotropic.Prior(concentration, **normal)),
+        "bernoulli": (bernoulli, 2, bernoulli.Prior(concentration, real([1.5, 1.5]), real([1.5, 1.5]))),
+        "laplace": (laplace, 2, laplace.Prior(concentration, **normal, **inverse_gamma_prior)),
+        "gaussian_sum": (gaussian_sum, (2, 2), gaussian_sum.Prior(full, full)),
+        "known_noise": (gaussian_sum.KnownNoise(noise), 2, full),
+    }
+
+
+def gibbs_engine(family: Any, num_components: Any, prior: Any) -> Engine:
+    def engine(x: Tensor, seed: int) -> Draws:
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {"num_chains": 4, "num_warmup": 30, "num_draws": 60}
+        return gibbs(family, x, prior, num_components=num_components, generator=generator, **sizes)
+
+    return engine
+
+
+def hmc_engine(family: Any, num_components: Any, prior: Any) -> Engine:
+    model = partial(family.model, num_components=num_components, prior=prior)
+    return lambda x, seed: hmc(model, x, num_chains=16, num_warmup=150, num_draws=30, seed=seed)
+
+
+ENGINES = {"gibbs": gibbs_engine, "hmc": hmc_engine}
+
+
+def calibrate_engine(engine: str, name: str, num_simulations: int, seed: int, *, num_data: int = 8) -> Calibration:
+    """Return the calibration of an engine on data of a few rows, whose posterior is far from normal."""
+    family, num_components, prior = family_cases()[name]
+    model = partial(family.model, num_components=num_components, prior=prior)
+    x = torch.zeros(num_data, 2, dtype=torch.float64)
+    run = ENGINES[engine](family, num_components, prior)
+    return calibrate(model, run, x, num_simulations=num_simulations, seed=seed, false_alarm=FALSE_ALARM)
+
+
+def print_faults(seed: int) -> dict[str, Any]:
+    """Print, for each fault, the quantities that see it and the smallest p-value, and return all p-values."""
+    found: dict[str, Any] = {}
+    for subject in SUBJECTS:
+        for num_simulations in (200, 1000):
+            print(f"\n{subject}, {num_simulations} simulations")
+            for fault in FAULTS:
+                result = calibrate_fault(subject, fault, num_simulations, seed)
+                seen = [check.name for check in result.report.checks if not check.passed]
+                print(f"{fault:<28}{result.p_value:>10.2g}  {', '.join(seen) or 'nothing'}", flush=True)
+                found[f"{subject}, {num_simulations}, {fault}"] = result.p_values
+    return found
+
+
+def main() -> None:
+    """Print the tables; write all p-values as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--families", nargs="*", default=list(family_cases()), choices=list(family_cases()))
+    parser.add_argument("--num-simulations", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--no-faults", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {} if options.no_faults else print_faults(options.seed)
+    print(f"\n{'engine':<8}{'family':<20}{'verdict':<10}{'p-value':>10}{'ranks':>7}{'CPU s':>8}  refuting quantities")
+    for engine in options.engines:
+        for name in options.families:
+            start = time.process_time()
+            result = calibrate_engine(engine, name, options.num_simulations, options.seed)
+            seen = [check.name for check in result.report.checks if not check.passed]
+            line = f"{engine:<8}{name:<20}{result.report.verdict:<10}{result.p_value:>10.2g}{result.num_ranks:>7}"
+            print(f"{line}{time.process_time() - start:>8.0f}  {', '.join(seen)}", flush=True)
+            found[f"{engine}, {name}"] = result.p_values | {"num_ranks": result.num_ranks}
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
