@@ -26,8 +26,8 @@ from mixproof.inference.draws import Draws
 from mixproof.inference.validation import check_num_components, check_prior, check_rows, example_params
 from mixproof.models.initial import partition
 
-TABLE_ENTRIES = 1 << 20
-"""Up to how large the table of rows, components and replicas is made in one piece."""
+TABLE_ENTRIES = 1 << 17
+"""Up to how large the table of rows, components and replicas is made in one piece: it stays in a core's cache."""
 
 
 def gibbs(
@@ -314,31 +314,33 @@ class _Moments(_Plain):
     def sums(self, number: int, x: Tensor, resp: Tensor) -> Any:
         if hasattr(self.chains.family, "draw_statistics"):
             return super().sums(number, x, resp)
-        return self.chains._features[number] @ resp.flatten(0, 1).mT  # (P, B K)
+        return resp.flatten(0, 1) @ self.chains._features[number].mT  # (B K, P)
 
     def statistics(self, total: Any) -> Any:
         if not isinstance(total, Tensor):
             return total
-        stats = self._inner.statistics_of(total, self._flat, self.chains._center)
+        stats = self._inner.statistics_of(total.mT, self._flat, self.chains._center)
         return self._back(type(stats)(*(value.unflatten(0, (self.chains.num_replicas, -1)) for value in stats)))
 
 
 def _draw_allocations(table: Tensor, powers: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return components drawn in proportion to exp(power table), (B, K, n) of 0 and 1, and log sum_k exp, (B,).
 
-    By inverting the distribution function of each row.
+    By inverting the distribution function of each row, in the place of the table.
     """
     if powers is not None:
-        table = table * powers[:, None, None]
+        table.mul_(powers[:, None, None])
     largest = table.amax(1, keepdim=True)
-    cumulated = (table - largest).exp_().cumsum(1)
-    normaliser = cumulated[:, -1]
+    cumulated = table.sub_(largest).exp_()
+    for k in range(1, table.shape[1]):  # as cumsum, which is slower along an inner axis
+        cumulated[:, k] += cumulated[:, k - 1]
+    normaliser = cumulated[:, -1].clone()
     uniform = torch.rand(normaliser.shape, generator=generator, dtype=table.dtype, device=table.device)
-    reached = (cumulated > (uniform * normaliser)[:, None]).to(table.dtype)
-    reached[:, -1] = 1  # the product may round up to the normaliser
-    resp = reached.clone()
-    resp[:, 1:] -= reached[:, :-1]
-    return resp, (normaliser.log() + largest[:, 0]).sum(-1)
+    resp = cumulated.gt_(uniform.mul_(normaliser)[:, None])  # 1 from the component drawn onwards
+    resp[:, -1] = 1  # the product may round up to the normaliser
+    for k in range(table.shape[1] - 1, 0, -1):
+        resp[:, k] -= resp[:, k - 1]
+    return resp, normaliser.log_().add_(largest[:, 0]).sum(-1)
 
 
 def _same(stats: Any) -> Any:

@@ -433,7 +433,7 @@ def marginal_covariance(family: Any, params: Any, row: Tensor) -> list[tuple[Ten
 
 
 LINEAR = ("bernoulli", "UniformWeights")  # statistics without squares: means are enough
-INDEPENDENT = (
+INDEPENDENT = (*LINEAR, "GaussianIsotropic", "gaussian_diagonal", "gaussian_spherical")  # what is seen bears on nothing else
     *LINEAR,
     "GaussianIsotropic",
     "gaussian_diagonal",
