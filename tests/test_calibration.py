@@ -24,6 +24,7 @@ from torch import Tensor
 from mixproof.inference.calibration import Calibration, calibrate, effective_size
 from mixproof.inference.draws import Draws
 from mixproof.inference.exact_evidence import exact_log_evidence
+from mixproof.inference.verification.uniformity import simultaneous_band
 from mixproof.models import gaussian_spherical
 
 if TYPE_CHECKING:
@@ -300,13 +301,14 @@ def test_plot_shows_each_quantity_in_its_band() -> None:
     plt.switch_backend("agg")
     found = location_calibration(num_ranks=100)
     plot = found.plot()
-    for name, ranks in found.ranks.items():
+    where, lower, upper = simultaneous_band(300, 100, probability=1 - 0.01 / len(found.ranks))
+    for name in found.ranks:
         axes = plot.get_viz("plot", name)
-        (line,) = axes.get_lines()
-        where, height = line.get_data()
-        share = [(ranks + 0.5 <= 100 * at).double().mean().item() for at in where]
-        assert np.allclose(height, share - where, atol=ranks.bincount().max() / 300)  # it is a stair
-        assert len(axes.collections) == 1
+        (line,), (band,) = axes.get_lines(), axes.collections
+        extent = band.get_paths()[0].get_extents()
+        assert (extent.y0, extent.y1) == pytest.approx(((lower - where).min(), (upper - where).max()))
+        assert len(line.get_ydata()) > 100
+        assert extent.y0 < min(line.get_ydata()) < max(line.get_ydata()) < extent.y1
     plt.close("all")
 
 
