@@ -9,6 +9,7 @@ computed by their recursion over the evaluation points, not simulated.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,11 @@ from torch import Tensor
 from mixproof.inference.verification.report import Check
 
 BISECTIONS = 40
+AT_LEAST = 1 + 1e-9
+"""A level times this has intervals that leave out the counts that have the level itself."""
 
 
+@cache
 def simultaneous_level(num_values: int, num_points: int | None = None, *, probability: float = 0.95) -> float:
     """Return the level gamma at which all pointwise intervals hold at once with a probability.
 
@@ -105,7 +109,8 @@ def uniform(
 
     Returns:
         A check, whose error is the distance of the function from the uniform one at the worst place, and whose
-        p-value is exact.
+        p-value is the exact probability of values as unlikely somewhere as these are; it passes where that is above
+        1 - probability.
 
     Raises:
         ValueError: there are no values, or one is outside [0, 1].
@@ -121,18 +126,20 @@ def uniform(
     if not conservative:
         tails.append(stats.binom.cdf(counts, len(x), where))
         over = np.maximum(over, lower - counts / len(x))
-    level = min(1.0, 2 * min(float(tail.min()) for tail in tails))
+    level = 2 * min(float(tail.min()) for tail in tails) * AT_LEAST
+    inside = probability_inside(*_counts(len(x), num_points, level)) if level < 1 else 0.0
     worst = int(over.argmax())
     passed = bool(over[worst] <= 0)
     share = counts[worst] / len(x)
     allowed = float(max(upper[worst] - where[worst], where[worst] - lower[worst]))
-    found = {"at": float(where[worst]), "share below": float(share), "band": (lower[worst], upper[worst])}
+    band = (float(lower[worst]), float(upper[worst]))
+    found = {"at": float(where[worst]), "share below": float(share), "band": band}
     return Check(
         name,
         passed,
         abs(float(share - where[worst])),
         allowed,
-        max(0.0, 1 - probability_inside(*_counts(len(x), num_points, level))),
+        max(0.0, 1 - inside),
         None if passed else found,
         f"{len(x)} values at {len(where)} points, {'at least ' if conservative else ''}uniform",
     )
