@@ -10,8 +10,8 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from mixproof.inference.captured_graph import capture
 from mixproof.inference.enumeration import Coordinates, default_dtype_of, inspect, log_joint_table
 from mixproof.inference.random_state import seeded
 from mixproof.inference.validation import feasible
@@ -57,7 +57,7 @@ class LogPosterior:
                 return torch.func.vmap(torch.func.grad(self._at, has_aux=True))(u, temperature)
 
             with torch.no_grad(), pyro.validation_enabled(False):
-                self._graphs[len(u)] = make_fx(slope)(u, temperature)
+                self._graphs[len(u)] = capture(slope, u, temperature)
         with torch.no_grad():
             gradient, (log_prior, log_likelihood) = self._graphs[len(u)](u, temperature)
         return Evaluation(gradient, log_prior, log_likelihood)
@@ -71,6 +71,10 @@ class LogPosterior:
         """Return the parameters, (..., *shape) by site, at points u (..., P)."""
         flat = torch.func.vmap(self.coordinates)(u.reshape(-1, u.shape[-1]))
         return {name: value.reshape(*u.shape[:-1], *value.shape[1:]) for name, value in flat.items()}
+
+    def log_jacobian(self, u: Tensor) -> Tensor:
+        """Return log |d params / d u|, (...), at points u (..., P)."""
+        return torch.func.vmap(self.coordinates.log_jacobian)(u.reshape(-1, u.shape[-1])).reshape(u.shape[:-1])
 
     def unconstrain(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return the points u (C, P) of parameters (C, *shape) by site, inside their supports."""
