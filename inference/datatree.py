@@ -1,0 +1,283 @@
+"""Draws as an ArviZ ``DataTree``: named axes, the marginal likelihood of each row, predictions, and provenance."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from mixproof.inference.draws import Draws
+from mixproof.inference.enumeration import bind, default_dtype_of
+from mixproof.inference.labels import label_invariant, log_likelihood, numbering
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.random_state import seeded
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from xarray import DataTree
+
+EXCHANGEABLE, ALIGNED, NAMED = "exchangeable", "aligned", "named"
+"""What ``component_labels`` of the posterior says: draws do not agree on them, were made to, or cannot disagree."""
+
+
+def to_datatree(
+    draws: Draws,
+    posterior: LogPosterior,
+    *,
+    seed: int,
+    family: Any = None,
+    num_predictive: int = 500,
+    num_prior: int = 500,
+    dims: Mapping[str, Sequence[str]] | None = None,
+) -> DataTree:
+    """Return draws as a ``DataTree`` in ArviZ's conventions, for ``arviz_stats``, ``arviz_plots`` and ``to_netcdf``.
+
+    The axes have names: ``chain``, ``draw``, ``component`` (``component_k`` for each latent k where there are several),
+    ``feature``, ``feature_bis`` for the second axis of a covariance, and ``obs_id`` for rows. Which axis numbers the
+    components is measured by ``numbering``.
+
+    Args:
+        draws: from any engine, of the parameters of ``posterior``; ``align`` them first where component parameters are
+            to be read.
+        posterior: the program with its data.
+        seed: seeds the draws of predictions and of the prior.
+        family: the family of the contract whose program it is, for its moments; None leaves them out.
+        num_predictive: for about how many draws, evenly spaced in each chain, to predict the data; 0 for none.
+        num_prior: how many draws of the prior and of its predictions; 0 for none, and an improper prior has none.
+        dims: names of the axes of a parameter that are to be others, by site.
+
+    Returns:
+        A tree with the groups ``posterior``; ``log_likelihood``, log p(x_n | params) with the latents summed out;
+        ``label_invariant``, the quantities of each draw that no numbering of components enters; ``sample_stats``;
+        ``observed_data``; ``posterior_predictive``; ``prior`` and ``prior_predictive``. The attributes of ``posterior``
+        say which engine, seed and versions it is from, and in ``component_labels`` whether draws agree on them.
+
+    Raises:
+        ImportError: ArviZ is not installed.
+        ValueError: the draws are not of this program's parameters.
+    """
+    _import("arviz_base")
+    from arviz_base import dict_to_dataset
+    from xarray import DataTree
+
+    sites = posterior.constrain(torch.zeros(posterior.size, dtype=torch.float64))
+    shapes = {site: tuple(value.shape) for site, value in sites.items()}
+    found = {site: tuple(value.shape[2:]) for site, value in draws.params.items()}
+    if found != shapes:
+        raise ValueError(f"the draws are of the parameters {found}, and the program has {shapes}")
+    point = {site: value[0, 0] for site, value in draws.params.items()}
+    observed = _observed(posterior, point)
+    rows = log_likelihood(posterior, draws.params)
+    data_dims = {site: _data_dims(value, rows.shape[-1]) for site, value in observed.items()}
+    component_axes, labels = _numbering(posterior, draws)
+    num_features = next((value.shape[1] for value in observed.values() if value.ndim == 2), None)
+    param_dims = {
+        site: list((dims or {}).get(site) or _param_dims(site, shape, component_axes.get(site), num_features))
+        for site, shape in shapes.items()
+    }
+    invariant = label_invariant(draws, posterior, family=family)
+    invariant_dims = {"mean": ["feature"], "covariance": ["feature", "feature_bis"]} if family is not None else {}
+    for site, names in param_dims.items():
+        invariant_dims[site] = names
+        invariant_dims[f"{site}_sorted"] = [
+            f"rank{name[9:]}" if name.startswith("component") else name for name in names
+        ]
+    outcome = "_".join(observed)
+    attributes = {name: _storable(value) for name, value in draws.attributes.items()}
+    provenance = {"inference_library": "mixproof", "inference_library_version": version("mixproof")}
+    provenance |= {"torch_version": str(torch.__version__), "pyro_version": pyro.__version__}
+
+    def dataset(values: Mapping[str, Tensor], names: Any, attributes: Any = None, **options: Any) -> Any:
+        arrays = {name: value.detach().cpu().numpy() for name, value in values.items()}
+        return dict_to_dataset(arrays, dims=names, attrs=provenance | (attributes or {}), **options)
+
+    groups = {
+        "posterior": dataset(draws.params, param_dims, attributes | {"component_labels": labels}),
+        "log_likelihood": dataset({outcome: rows}, {outcome: ["obs_id"]}),
+        "label_invariant": dataset(invariant, invariant_dims),
+        "sample_stats": dataset(draws.sample_stats, {}),
+        "observed_data": dataset(observed, data_dims, sample_dims=[]),
+    }
+    if num_predictive > 0:
+        num_chains, num_draws = rows.shape[:2]
+        step = max(num_draws * num_chains // num_predictive, 1)
+        chosen = {site: value[:, ::step] for site, value in draws.params.items()}
+        kept = torch.arange(0, num_draws, step).numpy()
+        predicted = _predict(posterior, chosen, observed, seed)
+        groups["posterior_predictive"] = dataset(predicted, data_dims, {"seed": seed}, coords={"draw": kept})
+    if num_prior > 0 and (of_prior := _draw_prior(posterior, num_prior, seed)) is not None:
+        groups["prior"] = dataset(of_prior, param_dims, {"seed": seed})
+        predicted = _predict(posterior, of_prior, observed, seed + 1)
+        groups["prior_predictive"] = dataset(predicted, data_dims, {"seed": seed + 1})
+    return DataTree.from_dict(groups)
+
+
+def summary(tree: DataTree, *, components: bool = False, **options: Any) -> DataFrame:
+    """Return means, standard deviations, effective sample sizes and R-hat of the quantities that need no labels.
+
+    Args:
+        tree: from ``to_datatree``.
+        components: whether to add the parameters of the components, whose draws must have been aligned to be read.
+        options: for ``arviz_stats.summary``, such as ``kind`` and ``round_to``.
+
+    Returns:
+        A row for each number, as ``arviz_stats.summary``. Component parameters of draws that do not agree on labels
+        come with a warning.
+
+    Raises:
+        ImportError: ArviZ is not installed.
+    """
+    stats = _import("arviz_stats")
+    table = stats.summary(tree, group="label_invariant", **options)
+    if not components:
+        return table
+    if tree["posterior"].attrs["component_labels"] == EXCHANGEABLE:
+        warnings.warn(
+            "the components are exchangeable and the draws were not aligned: their numberings need not agree, and "
+            "means, R-hat and effective sample sizes of component parameters then describe no component; use align()",
+            UserWarning,
+            stacklevel=2,
+        )
+    pandas = _import("pandas")
+    rest = stats.summary(tree, **options)
+    return pandas.concat([table, rest[~rest.index.isin(table.index)]])
+
+
+def loo(tree: DataTree, **options: Any) -> Any:
+    """Return the expected log predictive density under leave-one-out cross-validation, by importance sampling.
+
+    Pareto-smoothed importance sampling (Vehtari, Gelman and Gabry 2017, Statistics and Computing 27). How far the draws
+    of a chain repeat one another is read from the rows' likelihoods, as there. ``arviz_stats.loo`` on its own reads it
+    from the parameters, where components that never switch labels within a chain, and do between chains, look like a
+    chain that is stuck.
+
+    Args:
+        tree: from ``to_datatree``.
+        options: for ``arviz_stats.loo``, such as ``pointwise``.
+
+    Returns:
+        An ``ELPDData``, as ``arviz_stats.compare`` takes them.
+
+    Raises:
+        ImportError: ArviZ is not installed.
+    """
+    stats = _import("arviz_stats")
+    return stats.loo(tree, **{"reff": relative_efficiency(tree)} | options)
+
+
+def relative_efficiency(tree: DataTree) -> float:
+    """Return the effective over the actual number of draws of p(x_n | params), averaged over rows.
+
+    Args:
+        tree: from ``to_datatree``.
+
+    Raises:
+        ImportError: ArviZ is not installed.
+    """
+    stats = _import("arviz_stats")
+    rows: Any = next(iter(tree["log_likelihood"].data_vars.values()))
+    densities = np.exp(rows - rows.max(["chain", "draw"]))
+    return float(stats.ess(densities, method="mean").mean()) / (rows.sizes["chain"] * rows.sizes["draw"])
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{name} is not installed: pip install 'mixproof[compare]'") from error
+
+
+def _observed(posterior: LogPosterior, point: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the values of the sites that the program observes."""
+    nodes = _run(posterior, posterior.model, point)
+    return {
+        name: site["value"]
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and name not in posterior.program.supports
+        and not site["infer"].get("_deterministic")
+        and type(site["fn"]).__name__ != "_Subsample"
+    }
+
+
+def _run(posterior: LogPosterior, model: Any, point: Mapping[str, Tensor]) -> Any:
+    """Return the sites of the program, run at given parameters."""
+    with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*posterior.args):
+        return poutine.trace(bind(model, point)).get_trace(*posterior.args).nodes
+
+
+def _predict(
+    posterior: LogPosterior, params: Mapping[str, Tensor], observed: Mapping[str, Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Return new data (C, S, *shape) by observed site, a set from each draw (C, S, *shape) of the parameters."""
+    shape = next(iter(params.values())).shape[:2]
+    model = poutine.uncondition(posterior.model)
+    drawn: dict[str, list[Tensor]] = {site: [] for site in observed}
+    with seeded(seed), pyro.validation_enabled(False):
+        for number in range(shape.numel()):
+            nodes = _run(posterior, model, {site: value.flatten(0, 1)[number] for site, value in params.items()})
+            for site, values in drawn.items():
+                values.append(nodes[site]["value"])
+    return {site: torch.stack(values).unflatten(0, shape) for site, values in drawn.items()}
+
+
+def _draw_prior(posterior: LogPosterior, num_draws: int, seed: int) -> dict[str, Tensor] | None:
+    """Return draws (1, num_draws, *shape) of the prior by site, or None of an improper one."""
+    try:
+        return posterior.constrain(posterior.draw_prior(num_draws, seed=seed)[None])
+    except NotImplementedError:
+        return None
+
+
+def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, tuple[str, int]], str]:
+    """Return by site the name of the components and their axis, and whether the draws agree on labels."""
+    latents = posterior.program.latents
+    found: dict[str, tuple[str, int]] = {}
+    labels = NAMED
+    for latent, size in zip(latents, posterior.program.latent_sizes, strict=True):
+        axes, exchangeable = numbering(posterior, latent)
+        name = "component" if len(latents) == 1 else f"component_{latent}"
+        found |= {site: (name, axis) for site, axis in (axes or {}).items()}
+        if exchangeable and axes and size > 1:
+            aligned = f"relabelled_{latent}" in draws.attributes
+            labels = ALIGNED if aligned and labels != EXCHANGEABLE else EXCHANGEABLE
+    return found, labels
+
+
+def _param_dims(
+    site: str, shape: Sequence[int], component: tuple[str, int] | None, num_features: int | None
+) -> list[str]:
+    """Return names for the axes of a parameter: of components, of features, and ArviZ's own for what is neither."""
+    features = iter(("feature", "feature_bis"))
+    names = []
+    for axis, size in enumerate(shape):
+        if component is not None and axis == component[1]:
+            names.append(component[0])
+        else:
+            names.append(next(features, f"{site}_dim_{axis}") if size == num_features else f"{site}_dim_{axis}")
+    return names
+
+
+def _data_dims(value: Tensor, num_rows: int) -> list[str]:
+    return ["obs_id", "feature"][: value.ndim] if value.ndim > 0 and len(value) == num_rows else []
+
+
+def _storable(value: Any) -> Any:
+    """Return a value as netCDF keeps it in an attribute: a number or text, JSON for what is neither."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, bool | int):
+        return int(value)
+    if isinstance(value, float):
+        return value
+    return str(value) if isinstance(value, str) else json.dumps(value, default=str)

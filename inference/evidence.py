@@ -1,0 +1,148 @@
+"""The evidence of a Pyro program, log p(data) with parameters and latents summed out, and what it says of candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
+from torch import Tensor
+
+from mixproof.inference.draws import Draws
+from mixproof.inference.enumeration import default_dtype_of
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.relabelling import Relabelling
+from mixproof.inference.tempered_smc import tempered_smc
+from mixproof.inference.validation import feasible
+
+
+class Evidence(NamedTuple):
+    """An estimate of log p(data) with its error."""
+
+    log_evidence: float
+    """log p(data), natural logarithm."""
+    standard_error: float
+    """The standard deviation of the estimate over repetitions of the run with other seeds."""
+    draws: Draws
+    """Draws from p(params | data) that the run made or was given."""
+    diagnostics: dict[str, Any]
+    """By name, what the method says of its run."""
+
+
+def log_evidence(
+    model: Callable[..., Any],
+    *args: Any,
+    method: Literal["smc", "bridge"] = "smc",
+    seed: int,
+    num_replicates: int = 32,
+    num_chains: int = 16,
+    num_moves: int = 15,
+    efficiency: float = 0.5,
+    progress: bool = False,
+) -> Evidence:
+    """Estimate the evidence of any Pyro program with enumerated latents and proper priors.
+
+    Args:
+        model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
+        args: the positional arguments of the program.
+        method: ``"smc"``, tempered sequential Monte Carlo from the prior to the posterior.
+        seed: seeds every random number.
+        num_replicates, num_chains, num_moves, efficiency: as ``tempered_smc`` takes them. The standard error falls with
+            the root of the product of the first three.
+        progress: whether to show the run on stderr.
+
+    Returns:
+        ``Evidence``.
+
+    Raises:
+        ValueError: a prior is improper, the program has ``pyro.param`` sites or observes something outside the rows of
+            its latents; or as ``tempered_smc``.
+        RuntimeError: as ``tempered_smc``.
+    """
+    _check_priors(model, *args)
+    posterior = LogPosterior(model, *args)
+    relabel = Relabelling(posterior).random
+    run = tempered_smc(
+        posterior,
+        seed=seed,
+        num_replicates=num_replicates,
+        num_chains=num_chains,
+        num_moves=num_moves,
+        efficiency=efficiency,
+        relabel=relabel,
+        progress=progress,
+    )
+    lp = run.log_prior + run.log_likelihood - posterior.log_jacobian(run.u)
+    attributes = {"engine": "tempered_smc", "seed": seed, "num_chains": len(lp), "num_draws": lp.shape[1]}
+    draws = Draws(posterior.constrain(run.u), {"lp": lp}, attributes)
+    diagnostics = {name: value for name, value in run._asdict().items() if value.ndim == 1}
+    return Evidence(run.log_evidence, run.standard_error, draws, diagnostics)
+
+
+def posterior_probabilities(
+    evidences: Mapping[Any, Evidence], prior: Mapping[Any, float] | None = None
+) -> dict[Any, tuple[float, float]]:
+    """Return the posterior probability of each candidate, and its standard error, from independent evidences.
+
+    Args:
+        evidences: by candidate, a number of components or a family, its evidence on the same data.
+        prior: by candidate, its probability before the data, positive, in any unit; None takes all alike.
+
+    Returns:
+        By candidate, the probability p and its standard error to first order,
+        p ((1 - p)^2 s^2 + sum over others of p_j^2 s_j^2)^(1/2), s the standard errors of the log evidences.
+
+    Raises:
+        ValueError: there is no candidate, or the prior is not positive for each of the same candidates.
+    """
+    if not evidences:
+        raise ValueError("there are no candidates: give the evidence of at least one")
+    names = list(evidences)
+    if prior is not None and set(prior) != set(names):
+        raise ValueError(f"the prior is of {', '.join(map(str, prior))}, the evidences are of {', '.join(map(str, names))}")
+    before = torch.tensor([1.0 if prior is None else prior[name] for name in names], dtype=torch.float64)
+    if not (before.isfinite() & (before > 0)).all():
+        raise ValueError(f"prior probabilities must be positive, not {before.tolist()}: leave a candidate of 0 out")
+    logs = torch.tensor([evidences[name].log_evidence for name in names], dtype=torch.float64)
+    errors = torch.tensor([evidences[name].standard_error for name in names], dtype=torch.float64)
+    probabilities = (logs + before.log()).softmax(0)
+    derivatives = torch.diag(probabilities) - torch.outer(probabilities, probabilities)
+    spreads = (derivatives * errors).square().sum(1).sqrt()
+    return {name: (float(p), float(s)) for name, p, s in zip(names, probabilities, spreads, strict=True)}
+
+
+def _check_priors(model: Callable[..., Any], *args: Any) -> None:
+    """Say in words why a program has no evidence, or not one that starts from draws of its prior."""
+    with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args), InitMessenger(feasible):
+        trace: Any = poutine.trace(model).get_trace(*args)
+    latents = [site for site in trace.nodes.values() if site["type"] == "sample" and site["infer"].get("enumerate")]
+    rows = {frame.name for site in latents for frame in site["cond_indep_stack"]}
+    for name, site in trace.nodes.items():
+        if site["type"] == "param":
+            raise ValueError(
+                f'"{name}" is a pyro.param, which has no prior, so that there is no evidence: give it one by pyro.sample'
+            )
+        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+            continue
+        outside = not rows & {frame.name for frame in site["cond_indep_stack"]}
+        if site["infer"].get("_deterministic") or not outside:
+            continue
+        if site["is_observed"]:
+            raise ValueError(
+                f'"{name}" is observed outside the plate of the rows, and draws from the prior do not know of it: '
+                "observe it in a row"
+            )
+        if site["mask"] is not None or not torch.as_tensor(site["scale"] == 1).all():
+            raise ValueError(f'the prior of "{name}" is masked or scaled, and so is no density: leave that out')
+        try:
+            with torch.no_grad():
+                site["fn"].sample()
+        except NotImplementedError as error:
+            raise ValueError(
+                f'the prior of "{name}" is improper ({type(site["fn"]).__name__}), so that the evidence is known only '
+                "up to a constant that differs between candidates: give it a proper prior"
+            ) from error

@@ -1,0 +1,312 @@
+"""Sequential Monte Carlo from the prior of a program to its posterior, through powers of the likelihood."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from mixproof.inference.hmc import TARGET_ACCEPTANCE, State, hmc_step
+from mixproof.inference.log_posterior import Evaluation, LogPosterior
+
+MAX_STEPS = 32
+"""The largest number of leapfrog steps of a move."""
+
+
+class TemperedSMC(NamedTuple):
+    """What R replicates of tempered sequential Monte Carlo found, each with S particles at every temperature."""
+
+    log_evidences: Tensor
+    """(R,), log of the evidence as each replicate estimates it: an estimate that is right on average, but for the
+    temperatures and the kernel, which are chosen by the particles of all."""
+    u: Tensor
+    """(R, S, P), draws of the unconstrained coordinates from the posterior, dependent within a replicate."""
+    log_prior: Tensor
+    """(R, S), log p(params) + log |d params / d u| at the draws."""
+    log_likelihood: Tensor
+    """(R, S), log p(data | params) at the draws."""
+    temperatures: Tensor
+    """(T,), the powers of the likelihood, from 0 to 1."""
+    effective_sample_size: Tensor
+    """(T - 1,), the smallest among replicates, of S, of the weights that lead to each temperature but the first."""
+    acceptance_rate: Tensor
+    """(T,), of the moves at each temperature."""
+    step_size: Tensor
+    """(T,), the last at each temperature."""
+
+    @property
+    def log_evidence(self) -> float:
+        """log of the mean of the replicates' evidences."""
+        return float(self.log_evidences.logsumexp(0)) - math.log(len(self.log_evidences))
+
+    @property
+    def standard_error(self) -> float:
+        """Of ``log_evidence``: the replicates' evidences' standard deviation over their mean, by the root of R."""
+        evidences = (self.log_evidences - self.log_evidence).exp()
+        return float(evidences.std()) / math.sqrt(len(evidences))
+
+
+def tempered_smc(
+    posterior: LogPosterior,
+    *,
+    seed: int,
+    num_replicates: int = 32,
+    num_chains: int = 16,
+    num_moves: int = 15,
+    efficiency: float = 0.5,
+    relabel: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    progress: bool = False,
+) -> TemperedSMC:
+    """Carry particles from the prior to the posterior along p(params) p(data | params)^temperature.
+
+    The next temperature is the highest at which the weights p(data | params)^(difference) keep the given efficiency.
+    ``num_chains`` particles of each replicate are drawn in proportion to their weights and moved by as many chains of
+    Hamiltonian Monte Carlo, of which every state is a particle of the next temperature ("waste-free"). The replicates
+    run as one batch and never exchange particles: what they differ by is the error.
+
+    Args:
+        posterior: the program with its data.
+        seed: of all random numbers.
+        num_replicates: R, at least 2.
+        num_chains: chains in each replicate.
+        num_moves: moves of each chain at each temperature; S = num_chains (num_moves + 1).
+        efficiency: the conditional effective sample size of a step of temperature, as share of the particles.
+        relabel: maps points (C, P) and a generator to points of the same posterior density and likelihood, by random
+            relabelling.
+        progress: whether to show temperature and rate of acceptance on stderr.
+
+    Returns:
+        ``TemperedSMC``.
+
+    Raises:
+        ValueError: a setting is out of range, the density of prior draws is NaN or infinite, or a replicate finds no
+            draw of positive likelihood.
+        RuntimeError: moves are not accepted, or the particles of a replicate collapse to one.
+        KeyboardInterrupt: with a note that says how far it was; there is no evidence before temperature 1.
+
+    Source: Del Moral, Doucet and Jasra 2006, JRSS B 68, section 3; the temperatures: Zhou, Johansen and Aston 2016,
+    Journal of Computational and Graphical Statistics 25, section 3.3; all states kept: Dau and Chopin 2022, JRSS B 84.
+    """
+    _check_settings(num_replicates, num_chains, num_moves, efficiency)
+    generator = torch.Generator().manual_seed(seed)
+    starts = posterior.draw_prior(num_replicates * num_chains, seed=seed)
+    kernel = _Kernel(posterior, generator)
+    temperature, log_evidences = 0.0, torch.zeros(num_replicates, dtype=starts.dtype)
+    temperatures, sizes, rates, steps = [0.0], [], [], []
+    with _Bar(progress) as bar:
+        try:
+            while True:
+                u, log_prior, log_lik, rate = _walk(kernel, starts, temperature, num_moves, num_replicates)
+                rates.append(rate)
+                steps.append(kernel.step_size)
+                bar.show(temperature, rate)
+                if temperature == 1:
+                    break
+                _check_likelihood(log_lik, temperature)
+                before, temperature = temperature, _next_temperature(log_lik, temperature, efficiency)
+                log_weights = (temperature - before) * log_lik
+                log_evidences = log_evidences + log_weights.logsumexp(1) - math.log(log_lik.shape[1])
+                weights = log_weights.softmax(1)
+                size = float((1 / weights.square().sum(1)).min())
+                if size < 1.5:
+                    raise RuntimeError(
+                        f"the particles of a replicate collapsed to one at temperature {temperature:.2g} "
+                        f"(effective sample size {size:.2f} of {log_lik.shape[1]}): raise num_chains or num_moves"
+                    )
+                sizes.append(size)
+                temperatures.append(temperature)
+                starts = _resample(u, weights, num_chains, generator).flatten(0, 1)
+                if relabel is not None:
+                    starts = relabel(starts, generator)
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(f"stopped at temperature {temperature:.2g}: there is no evidence before temperature 1")
+            raise
+    spread = float(log_evidences.std())
+    if spread > 1:
+        warnings.warn(
+            f"the replicates' log evidences differ by a standard deviation of {spread:.2f}: above 1, a few replicates "
+            "decide the mean and its standard error is too small; raise num_chains or num_moves",
+            stacklevel=2,
+        )
+    return TemperedSMC(
+        log_evidences,
+        u,
+        log_prior,
+        log_lik,
+        *(torch.tensor(values, dtype=starts.dtype) for values in (temperatures, sizes, rates, steps)),
+    )
+
+
+class _Kernel:
+    """Hamiltonian Monte Carlo on C points at once, whose step size follows the rate of acceptance among them.
+
+    The metric is the mean outer product of the gradients over the points, the Fisher information of the posterior
+    itself: the mean of the precisions at the modes, where the covariance of a posterior with several modes, as all
+    mixtures have, would say how far the modes lie apart (Titsias 2023, NeurIPS, section 3).
+    """
+
+    def __init__(self, posterior: LogPosterior, generator: torch.Generator):
+        self.posterior, self.generator = posterior, generator
+        self.step_size = 0.5
+
+    def start(self, u: Tensor, temperature: float) -> State:
+        """Return the state at points u (C, P) of a new temperature, and take the metric from their gradients."""
+        count, size = u.shape
+        self.temperature = u.new_full((count,), temperature)
+        found = self.posterior(u, self.temperature)
+        gradients = found.gradient[found.gradient.isfinite().all(1)]
+        if not len(gradients):
+            raise ValueError(f"the gradient of the log posterior is finite at none of {count} particles")
+        fisher = gradients.mT @ gradients / len(gradients)
+        diagonal = torch.diag(fisher.diagonal().clamp_min(torch.finfo(u.dtype).tiny ** 0.5))
+        share = size / (size + len(gradients))  # off the diagonal the mean of few outer products is noise
+        factor = torch.linalg.cholesky((1 - share) * fisher + share * diagonal)
+        self.white = _Whitened(self.posterior, factor)
+        return State(u @ factor, found._replace(gradient=self.white.slope(found.gradient)))
+
+    def move(self, state: State) -> tuple[State, float]:
+        """Return the state after a move of every point, and the mean probability of acceptance."""
+        count, size = state.u.shape
+        # Lengths vary over the points and moves, so that no period of the dynamics returns a point to its start.
+        share = torch.rand(count, generator=self.generator, dtype=state.u.dtype)
+        longest = min(max(round(math.pi / 2 / self.step_size), 1), MAX_STEPS)
+        num_steps = int(torch.randint((longest + 1) // 2, longest + 1, (), generator=self.generator))
+        state, step = hmc_step(
+            self.white,
+            state,
+            self.temperature,
+            self.step_size * (0.6 + 0.8 * share),
+            state.u.new_ones(count, size),
+            num_steps,
+            self.generator,
+        )
+        rate = float(step.acceptance_rate.nan_to_num(0.0).mean())
+        self.step_size *= math.exp(rate - TARGET_ACCEPTANCE)
+        return state, rate
+
+
+class _Whitened:
+    """A log posterior in the coordinates v = L^T u, in which a metric L L^T is the unit matrix."""
+
+    def __init__(self, posterior: LogPosterior, factor: Tensor):
+        self.posterior, self.factor = posterior, factor
+
+    def __call__(self, v: Tensor, temperature: Tensor) -> Evaluation:
+        found = self.posterior(self.coordinates(v), temperature)
+        return found._replace(gradient=self.slope(found.gradient))
+
+    def coordinates(self, v: Tensor) -> Tensor:
+        """Return u (C, P) at v (C, P)."""
+        return torch.linalg.solve_triangular(self.factor, v, upper=False, left=False)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """Return the gradient (C, P) in v from that in u."""
+        return torch.linalg.solve_triangular(self.factor.mT, gradient, upper=True, left=False)
+
+
+def _walk(
+    kernel: _Kernel, starts: Tensor, temperature: float, num_moves: int, num_replicates: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return all states of the chains from starts (R M, P) and the rate of acceptance.
+
+    The states are their coordinates (R, S, P), the log prior (R, S) and the log likelihood (R, S).
+    """
+    state = kernel.start(starts, temperature)
+    if temperature == 0 and not state.evaluation.log_prior.isfinite().all():
+        bad = int((~state.evaluation.log_prior.isfinite()).sum())
+        raise ValueError(
+            f"the prior density is not finite at {bad} of {len(starts)} draws from the prior, in unconstrained "
+            "coordinates: the prior reaches the edge of its support in rounding"
+        )
+    states, rates = [state], []
+    for _ in range(num_moves):
+        state, rate = kernel.move(state)
+        states.append(state)
+        rates.append(rate)
+    mean = sum(rates) / len(rates)
+    if mean < 0.01:
+        raise RuntimeError(
+            f"the particles do not move: {mean:.1%} of moves are accepted at temperature {temperature:.2g}, with a "
+            f"step size of {kernel.step_size:.2g}; is the log posterior continuous?"
+        )
+    u = kernel.white.coordinates(torch.stack([state.u for state in states], 1).flatten(0, 1))
+    log_prior = torch.stack([state.evaluation.log_prior for state in states], 1)
+    log_lik = torch.stack([state.evaluation.log_likelihood for state in states], 1)
+    shape = (num_replicates, -1)
+    return u.reshape(*shape, u.shape[1]), log_prior.reshape(shape), log_lik.reshape(shape), mean
+
+
+def _check_settings(num_replicates: int, num_chains: int, num_moves: int, efficiency: float) -> None:
+    least = {"num_replicates": (num_replicates, 2), "num_chains": (num_chains, 2), "num_moves": (num_moves, 1)}
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, not {value}")
+    if not 0 < efficiency < 1:
+        raise ValueError(f"efficiency must lie between 0 and 1, not {efficiency}")
+
+
+def _check_likelihood(log_lik: Tensor, temperature: float) -> None:
+    if log_lik.isnan().any() or (log_lik == torch.inf).any():
+        bad = int((log_lik.isnan() | (log_lik == torch.inf)).sum())
+        raise ValueError(f"the log likelihood is NaN or infinite at {bad} of {log_lik.numel()} particles")
+    finite = log_lik.isfinite()
+    if not finite.any(1).all():
+        raise ValueError(
+            f"the likelihood is positive at {int(finite.sum())} of {log_lik.numel()} particles at temperature "
+            f"{temperature:.2g}, and a replicate has none: raise num_chains, or see whether the prior allows the data"
+        )
+
+
+def _next_temperature(log_lik: Tensor, temperature: float, efficiency: float) -> float:
+    """Return the highest temperature up to 1 at which the weights of the particles keep the efficiency.
+
+    Particles of likelihood 0 have no weight at any temperature, and do not count.
+    """
+    log_lik = log_lik[log_lik.isfinite()]
+    log_lik = log_lik - log_lik.max()
+
+    def excess(step: float) -> float:
+        weights = (step * log_lik).exp()
+        return float(weights.mean().square() / weights.square().mean()) - efficiency
+
+    if excess(1 - temperature) >= 0:
+        return 1.0
+    low, high = 0.0, 1 - temperature
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) >= 0 else (low, middle)
+    return temperature + low
+
+
+def _resample(values: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return ``count`` of values (R, S, P) of each replicate, in proportion to weights (R, S): systematic resampling."""
+    offsets = torch.rand(len(weights), 1, generator=generator, dtype=weights.dtype)
+    places = (torch.arange(count, dtype=weights.dtype) + offsets) / count
+    index = torch.searchsorted(weights.cumsum(1), places).clamp_max(weights.shape[1] - 1)
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+class _Bar:
+    """A bar that fills with the temperature."""
+
+    def __init__(self, shown: bool):
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
+        self._task = self._bar.add_task("SMC", total=1.0)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, temperature: float, rate: float) -> None:
+        words = f"SMC temperature {temperature:.3g}  accepted {rate:.0%}"
+        self._bar.update(self._task, description=words, completed=temperature)
