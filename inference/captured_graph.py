@@ -50,8 +50,12 @@ def capture(function: Callable[..., Any], *examples: Tensor) -> Callable[..., An
         function: it takes tensors and returns tensors in any nest of tuples; what it does must not depend on their values.
         examples: tensors to run it on.
     """
+
+    def plain(*tensors: Tensor) -> Any:  # the tracer counts the arguments of what it is given, and not of methods
+        return function(*tensors)
+
     with torch.no_grad():
-        graph = make_fx(torch.func.functionalize(function))(*examples)
+        graph = make_fx(torch.func.functionalize(plain))(*examples)
         graph.graph.eliminate_dead_code()
         return _Rewriter(graph, examples).run()
 

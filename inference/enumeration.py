@@ -164,11 +164,21 @@ def log_joint(model: Model, params: Any, *args: Any) -> LogJoint:
     return log_joint_table(model, inspect(model, params, *args), params, *args)
 
 
-def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor], *args: Any) -> LogJoint:
+def log_joint_table(
+    model: Model, program: Program, params: Mapping[str, Tensor], *args: Any, same_scales: bool = False
+) -> LogJoint:
     """Return the log joint density of ``model(*args)`` at ``params``, differentiable in them.
 
     With more than one enumerated site, K counts their joint values, the first site varying slowest. The program must be
     independent over the plates that its enumerated sites share.
+
+    Args:
+        model: the program.
+        program: what ``inspect`` says of it.
+        params: a value for each parameter site.
+        args: the positional arguments of the program.
+        same_scales: whether an earlier call found that the sites of one row are scaled alike; a captured graph cannot
+            look.
 
     Raises:
         ValueError: an enumerated site is in no plate or in a sequential one, a plate is subsampled, or sites of one row
@@ -212,23 +222,21 @@ def log_joint_table(model: Model, program: Program, params: Mapping[str, Tensor]
     )  # the first enumerated site has the rightmost enumeration dimension
     order = [*range(len(program.latents), len(shape)), *reversed(range(len(program.latents)))]
     table, latent = (part.expand(shape).permute(order).reshape(rows.numel(), -1) for part in (table, latent))
-    return LogJoint(table, log_prior, latent, _row_weights(scales, rows).to(table.dtype))
+    return LogJoint(table, log_prior, latent, _row_weights(scales, rows, same_scales).to(table.dtype))
 
 
-def _row_weights(scales: Mapping[str, float | Tensor], rows: torch.Size) -> Tensor:
+def _row_weights(scales: Mapping[str, float | Tensor], rows: torch.Size, known_same: bool) -> Tensor:
     """Return the one scale that all sites of a row have, spread over the rows."""
     first, *others = scales
     for other in others:
-        if not _same(scales[first], scales[other]):
+        if not known_same and not _same(scales[first], scales[other]):
             raise ValueError(f"the sites {first} and {other} of one row carry different scales: scale both alike")
     return torch.as_tensor(scales[first]).expand(rows).reshape(-1)
 
 
 def _same(left: float | Tensor, right: float | Tensor) -> bool:
-    """Return whether two scales are equal; plain numbers are compared as such, which a captured graph needs."""
-    if isinstance(left, Tensor) or isinstance(right, Tensor):
-        return bool((torch.as_tensor(left) == torch.as_tensor(right)).all())
-    return left == right
+    """Return whether two scales are equal."""
+    return bool((torch.as_tensor(left) == torch.as_tensor(right)).all())
 
 
 def unconstrain(support: constraints.Constraint) -> Transform:

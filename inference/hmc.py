@@ -9,8 +9,7 @@ relabellings, and a mean or variance over chains would mix the modes. So what is
 - The step size is set by dual averaging of the acceptance probability (Nesterov; Hoffman and Gelman 2014, Journal of
   Machine Learning Research 15, section 3.2).
 - The trajectory length, common to all chains and jittered by a Halton sequence, climbs by Adam on the ChEES criterion
-  (Hoffman, Radul and Sountsov 2021, AISTATS), distances taken from each chain's own mean, over the length (Sountsov and
-  Hoffman 2021, arXiv:2110.11576, section 3).
+  (Hoffman, Radul and Sountsov 2021, AISTATS), with distances taken from each chain's own mean.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ NUM_CANDIDATES = 16
 CLIMB_STEPS = 100
 CLIMB_RATE = 0.1
 POOLED = 5
+DUAL_AVERAGING_RATE = 0.2
 
 
 class State(NamedTuple):
@@ -265,7 +265,7 @@ def initial_points(posterior: LogPosterior, num_chains: int, *, seed: int) -> Te
     A chain that ends more than P + 10 nats lower than the highest goes to the place of one that does not: a mode so much
     lower would have to be e^10 times as large beyond what the fall within a mode explains (P / 2 on average).
     """
-    candidates = posterior.draw_prior(NUM_CANDIDATES * num_chains, seed=seed)
+    candidates = posterior.draw_sites(NUM_CANDIDATES * num_chains, seed=seed)
     best, one = candidates[:num_chains], torch.ones(num_chains).to(candidates)
     height = torch.full_like(one, -math.inf)
     for u in candidates.split(num_chains):
@@ -425,7 +425,7 @@ def _with_acceptance(tuning: Tuning, acceptance_rate: Tensor, target: float) -> 
     """Return the tuning after a step of dual averaging, with the constants of Hoffman and Gelman 2014."""
     age = tuning.step_age + 1
     shortfall = tuning.shortfall + (target - acceptance_rate - tuning.shortfall) / (age + 10)
-    log_step = tuning.anchor - age.sqrt() / 0.05 * shortfall
+    log_step = tuning.anchor - age.sqrt() / DUAL_AVERAGING_RATE * shortfall
     log_step_mean = tuning.log_step_mean + age**-0.75 * (log_step - tuning.log_step_mean)
     return tuning._replace(log_step=log_step, log_step_mean=log_step_mean, shortfall=shortfall, step_age=age)
 
@@ -454,14 +454,14 @@ def _with_scales(tuning: Tuning, u: Tensor, gradient: Tensor) -> Tuning:
 
 
 def _with_length(tuning: Tuning, before: Tensor, step: Step, travelled: Tensor) -> Tuning:
-    """Return the tuning after a step of Adam that lengthens or shortens the trajectories, up the ChEES criterion's rate.
+    """Return the tuning after a step of Adam that lengthens or shortens the trajectories, up the ChEES criterion.
 
-    With d the change of the squared distance from the chain's mean, and t the length travelled, the criterion is the
-    mean of d^2 / 4 t; its derivative by log t holds d dd/dt / 2, where dd/dt is 2 (u - mean) . velocity.
+    That is the mean of d^2 / 4, d the change of the squared distance from the chain's mean. Its derivative by the
+    logarithm of the length t is the mean of t d (u - mean) . velocity, each chain weighing by its acceptance.
     """
     old, new = ((u - tuning.center) / tuning.scale for u in (before, step.proposal.u))
     change = new.square().sum(1) - old.square().sum(1)
-    slope = change * (new * step.momentum).sum(1) - change.square() / (4 * travelled)
+    slope = travelled * change * (new * step.momentum).sum(1)
     weight = torch.where(torch.isfinite(slope), step.acceptance_rate, 0)
     slope = (weight * slope.nan_to_num(0, 0, 0)).sum() / weight.sum().clamp(min=1e-3)
     age = tuning.length_age + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,12 +10,16 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from mixproof.inference.captured_graph import capture
 from mixproof.inference.enumeration import Coordinates, default_dtype_of, inspect, log_joint_table
 from mixproof.inference.random_state import seeded
 from mixproof.inference.validation import feasible
+
+MAX_GRAPHS = 8
+"""How many graphs are kept, one for each number of points; the one not used for longest goes."""
 
 
 class Evaluation(NamedTuple):
@@ -31,41 +36,81 @@ class Evaluation(NamedTuple):
 class LogPosterior:
     """log p(u | data) of ``model(*args)`` up to a constant, at C points of unconstrained coordinates u (C, P) at once.
 
-    The program is run and differentiated once, under ``torch.func.vmap``, and captured as a graph of tensor operations;
-    each further evaluation costs these operations alone.
+    The program is run and differentiated once for each number of points, under ``torch.func.vmap``, and captured as a
+    graph of tensor operations; each further evaluation costs these operations alone. A program that branches on the
+    values of its parameters has no such graph: it is run point by point, after a warning.
+
+    ``pyro.param`` sites count as parameters with a flat prior over their constrained values.
+
+    Args:
+        model: a Pyro program with enumerated latents, each row independent of the others given the parameters.
+        args: its positional arguments, the data among them.
+
+    Raises:
+        ValueError: as ``enumeration.inspect`` and ``enumeration.log_joint_table``, or there is no continuous parameter.
     """
 
     def __init__(self, model: Callable[..., Any], *args: Any):
         with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args), InitMessenger(feasible):
             trace: Any = poutine.trace(model).get_trace(*args)
         example = {
-            name: site["value"]
+            name: site["value"].detach()
             for name, site in trace.nodes.items()
             if site["type"] == "param" or (site["type"] == "sample" and _is_parameter(site))
         }
+        if not example:
+            raise ValueError("the program has no continuous parameter to draw")
         self.model, self.args = model, args
         self.program = inspect(model, example, *args)
         self.coordinates = Coordinates(self.program.supports, example)
+        with torch.no_grad():
+            log_joint_table(model, self.program, example, *args)  # says in words what a graph could not
         self.size = len(self.coordinates.inverse(example))
-        self._graphs: dict[int, Any] = {}
+        self._plates = {frame.name for frame in trace.nodes[self.program.latents[0]]["cond_indep_stack"]}
+        self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._by_point = False
 
     def __call__(self, u: Tensor, temperature: Tensor) -> Evaluation:
         """Return both parts and the slope at points u (C, P), the likelihood raised to powers (C,) between 0 and 1."""
-        if len(u) not in self._graphs:
-
-            def slope(u: Tensor, temperature: Tensor) -> Any:
-                return torch.func.vmap(torch.func.grad(self._at, has_aux=True))(u, temperature)
-
-            with torch.no_grad(), pyro.validation_enabled(False):
-                self._graphs[len(u)] = capture(slope, u, temperature)
+        if self._by_point:
+            return self._one_by_one(u, temperature)
+        key = (len(u), u.dtype, u.device)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            try:
+                with torch.no_grad(), pyro.validation_enabled(False):
+                    graph = capture(torch.func.vmap(torch.func.grad(self._at, has_aux=True)), u, temperature)
+            except RuntimeError as error:  # vmap and tracing refuse to branch on values
+                found = self._one_by_one(u, temperature)  # the program's own errors come from here
+                self._by_point = True
+                reason = str(error).splitlines()[0]
+                warnings.warn(
+                    "the program depends on its parameters in a way that cannot be vectorised, by .item() or an if, and "
+                    f"is run point by point, many times slower ({reason}): write it with torch.where",
+                    stacklevel=2,
+                )
+                return found
+            while len(self._graphs) >= MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+        self._graphs[key] = graph
         with torch.no_grad():
-            gradient, (log_prior, log_likelihood) = self._graphs[len(u)](u, temperature)
+            gradient, (log_prior, log_likelihood) = graph(u, temperature)
         return Evaluation(gradient, log_prior, log_likelihood)
 
     def _at(self, u: Tensor, temperature: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        found = log_joint_table(self.model, self.program, self.coordinates(u), *self.args)
+        found = log_joint_table(self.model, self.program, self.coordinates(u), *self.args, same_scales=True)
         log_prior = found.log_prior + self.coordinates.log_jacobian(u)
         return log_prior + temperature * found.log_likelihood, (log_prior, found.log_likelihood)
+
+    def _one_by_one(self, u: Tensor, temperature: Tensor) -> Evaluation:
+        found = []
+        for point, power in zip(u, temperature, strict=True):
+            point = point.detach().requires_grad_()
+            with torch.enable_grad():
+                total, parts = self._at(point, power)
+                (gradient,) = torch.autograd.grad(total, point)
+            found.append((gradient, *(part.detach() for part in parts)))
+        return Evaluation(*(torch.stack(each) for each in zip(*found, strict=True)))
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """Return the parameters, (..., *shape) by site, at points u (..., P)."""
@@ -84,14 +129,58 @@ class LogPosterior:
         """Return draws (num_draws, P) of the coordinates under the prior.
 
         Raises:
-            NotImplementedError: a prior is improper and cannot be drawn from.
+            ValueError: a parameter has an improper prior, as every ``pyro.param`` has, or part of the prior is a
+                ``pyro.factor`` or an observation outside the rows, so that the program does not draw from it.
         """
-        draws = []
+        draws = self.draw_sites(num_draws, seed=seed)
+        if factors := [name for name, site in self._nodes.items() if self._is_factor(name, site)]:
+            raise ValueError(
+                f"the prior includes the density of {', '.join(factors)}, which the program does not draw from: "
+                "put it into the distributions of the parameters"
+            )
+        return draws
+
+    def draw_sites(self, num_draws: int, *, seed: int) -> Tensor:
+        """Return draws (num_draws, P) of the coordinates from the distributions of the sites, factors left out.
+
+        Raises:
+            ValueError: a parameter has an improper prior.
+        """
+
+        def draw(_: Tensor) -> Tensor:
+            with _ProperSites():
+                self._nodes: Any = poutine.trace(self.model).get_trace(*self.args).nodes
+            return self.coordinates.inverse({name: self._nodes[name]["value"] for name in self.program.supports})
+
         with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*self.args), seeded(seed):
-            for _ in range(num_draws):
-                nodes: Any = poutine.trace(self.model).get_trace(*self.args).nodes
-                draws.append(self.coordinates.inverse({name: nodes[name]["value"] for name in self.program.supports}))
-        return torch.stack(draws)
+            draw(torch.zeros(()))
+            numbers = torch.zeros(num_draws)
+            try:
+                with pyro.validation_enabled(False):
+                    return torch.func.vmap(draw, randomness="different")(numbers)
+            except RuntimeError:  # it branches on what it draws, or torch has no such draw for batches
+                return torch.stack([draw(number) for number in numbers])
+
+    def _is_factor(self, name: str, site: Mapping[str, Any]) -> bool:
+        if site["type"] != "sample" or not site["is_observed"] or site["infer"].get("_deterministic"):
+            return False
+        plates = {frame.name for frame in site["cond_indep_stack"]}
+        return name not in self.program.supports and not plates & self._plates
+
+
+class _ProperSites(Messenger):
+    """Says which site has no proper prior, where a program is run forwards."""
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["done"] or message["is_observed"] or message["value"] is not None:
+            return
+        try:
+            message["value"] = message["fn"](*message["args"], **message["kwargs"])
+        except NotImplementedError as error:
+            raise ValueError(f'the prior of "{message["name"]}" is improper: it cannot be drawn from') from error
+
+    def _pyro_param(self, message: Any) -> None:
+        raise ValueError(f'the prior of the param site "{message["name"]}" is flat and improper: it cannot be drawn from')
 
 
 def _is_parameter(site: Mapping[str, Any]) -> bool:
