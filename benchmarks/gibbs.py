@@ -93,7 +93,7 @@ def measure(separation: float, options: argparse.Namespace) -> dict[str, Any]:
 def in_order(draws: Draws) -> list[Tensor]:
     """Return every entry of every parameter, (C, S), the components in the order of their first coordinate."""
     order = draws.params["locs"][..., 0].argsort(-1)
-    entries = []
+    entries: list[Tensor] = []
     for value in draws.params.values():
         index = order.view(*order.shape, *(1,) * (value.ndim - 3)).expand_as(value)
         entries += value.gather(2, index).flatten(2).unbind(-1)

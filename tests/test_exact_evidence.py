@@ -131,7 +131,9 @@ class KnownVariance(NormalGamma):
 
     def __init__(self, prior: Any, num_components: int, variance: float):
         one = torch.ones_like(prior.loc)
-        super().__init__(gaussian_diagonal.Prior(*prior, one, one), num_components)
+        super().__init__(
+            gaussian_diagonal.Prior(prior.concentration, prior.loc, prior.strength, one, one), num_components
+        )
         self.variance = variance
 
     def log_predictive(self, row: np.ndarray, k: int) -> float:
@@ -334,7 +336,7 @@ def test_too_many_allocations_are_refused(case: Case) -> None:
 def test_bad_settings_get_one_sentence() -> None:
     x = torch.tensor([[0.0], [1.0]]).double()
     prior = gaussian_diagonal.Prior(*(torch.tensor(value).double() for value in ([1.0, 1.0], [0.0], 1.0, [2.0], [1.0])))
-    run = partial(exact_log_evidence, gaussian_diagonal, x, prior)
+    run: Any = partial(exact_log_evidence, gaussian_diagonal, x, prior)
     with pytest.raises(ValueError, match="num_components must be at least 1, not 0"):
         run(num_components=0)
     with pytest.raises(TypeError, match="num_components must be an integer, not 2"):

@@ -235,6 +235,7 @@ def test_chain_has_the_exact_posterior(case: Case) -> None:
     assert largest_score(scores) < bound(len(scores))
 
 
+@pytest.mark.slow
 def test_replicas_at_temperature_one_have_the_exact_posterior(case: Case) -> None:
     if not hasattr(case.family, "log_marginal"):
         return
@@ -266,6 +267,7 @@ def test_swaps_that_are_always_accepted_are_seen(all_families: list[Case], monke
     assert largest_score(scores) > bound(len(scores))
 
 
+@pytest.mark.slow
 def test_sums_have_the_posterior_by_importance_sampling(case: Case) -> None:
     """Two rows of one feature: draws of the prior, weighted by the likelihood, are the other route."""
     if not hasattr(case.family, "draw_statistics"):
@@ -286,7 +288,7 @@ def test_sums_have_the_posterior_by_importance_sampling(case: Case) -> None:
         log_lik = torch.func.vmap(lambda p: case.family.log_joint(p, x).logsumexp(-1))(params)
         locs = [value.sum(-2) for name, value in params._asdict().items() if name.endswith("locs")]
         shares = [value.square().sum(-1, keepdim=True) for name, value in params._asdict().items()
-                  if name.endswith("weights")]  # fmt: skip
+                  if value.shape[-1] > 1 and name.endswith("weights")]  # fmt: skip
         traces = [value.diagonal(dim1=-2, dim2=-1).log().sum(-2) for name, value in params._asdict().items()
                   if name.endswith("covariances")]  # fmt: skip
         return torch.cat([log_lik, *locs, *shares, *traces], -1)
@@ -324,7 +326,7 @@ def test_tempered_chains_change_modes_as_often_as_is_right() -> None:
     family, x, prior = two_modes()
     exact = exact_draws(family, x, prior, num_components=2, num_draws=40_000, generator=seeded(1)).locs[..., 0]
     expected = (exact[:, 0] < exact[:, 1]).double()
-    settings: dict[str, Any] = {"num_components": 2, "num_chains": 40, "num_draws": 2000, "num_warmup": 200}
+    settings: dict[str, Any] = {"num_components": 2, "num_chains": 40, "num_draws": 800, "num_warmup": 100}
     stuck = gibbs(family, x, prior, **settings, generator=seeded(2))
     assert set(share_in_order(stuck).tolist()) == {0.0, 1.0}  # every chain stays where it began
     ladder = (1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.01)
@@ -417,14 +419,16 @@ def test_narrow_components_far_apart_are_drawn_precisely() -> None:
     x = torch.randn(40, 1, generator=generator).double() * 1e-6
     x = x + torch.where(torch.arange(40) % 2 == 0, -1e6, 1e6)[:, None].double()
     prior = gaussian_diagonal.Prior(
-        *(torch.tensor(value).double() for value in ([1.0, 1.0], [0.0], 1e-9, [1.0], [1e-12]))
+        *(torch.tensor(value).double() for value in ([1.0, 1.0], [0.0], 1e-24, [1.0], [1e-12]))
     )
     draws = gibbs(
         gaussian_diagonal, x, prior, num_components=2, num_chains=20, num_draws=50, num_warmup=10, generator=generator
     )
     means = torch.stack([x[::2].mean(), x[1::2].mean()])
     found = draws.params["locs"][..., 0].sort(-1).values
-    assert (found - means).abs().max() < 1e-3  # the strength of 1e-9 pulls by 5e-5, and an ulp of 1e6 is 1e-10
+    # Ten standard deviations of a mean of 20 rows, an ulp of 1e6 being 1e-10; moments about 0 lose the variance.
+    assert (found - means).abs().max() < 10 * 1e-6 / math.sqrt(20)
+    assert draws.params["variances"].max() < 1e-11
 
 
 def test_rows_in_several_blocks_are_all_counted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,10 +437,9 @@ def test_rows_in_several_blocks_are_all_counted(case: Case, monkeypatch: pytest.
     draws = run(case, x=x, num_chains=2)
     flat = as_params(case, draws, 3)
     log_lik = torch.func.vmap(lambda p: case.family.log_joint(p, x).logsumexp(-1).sum())(flat)
-    log_prior = torch.func.vmap(lambda p: case.family.log_prior(p, case.prior()))(flat)
+    prior = case.prior()
+    log_prior = torch.func.vmap(lambda p: case.family.log_prior(p, prior))(flat)
     assert torch.allclose(draws.sample_stats["lp"].flatten(), log_lik + log_prior, rtol=1e-9)
-    if hasattr(case.family, "posterior") and case.family is gaussian_full:
-        assert draws.params["weights"].min() > 0
 
 
 def test_more_components_than_rows_and_a_single_row_are_fine(case: Case) -> None:
@@ -513,7 +516,8 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_an_interrupt_keeps_what_was_drawn(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(case)
     owner = case.family if not hasattr(type(case.family), "draw") else type(case.family)
-    right, calls = owner.draw, []
+    right = owner.draw
+    calls: list[None] = []
     for sweeps, kept in ((2 + 5, 4), (1, 0)):
         calls.clear()
 
