@@ -129,7 +129,10 @@ def _raise_unless_definite(information: Tensor, owners: list[str]) -> None:
         shares[site] = shares.get(site, 0.0) + entry
     involved = ", ".join(site for site, share in shares.items() if share > 0.1)
     if values[0] < -math.sqrt(torch.finfo(values.dtype).eps):
-        raise ValueError(f"the fit is no maximum: the likelihood curves upwards along {involved}; run EM further")
+        raise ValueError(
+            f"the fit is no maximum: the likelihood curves upwards along {involved}; run EM further. A density with "
+            "corners, such as Laplace's in its location, has no curvature that says how exact it is: bootstrap"
+        )
     raise ValueError(
         f"the information is singular: along {involved} the likelihood is flat, and the data do not decide them. "
         "An empty component or two equal ones do this, and a model that is not identified: take fewer components"

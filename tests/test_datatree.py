@@ -11,6 +11,7 @@ from typing import Any
 import arviz_plots
 import arviz_stats
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -237,16 +238,23 @@ PLOTS: dict[str, Any] = {
     "ess": lambda tree: arviz_plots.plot_ess(tree, group="label_invariant", var_names=["lp"]),
     "forest": lambda tree: arviz_plots.plot_forest(tree, var_names=["weights"]),
     "khat": lambda tree: arviz_plots.plot_khat(loo(tree, pointwise=True)),
-    "ppc": arviz_plots.plot_ppc_pava,
     "prior": lambda tree: arviz_plots.plot_prior_posterior(tree, var_names=["weights"]),
 }
 
 
 @pytest.mark.parametrize("name", PLOTS)
 def test_the_plots_of_arviz_draw_it(name: str, tree: Any) -> None:
-    import matplotlib.pyplot as plt
-
     PLOTS[name](tree)
+    assert plt.get_fignums()
+    plt.close("all")
+
+
+def test_predictions_are_drawn_beside_the_data(all_families: list[Case]) -> None:
+    case = next(case for case in all_families if case.name == "gaussian_full")
+    params = case.params(0)
+    posterior = LogPosterior(case.program(3), case.data(0, 20, params))
+    tree = to_datatree(draws_near(posterior, params, (2, 30), seed=1), posterior, seed=2)
+    arviz_plots.plot_ppc_dist(tree)
     assert plt.get_fignums()
     plt.close("all")
 

@@ -84,7 +84,7 @@ def test_errors_do_not_depend_on_coordinates() -> None:
 def test_errors_of_one_component_are_the_textbook_ones() -> None:
     x = torch.randn(50, 2, generator=seeded(0), dtype=torch.float64) * torch.tensor([1.0, 3.0])
     variances = x.var(0, correction=0)
-    fit = gaussian_diagonal.Params(torch.ones(1).double(), x.mean(0)[None], variances[None])
+    fit: Any = gaussian_diagonal.Params(torch.ones(1).double(), x.mean(0)[None], variances[None])
     found = standard_errors(program(gaussian_diagonal, x, 1), fit).params
     assert torch.allclose(found["locs"][0], (variances / 50).sqrt(), rtol=1e-10)
     assert torch.allclose(found["variances"][0], variances * math.sqrt(2 / 50), rtol=1e-10)
@@ -125,7 +125,7 @@ def test_what_the_curvature_cannot_say_is_said() -> None:
         torch.full((2, 1, 1), 2.0).double(),
     )
     apart = torch.cat([torch.linspace(-2, -1, 20), torch.linspace(1, 2, 20)])[:, None].double()
-    with pytest.raises(ValueError, match=r"no maximum: the likelihood curves upwards along .*locs"):
+    with pytest.raises(ValueError, match="no maximum: the likelihood curves upwards along"):
         standard_errors(program(gaussian_full, apart, 2), middle)
 
 
@@ -157,6 +157,7 @@ def test_bootstrap_replicates_are_fits_by_em(method: Any) -> None:
     again = bootstrap(bernoulli, x, fit, num_replicates=6, generator=generator, method=method)
     assert all(torch.equal(again.params[site], value) for site, value in draws.params.items())
     generator = seeded(2)
+    rows: list[tuple[Tensor, Tensor | None]]
     if method == "parametric":
         rows = [(bernoulli.sample(fit, 400, generator)[0], None) for _ in range(6)]
     else:
@@ -227,3 +228,11 @@ def test_failing_replicates_are_counted() -> None:
         bootstrap(gaussian_full, x, fit, num_replicates=1, **settings)
     with pytest.raises(ValueError, match="method must be"):
         bootstrap(gaussian_full, x, fit, num_replicates=2, generator=seeded(1), method="jackknife")  # type: ignore[arg-type]
+
+
+def test_a_density_with_corners_is_sent_to_the_bootstrap(all_families: list[Case]) -> None:
+    case = next(case for case in all_families if case.name == "laplace")
+    params = case.params(0, k=2, spread=3.0)
+    x = case.data(0, 200, params)
+    with pytest.raises(ValueError, match=r"along .*locs.* A density with corners"):
+        standard_errors(LogPosterior(case.program(2), x), fitted(case.family, x, params))
