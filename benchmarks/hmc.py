@@ -1,9 +1,9 @@
-"""Effective draws a second of CPU time: our samplers beside Pyro's, NumPyro's and nutpie's, on one model, data and thread.
+"""Effective draws a second of CPU time: our samplers beside Pyro's and NumPyro's, on one model, data and thread.
 
-A mixture of 3 diagonal Gaussians under a conjugate prior, 300 rows in 2 dimensions. The effective draws are those of the
-worst of all parameters, components ordered by their first location in each draw. The time is the process's CPU time from
-the call to the draws, with warm-up and compilation; the share of compilation is in the column beside it where a sampler
-tells it. Each sampler runs in a process of its own with one thread.
+A mixture of 3 diagonal Gaussians under a conjugate prior, 300 rows in 2 dimensions. The effective draws are those of
+the worst of all parameters, components ordered by their first location in each draw. The time is the process's CPU time
+from the call to the draws, with warm-up and compilation; what compilation took of it is in the column beside it where
+it can be told. Each sampler runs in a process of its own with one thread.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ def capture(function: Callable[..., Any], *examples: Tensor) -> Callable[..., An
     def plain(*tensors: Tensor) -> Any:  # the tracer counts the arguments of what it is given, and not of methods
         return function(*tensors)
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")  # it is paid once
         graph = make_fx(torch.func.functionalize(plain))(*examples)
         graph.graph.eliminate_dead_code()
         return _Rewriter(graph, examples).run()
@@ -97,7 +99,7 @@ class _Rewriter:
         if target is operator.getitem:
             return args[0][args[1]]
         rule = _RULES.get(target)
-        if rule is not None:
+        if rule is not None and isinstance(args[0], Product):
             found = rule(self, *args, **kwargs)
             if found is not None:
                 return found

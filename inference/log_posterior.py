@@ -53,7 +53,7 @@ class LogPosterior:
     def __init__(self, model: Callable[..., Any], *args: Any):
         with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args), InitMessenger(feasible):
             trace: Any = poutine.trace(model).get_trace(*args)
-        example = {
+        example: dict[str, Any] = {
             name: site["value"].detach()
             for name, site in trace.nodes.items()
             if site["type"] == "param" or (site["type"] == "sample" and _is_parameter(site))
@@ -79,15 +79,15 @@ class LogPosterior:
         graph = self._graphs.pop(key, None)
         if graph is None:
             try:
-                with torch.no_grad(), pyro.validation_enabled(False):
+                with torch.no_grad(), pyro.validation_enabled(False), default_dtype_of(*self.args, u):
                     graph = capture(torch.func.vmap(torch.func.grad(self._at, has_aux=True)), u, temperature)
             except RuntimeError as error:  # vmap and tracing refuse to branch on values
                 found = self._one_by_one(u, temperature)  # the program's own errors come from here
                 self._by_point = True
                 reason = str(error).splitlines()[0]
                 warnings.warn(
-                    "the program depends on its parameters in a way that cannot be vectorised, by .item() or an if, and "
-                    f"is run point by point, many times slower ({reason}): write it with torch.where",
+                    "the program depends on its parameters in a way that cannot be vectorised, by .item() or an if, "
+                    f"and is run point by point, many times slower ({reason}): write it with torch.where",
                     stacklevel=2,
                 )
                 return found
@@ -109,8 +109,8 @@ class LogPosterior:
 
     def _one_by_one(self, u: Tensor, temperature: Tensor) -> Evaluation:
         found = []
-        for point, power in zip(u, temperature, strict=True):
-            point = point.detach().requires_grad_()
+        for each, power in zip(u, temperature, strict=True):
+            point = each.detach().requires_grad_()
             with torch.enable_grad():
                 total, parts = self._at(point, power)
                 (gradient,) = torch.autograd.grad(total, point)
@@ -161,7 +161,8 @@ class LogPosterior:
             draw(torch.zeros(()))
             numbers = torch.zeros(num_draws)
             try:
-                with pyro.validation_enabled(False):
+                with pyro.validation_enabled(False), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
                     return torch.func.vmap(draw, randomness="different")(numbers)
             except RuntimeError:  # it branches on what it draws, or torch has no such draw for batches
                 return torch.stack([draw(number) for number in numbers])

@@ -51,8 +51,8 @@ def nuts(
         ``diverging`` and ``step_size``.
 
     Raises:
-        ValueError: a setting is out of range, the program is not one that ``LogPosterior`` takes, it has param sites, or
-            a prior is improper and there is no ``init``.
+        ValueError: a setting is out of range, the program is not one that ``LogPosterior`` takes, it has param sites,
+            or a prior is improper and there is no ``init``.
     """
     for name, value in {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}.items():
         if value < 1:
@@ -111,8 +111,8 @@ def nuts(
 def _recorder(record: list[tuple[float, int, float]]) -> Callable[..., None]:
     """Return a hook that keeps what Pyro's kernel knows after each draw.
 
-    That is the mean acceptance probability and the number of divergences of the draws since the warm-up, from which each
-    one's follow, and the step size.
+    That is the mean acceptance probability and the number of divergences of the draws since the warm-up, from which
+    each one's follow, and the step size.
     """
 
     def hook(kernel: Any, params: Any, stage: str, number: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -23,7 +23,6 @@ from mixproof.inference.hmc import initial_points
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 
-GuideName = Literal["AutoNormal", "AutoMultivariateNormal", "AutoLaplace"]
 _GUIDES = {
     "AutoNormal": AutoNormal,
     "AutoMultivariateNormal": AutoMultivariateNormal,
@@ -45,7 +44,7 @@ class Variational(NamedTuple):
 
 def svi(
     model: Callable[..., Any],
-    guide: Any | GuideName,
+    guide: Any,
     *args: Any,
     num_steps: int,
     seed: int,
@@ -59,9 +58,9 @@ def svi(
     Args:
         model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
         guide: a Pyro guide that leaves the enumerated sites out, e.g.
-            ``AutoDelta(pyro.poutine.block(model, hide=["z"]))``; or the name of one over the unconstrained coordinates of
-            every continuous site. ``"AutoNormal"`` has independent ones, ``"AutoMultivariateNormal"`` a covariance, and
-            ``"AutoLaplace"`` climbs to a mode and takes the curvature there. It starts where ``hmc`` starts a chain,
+            ``AutoDelta(pyro.poutine.block(model, hide=["z"]))``; or the name of one over the unconstrained coordinates
+            of every continuous site. ``"AutoNormal"`` has independent ones, ``"AutoMultivariateNormal"`` a covariance,
+            and ``"AutoLaplace"`` climbs to a mode and takes the curvature there. It starts where ``hmc`` starts a chain,
             since a unimodal guide fits one mode of a mixture and no average of them.
         args: the positional arguments of the program.
         num_steps: the number of gradient steps.
@@ -74,8 +73,8 @@ def svi(
             steps.
 
     Raises:
-        ValueError: ``num_steps`` is below 1, the loss is not finite, Pyro refuses the pair of model and guide, or a guide
-            given by name does not fit the program.
+        ValueError: ``num_steps`` is below 1, the loss is not finite, Pyro refuses the pair of model and guide, or a
+            guide given by name does not fit the program.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
@@ -161,8 +160,8 @@ def guide_draws(model: Callable[..., Any], fitted: Variational, *args: Any, num_
         seed: seeds the draws.
 
     Returns:
-        ``Draws`` with C = 1. Its ``sample_stats`` are ``lp``, log p(data, params), and ``log_q``, the log density of the
-        guide over the same parameters: the ratio of both weighs the draws (Yao, Vehtari, Simpson and Gelman 2018, ICML).
+        ``Draws`` with C = 1. Its ``sample_stats`` are ``lp``, log p(data, params), and ``log_q``, the log density of
+        the guide over the same parameters: the ratio of both weighs the draws (Yao et al. 2018, ICML).
 
     Raises:
         ValueError: ``num_draws`` is below 1, or the guide leaves a site of the program out.

@@ -1,4 +1,4 @@
-"""The vectorised log posterior: against the families' own formulas, one point at a time, autograd, and for every support."""
+"""The vectorised log posterior: against the families' formulas, one point at a time, autograd; for every support."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def assert_close(found: Tensor, expected: Tensor, rounding: float = ROUNDING) ->
 
 def by_autograd(density: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     slopes = []
-    for point in u:
-        point = point.clone().requires_grad_()
+    for each in u:
+        point = each.clone().requires_grad_()
         (slope,) = torch.autograd.grad(density(point), point)
         slopes.append(slope)
     return torch.stack(slopes)
@@ -58,7 +58,8 @@ def jacobian_by_autograd(posterior: LogPosterior, point: Tensor) -> Tensor:
 
     def free(u: Tensor) -> Tensor:
         parts = []
-        for name, value in posterior.coordinates(u).items():
+        for name, whole in posterior.coordinates(u).items():
+            value = whole
             support = posterior.program.supports[name]
             while isinstance(support, constraints.independent):
                 support = support.base_constraint
@@ -209,7 +210,7 @@ def test_row_weights_count_rows_repeatedly() -> None:
         with poutine.scale(scale=counts):
             mixture(torch.tensor([0.4, 0.6]), locs, torch.tensor(1.0), x)
 
-    counts = torch.tensor([1.0, 3.0, 2.0, 0.0], dtype=torch.float64)
+    counts = torch.tensor([1.0, 3.0, 2.0, 4.0], dtype=torch.float64)
     weighted, repeated = LogPosterior(model, x, counts), LogPosterior(model, x.repeat_interleave(counts.long()), 1.0)
     u = points(weighted, 3)
     for mine, other in zip(weighted(u, powers(3)), repeated(u, powers(3)), strict=True):
@@ -234,7 +235,7 @@ def test_a_program_that_branches_runs_point_by_point() -> None:
     with pytest.warns(UserWarning, match=r"cannot be vectorised, by .item\(\) or an if, and is run point by point"):
         found = posterior(u, powers(2))
     for i, scale in enumerate((1.0, 2.0)):
-        log_joint = torch.tensor([0.4, 0.6]).double().log() + dist.Normal(u[i], scale).log_prob(x[:, None])
+        log_joint = torch.tensor([0.4, 0.6], dtype=torch.float64).log() + dist.Normal(u[i], scale).log_prob(x[:, None])
         assert_close(found.log_likelihood[i], log_joint.logsumexp(1).sum())
     assert torch.equal(posterior(u, powers(2)).gradient, found.gradient)  # the second time without a warning
 

@@ -35,7 +35,7 @@ def posterior_of_known(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_normal_posterior_is_found(name: Any) -> None:
-    """Exactly by the curvature; by the ELBO within the noise of its last steps, here a tenth of a standard deviation."""
+    """Exactly by the curvature; by the ELBO within the noise of its last steps, a tenth of a standard deviation."""
     mean, covariance = posterior_of_known(X)
     fitted = svi(known, name, X, num_steps=600, seed=0, learning_rate=0.05)
     draws = guide_draws(known, fitted, X, num_draws=2000, seed=1)
@@ -101,7 +101,9 @@ def test_laplace_sums_the_latents_out() -> None:
 
 
 def test_what_has_no_guide_is_refused() -> None:
-    with pytest.raises(ValueError, match="no guide named AutoFlow: give AutoNormal, AutoMultivariateNormal, AutoLaplace"):
+    with pytest.raises(
+        ValueError, match="no guide named AutoFlow: give AutoNormal, AutoMultivariateNormal, AutoLaplace"
+    ):
         svi(known, "AutoFlow", X, num_steps=1, seed=0)
 
     def with_param(x: Tensor) -> None:
