@@ -210,7 +210,8 @@ class _Whitened:
 
     def coordinates(self, v: Tensor) -> Tensor:
         """Return u (C, P) at v (C, P)."""
-        return torch.linalg.solve_triangular(self.factor, v, upper=False, left=False)
+        found = torch.linalg.solve_triangular(self.factor, v, upper=False, left=False)
+        return found.contiguous()  # as the points are at which the program was captured
 
     def slope(self, gradient: Tensor) -> Tensor:
         """Return the gradient (C, P) in v from that in u."""

@@ -195,7 +195,7 @@ def test_a_missing_jacobian_is_caught_in_the_bridge(tiny: Tiny) -> None:
 def check_smc(
     model: Callable[..., Any], x: Tensor, exact: float, limit: float = scipy.stats.t.isf(RARE / 2, 31)
 ) -> None:
-    found = log_evidence(model, x, seed=1, **SMALL)
+    found = log_evidence(model, x, seed=1)
     assert abs(found.log_evidence - exact) < limit * found.standard_error
     assert found.standard_error < 1
 
