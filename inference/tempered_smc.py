@@ -232,6 +232,11 @@ def _walk(
             f"the prior density is not finite at {bad} of {len(starts)} draws from the prior, in unconstrained "
             "coordinates: the prior reaches the edge of its support in rounding"
         )
+    if not state.evaluation.log_likelihood.isfinite().any():
+        raise ValueError(
+            f"the likelihood is positive at 0 of {len(starts)} particles at temperature {temperature:.2g}: does the prior "
+            "allow the data?"
+        )
     states, rates = [state], []
     for _ in range(num_moves):
         state, rate = kernel.move(state)
