@@ -234,8 +234,8 @@ def _walk(
         )
     if not state.evaluation.log_likelihood.isfinite().any():
         raise ValueError(
-            f"the likelihood is positive at 0 of {len(starts)} particles at temperature {temperature:.2g}: does the prior "
-            "allow the data?"
+            f"the likelihood is positive at 0 of {len(starts)} particles at temperature {temperature:.2g}: does the "
+            "prior allow the data?"
         )
     states, rates = [state], []
     for _ in range(num_moves):
