@@ -183,6 +183,7 @@ def variance_of_mean(values: Tensor) -> Tensor:
         return total
     correlations = 1 - (within - covariances) / total
     correlations[0] = 1
+    correlations = correlations * (1 - torch.arange(num_draws, dtype=values.dtype) / num_draws)
     pairs = correlations[: num_draws // 2 * 2].reshape(-1, 2).sum(1)
     positive = (pairs > 0).long().cumprod(0).bool()
     pairs = torch.where(positive, pairs, 0).cummin(0).values

@@ -210,7 +210,8 @@ class _Whitened:
 
     def coordinates(self, v: Tensor) -> Tensor:
         """Return u (C, P) at v (C, P)."""
-        return torch.linalg.solve_triangular(self.factor, v, upper=False, left=False)
+        found = torch.linalg.solve_triangular(self.factor, v, upper=False, left=False)
+        return found.contiguous()  # as the points are at which the program was captured
 
     def slope(self, gradient: Tensor) -> Tensor:
         """Return the gradient (C, P) in v from that in u."""
@@ -230,6 +231,11 @@ def _walk(
         raise ValueError(
             f"the prior density is not finite at {bad} of {len(starts)} draws from the prior, in unconstrained "
             "coordinates: the prior reaches the edge of its support in rounding"
+        )
+    if not state.evaluation.log_likelihood.isfinite().any():
+        raise ValueError(
+            f"the likelihood is positive at 0 of {len(starts)} particles at temperature {temperature:.2g}: does the "
+            "prior allow the data?"
         )
     states, rates = [state], []
     for _ in range(num_moves):

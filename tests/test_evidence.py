@@ -195,7 +195,7 @@ def test_a_missing_jacobian_is_caught_in_the_bridge(tiny: Tiny) -> None:
 def check_smc(
     model: Callable[..., Any], x: Tensor, exact: float, limit: float = scipy.stats.t.isf(RARE / 2, 31)
 ) -> None:
-    found = log_evidence(model, x, seed=1, **SMALL)
+    found = log_evidence(model, x, seed=1)
     assert abs(found.log_evidence - exact) < limit * found.standard_error
     assert found.standard_error < 1
 
@@ -369,22 +369,25 @@ def test_failures_are_said_in_words(tiny: Tiny, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_particles_that_do_not_move_are_an_error(tiny: Tiny) -> None:
-    class Rough(LogPosterior):
-        """Every evaluation has noise of its own, which no step size makes smaller."""
+    class Frozen(LogPosterior):
+        """Is a number only where the particles start."""
+
+        started = False
 
         def __call__(self, u: Tensor, temperature: Tensor) -> Evaluation:
             found = super().__call__(u, temperature)
-            noise = 1e6 * torch.rand(len(u), generator=generator, dtype=u.dtype)
-            return found._replace(log_prior=found.log_prior - noise)
+            if self.started:
+                return found._replace(log_prior=torch.full_like(found.log_prior, math.nan))
+            self.started = True
+            return found
 
-    generator = seeded(1)
     with pytest.raises(RuntimeError, match="do not move"):
-        tempered_smc(Rough(tiny.posterior.model, tiny.x), seed=1, num_replicates=4, num_chains=16, num_moves=60)
+        tempered_smc(Frozen(tiny.posterior.model, tiny.x), seed=1, **SMALL)
 
 
 def test_replicates_that_differ_too_much_are_a_warning(tiny: Tiny) -> None:
     with pytest.warns(UserWarning, match="replicates' log evidences differ"):
-        tempered_smc(tiny.posterior, seed=1, num_replicates=16, num_chains=2, num_moves=1, efficiency=0.2)
+        tempered_smc(tiny.posterior, seed=1, num_replicates=32, num_chains=4, num_moves=2)
 
 
 def test_an_interrupt_says_how_far_it_was(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
