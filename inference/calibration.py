@@ -24,7 +24,7 @@ from mixproof.inference.verification.report import Check, Report, conclude
 from mixproof.inference.verification.uniformity import simultaneous_band, uniform
 
 Engine = Callable[[Tensor, int], Draws]
-"""Draws from p(params | x), given data x (N, D) and a seed; in batches, given data (B, N, D), with one chain for each."""
+"""Draws from p(params | x), given x (N, D) and a seed; in batches, given x (B, N, D), with one chain for each."""
 
 FEWEST_RANKS, MOST_RANKS = 20, 100
 SLOW_SHARE = 0.05
@@ -200,7 +200,7 @@ def _by_simulation(draws: Mapping[str, Tensor], truth: Mapping[str, Tensor], bat
 def _evaluate(
     quantities: Quantities, truth: Mapping[str, Tensor], draws: Mapping[str, Tensor], x: Tensor
 ) -> dict[str, Tensor]:
-    """Return the quantities (B, 1 + C S) by name at the truth and then at the draws, evaluated alike to the last bit."""
+    """Return the quantities (B, 1 + C S) by name at the truth and then at the draws, rounded alike."""
     together = {name: torch.cat([truth[name][:, None], value.flatten(1, 2)], 1) for name, value in draws.items()}
     values = quantities(together, x)
     for name, value in values.items():
@@ -212,8 +212,8 @@ def _evaluate(
 def effective_size(draws: Tensor) -> Tensor:
     """Return how many independent draws those of C chains are worth for their mean; NaN where all are alike.
 
-    By the initial monotone sequence of Geyer 1992, Statistical Science 7(4), section 3.3, of autocorrelations that count
-    the variance between chains (Gelman et al., Bayesian Data Analysis, 3rd edition, equation 11.7).
+    By the initial monotone sequence of Geyer 1992, Statistical Science 7(4), section 3.3, of autocorrelations that
+    count the variance between chains (Gelman et al., Bayesian Data Analysis, 3rd edition, equation 11.7).
 
     Args:
         draws: (..., C, S).
@@ -260,7 +260,7 @@ def _affordable_ranks(effective_sizes: Tensor, num_draws: int) -> int:
 
 
 def _ranks(values: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
-    """Return the ranks (B,) of the first column of values (B, 1 + T) among ``num_draws`` of the others, evenly apart."""
+    """Return the ranks (B,) of the first column of values (B, 1 + T) among ``num_draws`` others, evenly apart."""
     truth, draws = values[:, :1], values[:, 1:]
     where = ((torch.arange(num_draws) + 0.5) * draws.shape[1] / num_draws).long()
     thinned = draws[:, where]

@@ -41,9 +41,9 @@ def joint_distribution_test(
 ) -> Report:
     """Try to refute that a transition leaves the posterior of a program as it is, whatever the data.
 
-    The chains are independent, and each starts from a draw of the joint law, so that a right transition needs no warm-up
-    and the averages over each chain give the Monte Carlo error without an estimate of autocorrelation. A quantity enters
-    by its share of reference draws below it: the test needs no moments, and feels location and spread.
+    The chains are independent, and each starts from a draw of the joint law, so that a right transition needs no
+    warm-up, and the averages over each chain give the Monte Carlo error without an estimate of autocorrelation. A
+    quantity enters by its share of reference draws below it: the test needs no moments, and feels location and spread.
 
     Args:
         model: a Pyro program with enumerated latents; ``model(x)`` observes the data, and all its priors are proper.
@@ -61,8 +61,8 @@ def joint_distribution_test(
 
     Raises:
         NotImplementedError: a prior is improper and cannot be drawn from.
-        ValueError: there are too few chains or steps, the program is not as above, or the transition returns numbers that
-            are not finite.
+        ValueError: there are too few chains or steps, the program is not as above, or the transition returns numbers
+            that are not finite.
     """
     if num_chains < 20 or num_steps < 1 or num_reference < 1:
         sizes = f"{num_chains} chains, {num_steps} steps and {num_reference} reference draws"

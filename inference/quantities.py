@@ -53,8 +53,8 @@ def simulate(
 
     Raises:
         NotImplementedError: a prior is improper and cannot be drawn from.
-        ValueError: a parameter is a ``pyro.param``, which has no prior, or the program does not observe one tensor of the
-            shape of x.
+        ValueError: a parameter is a ``pyro.param``, which has no prior, or the program does not observe one tensor of
+            the shape of x.
     """
     program = poutine.uncondition(model)
     if params is not None:
@@ -64,7 +64,7 @@ def simulate(
             trace: Any = poutine.trace(program).get_trace(x)
         except NotImplementedError as error:
             raise NotImplementedError(
-                "a prior of the program is improper, or has no sampler, and so no parameters can be drawn from it: give "
+                "a prior of the program is improper, or has no sampler, and no parameters can be drawn from it: give "
                 f"every parameter a proper prior ({str(error).splitlines()[0]})"
             ) from error
     if points := [name for name, site in trace.nodes.items() if site["type"] == "param"]:
@@ -159,8 +159,8 @@ class Quantities:
 
 
 def _exchangeable(posterior: LogPosterior) -> dict[str, tuple[int, int]]:
-    """Return, by site, which of its axes counts exchangeable components, and the number of the latent they belong to."""
-    found = {}
+    """Return, by site, which of its axes counts exchangeable components, and the number of their latent."""
+    found: dict[str, tuple[int, int]] = {}
     for which, (latent, size) in enumerate(zip(posterior.program.latents, posterior.program.latent_sizes, strict=True)):
         try:
             axes = component_axes(posterior, latent) if size > 1 else {}

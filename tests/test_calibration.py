@@ -1,7 +1,7 @@
-"""Calibration by ranks: exact posteriors pass, planted faults fail where the theory says, and the workings are right.
+"""Calibration by ranks: exact posteriors pass, and planted faults fail where the theory says.
 
-The posteriors and their faults are those of ``benchmarks/calibration.py``: of a conjugate normal law in closed form, and
-of a mixture by the sum over all allocations.
+The posteriors and their faults are those of ``benchmarks/calibration.py``: of a conjugate normal law in closed form,
+and of a mixture by the sum over all allocations.
 """
 
 from __future__ import annotations
