@@ -220,6 +220,11 @@ def init_params(
     return Params((counts + 1) / (counts + 1).sum(), (parts.mT @ x + overall) / (counts[:, None] + 1))
 
 
+def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
+    """Return the uniform prior, on the simplex and on the unit interval, for rows x (N, D)."""
+    return Prior(x.new_ones(num_components), torch.ones_like(x[0]), torch.ones_like(x[0]))
+
+
 @dataclass(frozen=True)
 class UniformWeights:
     """The sheet's family: the weights are known, p(z = k) = 1 / K, and EM learns the probabilities alone."""
@@ -335,3 +340,7 @@ class UniformWeights:
         """Return a start for EM: uniform weights, and frequencies of a partition of x (N, D), rows weighted (N,)."""
         start = init_params(x, num_components, generator, method, weights)
         return UniformWeights.Params(torch.full_like(start.weights, 1 / num_components), start.probs)
+
+    def weakly_informative_prior(self, x: Tensor, num_components: int) -> UniformWeights.Prior:
+        """Return the uniform prior on the unit interval, for rows x (N, D)."""
+        return self.Prior(torch.ones_like(x[0]), torch.ones_like(x[0]))

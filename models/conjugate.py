@@ -1,6 +1,8 @@
-"""What conjugate priors share: draws of gamma, Dirichlet and beta laws from a generator, and the law of allocations."""
+"""What conjugate priors share: draws from a generator, the law of allocations, and what data say of their scale."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,3 +45,37 @@ def log_allocations(counts: Tensor, concentration: Tensor) -> Tensor:
     total, rows = concentration.sum(-1), counts.sum(-1)
     urns = (concentration + counts).lgamma() - concentration.lgamma()
     return total.lgamma() - (total + rows).lgamma() + urns.sum(-1)
+
+
+class DataScale(NamedTuple):
+    """What the weakly informative priors take from the data.
+
+    A priori the K components share the volume of the data between them: the mean covariance within a component is
+    S / K^(2 / D), on the fewest degrees of freedom for which there is a mean, as Fraley and Raftery 2007, section 3,
+    have it. The locations scatter as the rows do, with covariance S, which is K^(-2 / D) pseudo-observations. The 0.01
+    of Fraley and Raftery are for the mode, which they hardly move; in the evidence each component would pay with
+    log(10 / K^(1 / D)) a feature for locations spread so far beyond the data. With K = 1 this is the information of one
+    row (Kass and Wasserman 1995, section 2). The law of one variance is the same in each Gaussian family, so that
+    families differ in the evidence by their shapes alone. Weights are uniform on the simplex.
+    """
+
+    loc: Tensor  # (D,), the mean of the rows
+    covariance: Tensor  # (D, D), S, with divisor N - 1
+    shrinkage: Tensor  # (), K^(-2 / D)
+
+
+def data_scale(x: Tensor, num_components: int) -> DataScale:
+    """Return the location and the scale of rows x (N, D) for a prior of K components.
+
+    Raises:
+        ValueError: there is only one row, or a column is constant: no scale can be read off.
+    """
+    if len(x) < 2:
+        raise ValueError("one row says nothing of the scale of the data: give a prior of your own")
+    constant = (x == x[0]).all(0)
+    if constant.any():
+        raise ValueError(f"column {int(constant.nonzero()[0])} of x is constant: drop it, or give a prior of your own")
+    loc = x.mean(0)
+    centred = x - loc
+    shrinkage = loc.new_tensor(num_components) ** (-2 / x.shape[1])
+    return DataScale(loc, centred.mT @ centred / (len(x) - 1), shrinkage)

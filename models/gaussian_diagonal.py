@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.conjugate import draw_dirichlet, draw_gamma, draw_normal, log_allocations
+from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_gamma, draw_normal, log_allocations
 from mixproof.models.initial import partition, row_weights
 
 
@@ -272,3 +272,14 @@ def init_params(
     centred = x - weights @ x / total
     within = (weights @ (x - resp @ locs).square() + weights @ centred.square() / total) / (total + 1)
     return Params((counts + 1) / (counts + 1).sum(), locs, within.expand(num_components, -1).clone())
+
+
+def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
+    """Return a proper prior on the scale of rows x (N, D), as ``DataScale`` says; mean variances diag S / K^(2 / D).
+
+    Raises:
+        ValueError: as ``data_scale``.
+    """
+    loc, covariance, shrinkage = data_scale(x, num_components)
+    rate = covariance.diagonal() * shrinkage / 2
+    return Prior(loc.new_ones(num_components), loc, shrinkage, torch.full_like(rate, 1.5), rate)

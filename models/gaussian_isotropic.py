@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models import gaussian_spherical
-from mixproof.models.conjugate import draw_dirichlet, draw_normal, log_allocations
+from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_normal, log_allocations
 from mixproof.models.initial import partition, row_weights
 
 
@@ -231,3 +231,12 @@ class GaussianIsotropic:
         counts = parts.sum(0)
         locs = (parts.mT @ x) / counts.where(counts > 0, 1)[:, None]
         return GaussianIsotropic.Params((counts + 1) / (counts + 1).sum(), locs)
+
+    def weakly_informative_prior(self, x: Tensor, num_components: int) -> GaussianIsotropic.Prior:
+        """Return a proper prior on the scale of rows x (N, D): locations as far apart as they, of variance tr S / D.
+
+        Raises:
+            ValueError: as ``data_scale``.
+        """
+        loc, covariance, _ = data_scale(x, num_components)
+        return self.Prior(loc.new_ones(num_components), loc, self.variance / covariance.diagonal().mean())

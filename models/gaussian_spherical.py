@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.conjugate import draw_dirichlet, draw_gamma, draw_normal, log_allocations
+from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_gamma, draw_normal, log_allocations
 from mixproof.models.initial import partition, row_weights
 
 
@@ -281,3 +281,14 @@ def init_params(
     squares = weights @ (x - resp @ locs).square() + weights @ centred.square() / total
     within = squares.mean() / (total + 1)
     return Params((counts + 1) / (counts + 1).sum(), locs, within.expand(num_components).clone())
+
+
+def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
+    """Return a proper prior on the scale of rows x (N, D), as ``DataScale`` says; the mean variance tr S / D K^(2 / D).
+
+    Raises:
+        ValueError: as ``data_scale``.
+    """
+    loc, covariance, shrinkage = data_scale(x, num_components)
+    rate = covariance.diagonal().mean() * shrinkage / 2
+    return Prior(loc.new_ones(num_components), loc, shrinkage, torch.full_like(rate, 1.5), rate)

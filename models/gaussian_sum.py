@@ -478,3 +478,12 @@ class KnownNoise:
         start = gaussian_full.init_params(x, num_components, generator, method, weights)
         self._check_num_features(x.shape[1])
         return start._replace(locs=start.locs - gaussian_full.moments(self.noise)[0])
+
+    def weakly_informative_prior(self, x: Tensor, num_components: int) -> gaussian_full.Prior:
+        """Return a proper prior for x on the scale of the sums (N, D), which bounds its own, less the noise's mean.
+
+        Raises:
+            ValueError: as ``data_scale``.
+        """
+        prior = gaussian_full.weakly_informative_prior(x, num_components)
+        return prior._replace(loc=prior.loc - self.noise.weights.to(x) @ self.noise.locs.to(x))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.conjugate import draw_dirichlet, draw_normal, log_allocations
+from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_normal, log_allocations
 from mixproof.models.initial import partition, row_weights
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import (
@@ -303,3 +303,14 @@ def init_params(
     residuals, weighted = x - resp @ locs, weights[:, None]
     within = (residuals.mT @ (weighted * residuals) + centred.mT @ (weighted * centred) / total) / (total + 1)
     return Params((counts + 1) / (counts + 1).sum(), locs, within)
+
+
+def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
+    """Return a proper prior on the scale of rows x (N, D), as ``DataScale`` says; the mean covariance is S / K^(2 / D).
+
+    Raises:
+        ValueError: as ``data_scale``.
+    """
+    loc, covariance, shrinkage = data_scale(x, num_components)
+    df = loc.new_tensor(x.shape[1] + 2)
+    return Prior(loc.new_ones(num_components), loc, shrinkage, df, covariance * shrinkage)

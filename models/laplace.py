@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.conjugate import draw_dirichlet, draw_gamma, draw_uniform, log_allocations
+from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_gamma, draw_uniform, log_allocations
 from mixproof.models.initial import partition, row_weights
 
 
@@ -269,3 +269,18 @@ def init_params(
     centred = x - weights @ x / total
     within = (weights @ (x - resp @ locs).abs() + weights @ centred.abs() / total) / (total + 1)
     return Params((counts + 1) / (counts + 1).sum(), locs, within.expand(num_components, -1).clone())
+
+
+def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
+    """Return a proper prior on the scale of rows x (N, D), as ``DataScale`` says, deviations in the place of variances.
+
+    Mean scales are the mean absolute deviations from the medians over K^(1 / D), with the smallest whole shape for
+    which there is a mean; the locations scatter about the medians by those deviations.
+
+    Raises:
+        ValueError: as ``data_scale``.
+    """
+    _, _, shrinkage = data_scale(x, num_components)
+    loc = x.median(0).values
+    rate = (x - loc).abs().mean(0) * shrinkage.sqrt()
+    return Prior(loc.new_ones(num_components), loc, shrinkage.sqrt(), torch.full_like(rate, 2), rate)

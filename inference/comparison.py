@@ -1,0 +1,588 @@
+"""Candidate mixtures for one data set, side by side: likelihood, information criteria, LOO, evidence, and how sure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from mixproof.inference.datatree import loo, to_datatree
+from mixproof.inference.em import Fit, responsibilities
+from mixproof.inference.evidence import Evidence, log_evidence, posterior_probabilities
+from mixproof.inference.gibbs import gibbs
+from mixproof.inference.labels import at_draws
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.restarts import em_restarts
+from mixproof.inference.validation import check_num_components, check_prior, check_rows, data_support, example_params
+from mixproof.inference.verification.report import plain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.figure import Figure
+    from xarray import DataTree
+
+MAX_RHAT, MIN_EFFECTIVE_DRAWS = 1.01, 400
+"""Below and above which chains agree and quantiles are known (Vehtari et al. 2021, Bayesian Analysis 16, section 4)."""
+
+
+class Candidate(NamedTuple):
+    """A mixture that may have made the data."""
+
+    family: Any
+    """A family of the contract."""
+    num_components: int | tuple[int, ...]
+    """K, or a number for each latent."""
+    prior: Any
+    """The family's ``Prior``, proper; ``family.weakly_informative_prior(x, num_components)`` is one."""
+    name: str
+    """What the table calls it."""
+
+
+class Row(NamedTuple):
+    """What is known of one candidate; None is what could not be computed, and a warning of the comparison says why."""
+
+    name: str
+    log_likelihood: float | None
+    """log p(x | params), natural logarithm, the highest that EM found."""
+    num_parameters: int
+    """How many numbers the data decide: weights sum to 1, and a covariance matrix is symmetric."""
+    bic: float | None
+    """num_parameters log N - 2 log_likelihood (Schwarz 1978); the lower, the better."""
+    aic: float | None
+    """2 num_parameters - 2 log_likelihood; the lower, the better."""
+    icl: float | None
+    """bic + 2 times the entropy of p(z | x, params), summed over rows (Biernacki, Celeux and Govaert 2000; McLachlan and
+    Peel 2000, section 6.10.3). The lower, the better. mclust counts only the surprise at the most probable z."""
+    elpd_loo: float | None
+    """sum_n log p(x_n | all other rows), by Pareto-smoothed importance sampling; the higher, the better."""
+    elpd_loo_standard_error: float | None
+    """Over rows, as another sample of so many rows would change it."""
+    max_pareto_k: float | None
+    """The largest shape of the tails of the importance ratios of a row."""
+    num_high_pareto_k: int | None
+    """How many rows have one above the threshold for so many draws (Vehtari et al. 2024, section 3.2.4)."""
+    log_evidence: float | None
+    """log p(x), parameters and latents integrated out, under the candidate's prior."""
+    log_evidence_standard_error: float | None
+    """Over repetitions with other seeds."""
+    probability: float | None
+    """p(candidate | x) among those with an evidence."""
+    probability_standard_error: float | None
+    """To first order, from those of the evidences."""
+    stacking_weight: float | None
+    """In the mixture of predictions that predicts left-out rows best (Yao et al. 2018, Bayesian Analysis 13)."""
+    max_rhat: float | None
+    """The largest R-hat of the quantities of the draws that do not depend on labels."""
+    min_effective_draws: float | None
+    """The smallest effective sample size of these, in the bulk and in the tails."""
+    num_empty_components: float | None
+    """How many components have no row, averaged over the posterior; None where there are several latents."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The candidates side by side; ``print`` shows them as a table, with the warnings in words."""
+
+    rows: tuple[Row, ...]
+    """One for each candidate, in the order given."""
+    warnings: tuple[str, ...]
+    """Where criteria disagree, and what is wrong with a fit or a run, a sentence each."""
+    candidates: tuple[Candidate, ...]
+    """Those of the rows."""
+    fits: Mapping[str, Fit]
+    """By name, the best fit of EM, where there is one."""
+    trees: Mapping[str, DataTree]
+    """By name, the posterior draws as ``to_datatree`` gives them, for ArviZ."""
+    num_rows: int
+    """N."""
+    seed: int
+
+    def __rich__(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("candidate")
+        for title in COLUMNS:
+            table.add_column(title, justify="right")
+        best = {name: _best(self.rows, name) for name in CRITERIA}
+        for row in self.rows:
+            cells = [
+                f"{write(row)}{'' if criterion is None else '*' if best[criterion] is row else ' '}"
+                for criterion, write in COLUMNS.values()
+            ]
+            table.add_row(row.name, *cells)
+        legend = Text(
+            "* the best by this criterion; LOO and log evidence are the better the higher, the others the lower"
+        )
+        return Group(table, legend, *(Text(f"warning: {sentence}", "yellow") for sentence in self.warnings))
+
+    def __str__(self) -> str:
+        console = Console(width=160, color_system=None, force_terminal=False, force_jupyter=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as plain Python values for JSON: rows, warnings, priors, fitted parameters, the seed."""
+        rows = []
+        for row, candidate in zip(self.rows, self.candidates, strict=True):
+            fit = self.fits.get(row.name)
+            more = {
+                "num_components": candidate.num_components,
+                "prior": plain(_by_name(candidate.prior)),
+                "params": None if fit is None else plain(fit.params._asdict()),
+            }
+            rows.append(row._asdict() | more)
+        return {"num_rows": self.num_rows, "seed": self.seed, "candidates": rows, "warnings": list(self.warnings)}
+
+    def plot(self) -> Figure:
+        """Return a figure of the criteria, each in a panel, better always to the right.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("matplotlib is not installed: pip install 'mixproof[compare]'") from error
+        return _plot(self.rows, Figure(figsize=(13, 1.2 + 0.35 * len(self.rows)), layout="constrained"))
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    x: Any,
+    *,
+    seed: int,
+    num_starts: int = 10,
+    max_steps: int = 2000,
+    num_chains: int = 8,
+    num_draws: int = 500,
+    num_warmup: int = 500,
+    temperatures: Sequence[float] | None = None,
+    evidence: Mapping[str, Any] | None = None,
+    probabilities: Mapping[str, float] | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Fit candidate mixtures to one data set and put what each criterion says of them into one table.
+
+    Each is fitted by EM from several starts (log likelihood, BIC, AIC, ICL), drawn from by Gibbs sampling (LOO, stacking
+    weights, diagnostics), and integrated by ``log_evidence`` (evidence, posterior probability).
+
+    Args:
+        candidates: at least one, each under a name of its own and with a proper prior.
+        x: (N, D), the data; what numpy reads as a matrix. The computation is in float64.
+        seed: seeds every start and draw.
+        num_starts: of EM, by k-means++.
+        max_steps: the largest number of EM steps from each.
+        num_chains, num_draws, num_warmup, temperatures: as ``gibbs`` takes them.
+        evidence: the settings of ``log_evidence`` that are to be others than its defaults; ``{"method": "bridge"}``
+            takes the draws of the Gibbs chains.
+        probabilities: by name, the probability of each candidate before the data, in any unit; None takes all alike.
+        progress: whether to show each fit on stderr.
+
+    Returns:
+        ``Comparison``. What fails for one candidate is None in its row and a warning in words, and so is a criterion
+        that disagrees with others or a diagnostic that is bad. An interrupt from the keyboard leaves out the candidate
+        at hand and those after it, once there is one before them.
+
+    Raises:
+        ImportError: ArviZ is not installed.
+        TypeError, ValueError: the data, a candidate or a setting are not what they must be, a prior is None, or laws of
+            0 and 1 stand beside densities.
+    """
+    stats = _arviz_stats()
+    x = _check(candidates, x)
+    if probabilities is not None and set(probabilities) != {candidate.name for candidate in candidates}:
+        raise ValueError(
+            f"probabilities must be given for each candidate by its name, not for {', '.join(probabilities)}"
+        )
+    sampling = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
+    runs = _Runs(num_starts, max_steps, {**sampling, "temperatures": temperatures}, dict(evidence or {}), progress)
+    seeds = torch.randint(2**31, (len(candidates),), generator=torch.Generator().manual_seed(seed)).tolist()
+    studies: list[_Study] = []
+    sentences: list[str] = []
+    for number, (candidate, own_seed) in enumerate(zip(candidates, seeds, strict=True)):
+        if progress:
+            words = f"{candidate.name}: {number + 1} of {len(candidates)}"
+            Console(stderr=True).print(words, highlight=False, markup=False)
+        try:
+            studies.append(_study(candidate, x, own_seed, runs))
+        except KeyboardInterrupt:
+            if not studies:
+                raise
+            left_out = ", ".join(candidate.name for candidate in candidates[number:])
+            sentences.append(f"interrupted, which leaves out {left_out}")
+            break
+    evidences = {study.name: study.evidence for study in studies if study.evidence is not None}
+    chosen = None if probabilities is None else {name: probabilities[name] for name in evidences}
+    posterior = posterior_probabilities(evidences, chosen) if evidences else {}
+    elpds = {study.name: study.elpd for study in studies if study.elpd is not None}
+    ranking = stats.compare(elpds) if len(elpds) > 1 else None
+    rows = tuple(
+        study.row._replace(
+            probability=posterior.get(study.name, (None, None))[0],
+            probability_standard_error=posterior.get(study.name, (None, None))[1],
+            stacking_weight=None
+            if study.elpd is None
+            else 1.0
+            if ranking is None
+            else float(ranking.loc[study.name, "weight"]),
+        )
+        for study in studies
+    )
+    for study in studies:
+        sentences += study.sentences
+    done = tuple(study.candidate for study in studies)
+    sentences += [*_disagreements(rows, ranking), *_gaps(rows, done)]
+    return Comparison(
+        rows,
+        tuple(sentences),
+        done,
+        {study.name: study.fit for study in studies if study.fit is not None},
+        {study.name: study.tree for study in studies if study.tree is not None},
+        len(x),
+        seed,
+    )
+
+
+class _Runs(NamedTuple):
+    """The settings of the three runs that each candidate goes through."""
+
+    num_starts: int
+    max_steps: int
+    sampling: dict[str, Any]
+    evidence: dict[str, Any]
+    progress: bool
+
+
+class _Study(NamedTuple):
+    """One candidate, its row without what takes other candidates, and what the runs left behind."""
+
+    candidate: Candidate
+    row: Row
+    sentences: list[str]
+    fit: Fit | None
+    tree: DataTree | None
+    elpd: Any
+    evidence: Evidence | None
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+
+def _arviz_stats() -> Any:
+    try:
+        import arviz_base  # noqa: F401
+        import arviz_stats
+    except ImportError as error:
+        raise ImportError("ArviZ is not installed: pip install 'mixproof[compare]'") from error
+    return arviz_stats
+
+
+def _check(candidates: Sequence[Candidate], x: Any) -> Tensor:
+    """Return the data in float64, or say which candidate cannot be one."""
+    if len(candidates) == 0:
+        raise ValueError("there are no candidates: give at least one")
+    names = [candidate.name for candidate in candidates]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"several candidates are called {', '.join(repeated)}: give each a name of its own")
+    rows = x
+    kinds = {}
+    for candidate in candidates:
+        rows = check_rows(candidate.family, x).to(torch.float64)
+        size: Any = check_num_components(candidate.family, candidate.num_components)
+        if candidate.prior is None:
+            raise ValueError(
+                f"{candidate.name} has no prior: under a flat one the evidence is not defined and the posterior is "
+                "improper. Give a proper one, such as family.weakly_informative_prior(x, num_components)"
+            )
+        try:
+            check_prior(candidate.family, candidate.prior, example_params(candidate.family, size, rows)[0])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{candidate.name}: {error}") from error
+        kinds[data_support(candidate.family, rows.shape[1]).is_discrete] = candidate.name
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{kinds[True]} gives the data probabilities and {kinds[False]} gives them densities, which have a unit: no "
+            "criterion compares the two"
+        )
+    return rows
+
+
+def _study(candidate: Candidate, x: Tensor, seed: int, runs: _Runs) -> _Study:
+    """Return what EM, Gibbs sampling and the evidence say of one candidate."""
+    family, size, name = candidate.family, candidate.num_components, candidate.name
+    prior = check_prior(family, candidate.prior, example_params(family, size, x)[0])
+    generator = torch.Generator().manual_seed(seed)
+    model = partial(family.model, num_components=size, prior=prior)
+    posterior = LogPosterior(model, x)
+    sentences: list[str] = []
+    row = Row(name, **dict.fromkeys(Row._fields[1:]))._replace(num_parameters=posterior.size)
+    with _in_words(sentences, name):
+        fit, tree, elpd, evidence = None, None, None, None
+        with _failing(sentences, name, "EM"):
+            starts = [family.init_params(x, size, generator) for _ in range(runs.num_starts)]
+            fit, _, failures = em_restarts(family, x, starts, max_steps=runs.max_steps, progress=runs.progress)
+            row = row._replace(**_likelihood_criteria(family, fit, x, posterior.size))
+            if failures:
+                last = failures[max(failures)]
+                sentences.append(f"{name}: {len(failures)} of {runs.num_starts} starts of EM failed, the last: {last}")
+        with _failing(sentences, name, "Gibbs sampling"):
+            draws = gibbs(
+                family, x, prior, num_components=size, generator=generator, progress=runs.progress, **runs.sampling
+            )
+            if draws.attributes["num_draws"] < runs.sampling["num_draws"]:
+                raise KeyboardInterrupt  # which gibbs answers with what it has, too little to stand beside the others
+            tree = to_datatree(draws, posterior, seed=seed, family=family, num_predictive=0, num_prior=0)
+            row = row._replace(**_diagnostics(tree, sentences, name))
+            if len(posterior.program.latents) == 1:
+                empty = float(at_draws(posterior, draws.params, _num_empty)["empty"].mean())
+                row = row._replace(num_empty_components=empty)
+                if empty >= 0.5:
+                    sentences.append(
+                        f"{name}: on average {empty:.1f} of its {size} components have no row, so that the data carry "
+                        "fewer, and the prior decides what the others are"
+                    )
+            with warnings.catch_warnings():
+                # said below, with the number of rows and for the candidate by name
+                warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto", UserWarning)
+                elpd = loo(tree, pointwise=True)
+            row = row._replace(**_loo(elpd, sentences, name))
+        with _failing(sentences, name, "the evidence"):
+            settings = runs.evidence | ({"draws": draws} if runs.evidence.get("method") == "bridge" else {})
+            evidence = log_evidence(model, x, seed=seed, progress=runs.progress, **settings)
+            row = row._replace(log_evidence=evidence.log_evidence, log_evidence_standard_error=evidence.standard_error)
+            if evidence.standard_error > 0.5:
+                sentences.append(
+                    f"{name}: the standard error of the log evidence is {evidence.standard_error:.2f}, too large for "
+                    "the errors of probabilities, which are to first order: raise its num_replicates or num_moves"
+                )
+    return _Study(candidate, row, sentences, fit, tree, elpd, evidence)
+
+
+@contextmanager
+def _in_words(sentences: list[str], name: str) -> Iterator[None]:
+    """Collect warnings to the user as sentences about a candidate, and let other warnings through."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for found in caught:
+        if issubclass(found.category, UserWarning | RuntimeWarning):
+            sentences.append(f"{name}: {found.message}")
+        else:
+            warnings.warn_explicit(found.message, found.category, found.filename, found.lineno)
+
+
+@contextmanager
+def _failing(sentences: list[str], name: str, run: str) -> Iterator[None]:
+    """Let a run fail without the others, and say why."""
+    try:
+        yield
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        sentences.append(f"{name}: {run} failed: {error}")
+
+
+def _likelihood_criteria(family: Any, fit: Fit, x: Tensor, num_parameters: int) -> dict[str, float]:
+    log_lik = float(fit.log_lik[-1])
+    resp = responsibilities(family, fit.params, x)
+    entropy = -float(torch.special.xlogy(resp, resp).sum())
+    bic = num_parameters * math.log(len(x)) - 2 * log_lik
+    return {"log_likelihood": log_lik, "bic": bic, "aic": 2 * num_parameters - 2 * log_lik, "icl": bic + 2 * entropy}
+
+
+def _diagnostics(tree: DataTree, sentences: list[str], name: str) -> dict[str, float]:
+    """Return the worst R-hat and effective sample size of what needs no labels, and say where they are bad."""
+    stats = _arviz_stats()
+    quantities = tree["label_invariant"].to_dataset()
+    varying = quantities[[key for key, value in quantities.items() if float(value.max() - value.min()) > 0]]
+    with warnings.catch_warnings():
+        # an entry that is the same in all draws, as a weight of 1, has no R-hat; it comes out as NaN and is passed over
+        warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
+        rhats = {str(key): float(value.max()) for key, value in stats.rhat(varying).data_vars.items()}
+        ess = min(
+            float(value.min())
+            for method in ("bulk", "tail")
+            for value in stats.ess(varying, method=method).data_vars.values()
+        )
+    worst = max(rhats, key=lambda key: rhats[key])
+    if rhats[worst] > MAX_RHAT:
+        sentences.append(
+            f"{name}: R-hat of {worst} is {rhats[worst]:.2f}, above {MAX_RHAT}: the chains do not agree, and LOO and "
+            "stacking rest on them; raise num_warmup and num_draws, or give more temperatures"
+        )
+    if ess < MIN_EFFECTIVE_DRAWS:
+        sentences.append(
+            f"{name}: the draws are worth {ess:.0f} independent ones, below {MIN_EFFECTIVE_DRAWS}: raise num_draws"
+        )
+    return {"max_rhat": rhats[worst], "min_effective_draws": ess}
+
+
+def _loo(elpd: Any, sentences: list[str], name: str) -> dict[str, float]:
+    largest, num_high = float(elpd.pareto_k.max()), int((elpd.pareto_k > elpd.good_k).sum())
+    if num_high:
+        sentences.append(
+            f"{name}: {num_high} of {elpd.n_data_points} rows have a Pareto k above {elpd.good_k:.2f}, the largest "
+            f"{largest:.2f}: without such a row the posterior is another, and its part in LOO is not to be trusted"
+        )
+    return {
+        "elpd_loo": float(elpd.elpd),
+        "elpd_loo_standard_error": float(elpd.se),
+        "max_pareto_k": largest,
+        "num_high_pareto_k": num_high,
+    }
+
+
+def _num_empty(joint: Any) -> dict[str, Tensor]:
+    """Return how many components are expected to have no row, given the parameters."""
+    return {"empty": torch.log1p(-joint.rows.softmax(1)).sum(0).exp().sum()}
+
+
+CRITERIA: dict[str, Callable[[Row], float | None]] = {
+    "BIC": lambda row: None if row.bic is None else -row.bic,
+    "AIC": lambda row: None if row.aic is None else -row.aic,
+    "ICL": lambda row: None if row.icl is None else -row.icl,
+    "LOO": lambda row: row.elpd_loo,
+    "the evidence": lambda row: row.log_evidence,
+}
+"""By criterion, what is the higher the better."""
+
+
+def _by_name(prior: Any) -> Any:
+    """Return hyperparameters by name, those of parts too."""
+    return {name: _by_name(value) for name, value in prior._asdict().items()} if hasattr(prior, "_asdict") else prior
+
+
+def _best(rows: Sequence[Row], criterion: str) -> Row | None:
+    known = [(value, -place, row) for place, row in enumerate(rows) if (value := CRITERIA[criterion](row)) is not None]
+    return max(known)[2] if known else None
+
+
+def _disagreements(rows: Sequence[Row], ranking: Any) -> list[str]:
+    """Return which criterion prefers which candidate, where they do not all agree, and what is as good as a draw."""
+    sentences = []
+    best = {name: row.name for name in CRITERIA if (row := _best(rows, name)) is not None}
+    if len(set(best.values())) > 1:
+        parts = []
+        for name in dict.fromkeys(best.values()):
+            own = [criterion for criterion, preferred in best.items() if preferred == name]
+            verb = "prefers" if len(own) == 1 else "prefer"
+            parts.append(f"{' and '.join(filter(None, [', '.join(own[:-1]), own[-1]]))} {verb} {name}")
+        sentences.append(f"the criteria disagree: {'; '.join(parts)}")
+    if ranking is not None:
+        second = ranking.iloc[1]
+        if second["elpd_diff"] < 2 * second["dse"]:
+            sentences.append(
+                f"LOO does not tell {ranking.index[0]} from {ranking.index[1]}: {second['elpd_diff']:.1f} apart with a "
+                f"standard error of {second['dse']:.1f}"
+            )
+    ordered = sorted((row for row in rows if row.log_evidence is not None), key=lambda row: -row.log_evidence)
+    if len(ordered) > 1:
+        first, other = ordered[:2]
+        gap = first.log_evidence - other.log_evidence
+        error = math.hypot(first.log_evidence_standard_error, other.log_evidence_standard_error)
+        if gap < 2 * error:
+            sentences.append(
+                f"the log evidences of {first.name} and {other.name} are {gap:.2f} apart with a standard error of "
+                f"{error:.2f}: this run does not say which is the larger; raise num_replicates or num_moves"
+            )
+    return sentences
+
+
+def _gaps(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[str]:
+    """Return what the candidates leave open: a likelihood that falls as K grows, a best K that is the largest tried."""
+    sentences = []
+    families: dict[int, list[tuple[int, Row]]] = {}
+    for row, candidate in zip(rows, candidates, strict=True):
+        if isinstance(candidate.num_components, int):
+            families.setdefault(id(candidate.family), []).append((candidate.num_components, row))
+    for members in families.values():
+        ladder = sorted(members, key=lambda member: member[0])
+        known = [(size, row) for size, row in ladder if row.log_likelihood is not None]
+        for (few, before), (many, after) in itertools.pairwise(known):
+            if few < many and after.log_likelihood < before.log_likelihood - 1e-6 * abs(before.log_likelihood):
+                sentences.append(
+                    f"the log likelihood falls from {before.name} to {after.name}, which contains it: EM has missed the "
+                    "highest maximum; raise num_starts"
+                )
+        largest = ladder[-1][0]
+        if ladder[0][0] < largest:
+            last = [row.name for size, row in ladder if size == largest]
+            at_end = [name for name in CRITERIA if (row := _best(rows, name)) is not None and row.name in last]
+            if at_end:
+                verb = "prefers" if len(at_end) == 1 else "prefer"
+                sentences.append(
+                    f"{', '.join(at_end)} {verb} {last[0]}, the largest K of its family here: try larger ones"
+                )
+    return sentences
+
+
+def _signed(value: float | None, error: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+COLUMNS: dict[str, tuple[str | None, Callable[[Row], str]]] = {
+    "log lik": (None, lambda row: _number(row.log_likelihood, 2)),
+    "params": (None, lambda row: str(row.num_parameters)),
+    "BIC": ("BIC", lambda row: _number(row.bic, 1)),
+    "AIC": ("AIC", lambda row: _number(row.aic, 1)),
+    "ICL": ("ICL", lambda row: _number(row.icl, 1)),
+    "LOO": ("LOO", lambda row: _signed(row.elpd_loo, row.elpd_loo_standard_error, 1)),
+    "Pareto k": (
+        None,
+        lambda row: "" if row.max_pareto_k is None else f"{row.max_pareto_k:.2f} ({row.num_high_pareto_k} high)",
+    ),
+    "log evidence": ("the evidence", lambda row: _signed(row.log_evidence, row.log_evidence_standard_error, 2)),
+    "probability": (None, lambda row: _signed(row.probability, row.probability_standard_error, 3)),
+    "stacking": (None, lambda row: _number(row.stacking_weight, 2)),
+}
+"""By title, the criterion whose best is starred, and what a row shows."""
+
+
+def _plot(rows: Sequence[Row], figure: Figure) -> Figure:
+    places = list(range(len(rows)))
+    axes = figure.subplots(1, 4, sharey=True)
+    for label, marker in (("bic", "o"), ("aic", "s"), ("icl", "^")):
+        known = [(value, place) for place, row in enumerate(rows) if (value := getattr(row, label)) is not None]
+        least = min((value for value, _ in known), default=0.0)
+        axes[0].plot([value - least for value, _ in known], [place for _, place in known], marker, label=label.upper())
+    axes[0].set(title="information criteria", xlabel="above the lowest")
+    axes[0].invert_xaxis()
+    axes[0].legend()
+    panels = [
+        (axes[1], "elpd_loo", "LOO", "expected log predictive density"),
+        (axes[2], "log_evidence", "evidence", "log evidence"),
+        (axes[3], "probability", "posterior probability", "probability"),
+    ]
+    for panel, field, title, words in panels:
+        known = [
+            (place, getattr(row, field), getattr(row, f"{field}_standard_error")) for place, row in zip(places, rows)
+        ]
+        known = [point for point in known if point[1] is not None]
+        if known:
+            where, values, errors = zip(*known, strict=True)
+            panel.errorbar(values, where, xerr=errors, fmt="o", capsize=3, label=title)
+        panel.set(title=title, xlabel=words)
+    known = [(row.stacking_weight, place) for place, row in enumerate(rows) if row.stacking_weight is not None]
+    axes[3].plot([value for value, _ in known], [place for _, place in known], "x", label="stacking weight")
+    axes[3].set(xlim=(-0.05, 1.05))
+    axes[3].legend()
+    axes[0].set_yticks(places, [row.name for row in rows])
+    axes[0].invert_yaxis()
+    for panel in axes:
+        panel.grid(axis="y", alpha=0.3)
+    return figure
