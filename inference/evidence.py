@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -36,7 +38,7 @@ class Evidence(NamedTuple):
 def log_evidence(
     model: Callable[..., Any],
     *args: Any,
-    method: Literal["smc", "bridge"] = "smc",
+    method: Literal["smc", "bridge"] = "bridge",
     seed: int,
     draws: Draws | None = None,
     relabel: bool = True,
@@ -52,8 +54,8 @@ def log_evidence(
         model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
         args: the positional arguments of the program.
         method: ``"smc"``, tempered sequential Monte Carlo from the prior to the posterior; or ``"bridge"``, bridge
-            sampling from ``draws`` or else from the particles at which that ends. Where the posterior has one mode
-            up to relabelling the bridge is by far the more exact; draws that miss another mode leave it out.
+            sampling from ``draws`` or else from the particles at which that ends, by far the more exact. Draws that
+            miss a mode leave it out; particles that do are a warning, as the two methods then differ.
         seed: seeds every random number.
         draws: for ``"bridge"``, draws from p(params | data) by any sampler, all modes among them in their shares.
         relabel: whether the symmetry of exchangeable components is treated. Without it, ``"bridge"`` takes one mode for
@@ -102,6 +104,16 @@ def log_evidence(
         return Evidence(run.log_evidence, run.standard_error, draws, diagnostics)
     bridge = bridge_sampling(posterior, u, seed=seed, relabelling=relabelling, weights=weights)
     diagnostics["bridge_effective_sample_size"] = bridge.effective_sample_size
+    if weights is not None:
+        diagnostics |= {"smc_log_evidence": run.log_evidence, "smc_standard_error": run.standard_error}
+        gap, error = bridge.log_evidence - run.log_evidence, math.hypot(bridge.standard_error, run.standard_error)
+        if relabel and abs(gap) > 4 * error:
+            warnings.warn(
+                f"the bridge puts the log evidence at {bridge.log_evidence:.3f} and the particles that it starts from "
+                f"at {run.log_evidence:.3f}, which is {abs(gap) / error:.1f} standard errors away: raise num_moves and "
+                "num_chains until they agree",
+                stacklevel=2,
+            )
     return Evidence(bridge.log_evidence, bridge.standard_error, draws, diagnostics)
 
 

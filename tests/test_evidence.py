@@ -115,16 +115,19 @@ def bridges(tiny: Tiny, num_seeds: int, posterior: LogPosterior, relabelling: Re
 # Errors are true
 
 
+@pytest.mark.slow
 def test_smc_has_a_true_standard_error(tiny: Tiny, runs: list[TemperedSMC]) -> None:
     check_z_scores(torch.tensor([(run.log_evidence - tiny.exact) / run.standard_error for run in runs]))
 
 
+@pytest.mark.slow
 def test_a_replicate_estimates_the_evidence_itself_without_bias(tiny: Tiny, runs: list[TemperedSMC]) -> None:
     ratios = (torch.stack([run.log_evidences for run in runs]) - tiny.exact).exp()
     error = float(ratios.mean(1).std()) / math.sqrt(len(runs))
     assert abs(float(ratios.mean()) - 1) < scipy.stats.norm.isf(RARE / 2) * error
 
 
+@pytest.mark.slow
 def test_bridge_from_particles_has_a_true_standard_error(tiny: Tiny, runs: list[TemperedSMC]) -> None:
     relabelling = Relabelling(tiny.posterior)
     z = []
@@ -195,7 +198,7 @@ def test_a_missing_jacobian_is_caught_in_the_bridge(tiny: Tiny) -> None:
 def check_smc(
     model: Callable[..., Any], x: Tensor, exact: float, limit: float = scipy.stats.t.isf(RARE / 2, 31)
 ) -> None:
-    found = log_evidence(model, x, seed=1)
+    found = log_evidence(model, x, method="smc", seed=1)
     assert abs(found.log_evidence - exact) < limit * found.standard_error
     assert found.standard_error < 1
 
