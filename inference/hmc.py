@@ -246,8 +246,8 @@ def _warn(draws: Draws) -> None:
     if low := draws.attributes["low_chains"]:
         warnings.warn(
             f"the log posterior of chains {', '.join(map(str, low))} stays below that of the others: each sits in "
-            "a lower mode that it does not leave, and the draws of all chains together do not weigh the modes; draw anew "
-            "from other starts, or weigh the modes by their evidence",
+            "a lower mode that it does not leave, and the draws of all chains together do not weigh the modes; draw "
+            "anew from other starts, or weigh the modes by their evidence",
             ConvergenceWarning,
             stacklevel=3,
         )
@@ -410,7 +410,7 @@ class _Run:
             "num_chains": self.num_chains,
             "trajectory_length": float(self.tuning.log_length.exp()),
             "num_divergences": int(diverging.sum()),
-            "low_chains": low_chains(height),
+            "low_chains": low_chains(height, self.posterior.size),
         }
         return Draws(self.posterior.constrain(u), sample_stats, attributes)
 
@@ -490,12 +490,12 @@ def _halton(number: int) -> float:
     return int(bits[::-1], 2) / 2 ** len(bits)
 
 
-def low_chains(height: Tensor) -> list[int]:
+def low_chains(height: Tensor, num_coordinates: int) -> list[int]:
     """Return the numbers of the chains whose log posterior (C, S) stays below that of the best chain.
 
     A chain is low if the mean of its log posterior is below that of the highest by more than four times what two chains
-    that draw from one mode could differ by: the root of the sum of both variances.
+    that draw from one mode could differ by: the root of the sum of both variances, none below P / 2, a normal law's.
     """
-    mean, variance = height.mean(1), height.var(1, correction=0)
+    mean, variance = height.mean(1), height.var(1, correction=0).clamp(min=num_coordinates / 2)
     best = int(mean.argmax())
     return (mean[best] - mean > 4 * (variance + variance[best]).sqrt()).nonzero()[:, 0].tolist()

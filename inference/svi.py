@@ -60,7 +60,7 @@ def svi(
         guide: a Pyro guide that leaves the enumerated sites out, e.g.
             ``AutoDelta(pyro.poutine.block(model, hide=["z"]))``; or the name of one over the unconstrained coordinates
             of every continuous site. ``"AutoNormal"`` has independent ones, ``"AutoMultivariateNormal"`` a covariance,
-            and ``"AutoLaplace"`` climbs to a mode and takes the curvature there. It starts where ``hmc`` starts a chain,
+            and ``"AutoLaplace"`` climbs to a mode and takes the curvature there. It starts where ``hmc`` starts,
             since a unimodal guide fits one mode of a mixture and no average of them.
         args: the positional arguments of the program.
         num_steps: the number of gradient steps.

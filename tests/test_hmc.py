@@ -77,7 +77,7 @@ def z_scores(draws: Draws, moments: dict[str, tuple[float, float]]) -> dict[str,
 
 
 KNOWN = [(conjugate, conjugate_moments), (share_of_two, share_moments)]
-RUN = {"num_chains": 16, "num_draws": 400, "num_warmup": 100}
+RUN: dict[str, Any] = {"num_chains": 16, "num_draws": 400, "num_warmup": 100}
 
 
 @pytest.mark.parametrize(("model", "moments"), KNOWN, ids=["conjugate", "quadrature"])
@@ -95,6 +95,36 @@ def test_draws_follow_a_known_posterior(model: Any, moments: Any) -> None:
     assert (draws.sample_stats["lp"].reshape(-1)[:50] - lp).abs().max() < 1e-9
 
 
+def kernel_scores() -> dict[str, float]:
+    """Return as ``z_scores`` what some coarse steps make of exact draws, one a chain: the law must stay as it is."""
+    size = 40_000
+    n, mean = len(X), float(X.mean())
+    shape = 3 + n / 2
+    rate = conjugate_moments(X)["variance"][0] * (shape - 1)
+    generator = np.random.default_rng(0)
+    variance = rate / generator.gamma(shape, size=size)
+    loc = generator.normal((0.7 * 0.5 + n * mean) / (0.7 + n), np.sqrt(variance / (0.7 + n)))
+    posterior = LogPosterior(conjugate, X)
+    u = posterior.unconstrain({"variance": torch.as_tensor(variance), "loc": torch.as_tensor(loc)})
+    one = torch.ones(size, dtype=torch.float64)
+    state, draws = State(u, posterior(u, one)), torch.Generator().manual_seed(1)
+    scale = u.std(0).expand_as(u)
+    for _ in range(6):
+        state, _ = hmc_module.hmc_step(posterior, state, one, 1.3 * one, scale, 2, draws)
+    params = {name: value[:, None] for name, value in posterior.constrain(state.u).items()}
+    found = {}
+    for name, (center, spread) in conjugate_moments(X).items():
+        values = params[name].numpy().reshape(-1)
+        for word, series, truth in (("mean", values, center), ("variance", (values - center) ** 2, spread)):
+            found[f"{word} of {name}"] = abs(series.mean() - truth) / (series.std() / math.sqrt(size))
+    return found
+
+
+def test_steps_keep_the_law_of_exact_draws() -> None:
+    scores = kernel_scores()
+    assert max(scores.values()) < MAX_Z, scores
+
+
 def without_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixproof.inference.enumeration.Coordinates.log_jacobian", lambda _, u: 0 * u.sum())
 
@@ -104,36 +134,36 @@ def acceptance_upside_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hmc_module, "_energy", lambda *args: -energy(*args))
 
 
+def every_proposal_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    energy = hmc_module._energy
+    monkeypatch.setattr(hmc_module, "_energy", lambda *args: 0 * energy(*args))
+
+
 def momentum_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     randn = torch.randn
 
     def same(shape: Any, *, generator: torch.Generator, **kwargs: Any) -> Tensor:
         return randn(shape, generator=torch.Generator().manual_seed(5), **kwargs)
 
-    monkeypatch.setattr(torch, "randn", same)
+    monkeypatch.setattr(hmc_module.torch, "randn", same)
 
 
-def half_kick_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def momentum_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     step = hmc_module.leapfrog
 
-    def shifted(posterior: Any, state: State, momentum: Tensor, *args: Any) -> Any:
+    def shrunk(posterior: Any, state: State, momentum: Tensor, *args: Any) -> Any:
         return step(posterior, state, momentum * 0.8, *args)
 
-    monkeypatch.setattr(hmc_module, "leapfrog", shifted)
+    monkeypatch.setattr(hmc_module, "leapfrog", shrunk)
 
 
-FAULTS = [without_jacobian, acceptance_upside_down, momentum_kept, half_kick_missing]
+FAULTS = [without_jacobian, acceptance_upside_down, every_proposal_accepted, momentum_kept, momentum_too_small]
 
 
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
 def test_planted_faults_are_seen(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    with pytest.warns() if plant is not without_jacobian else pytest.MonkeyPatch.context():
-        import warnings
-
-        warnings.warn("some of these faults make chains disagree, which is a warning", ConvergenceWarning, stacklevel=1)
-        draws = hmc(share_of_two, X, seed=1, **RUN)
-    scores = z_scores(draws, share_moments(X))
+    scores = kernel_scores()
     assert not max(scores.values()) < MAX_Z, scores
 
 
@@ -168,7 +198,7 @@ def test_leapfrog_is_reversible_and_keeps_volume() -> None:
 
 
 def test_same_seed_same_draws_and_resuming_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"num_chains": 3, "num_draws": 20, "num_warmup": 40, "seed": 4}
+    settings: dict[str, Any] = {"num_chains": 3, "num_draws": 20, "num_warmup": 40, "seed": 4}
     whole = hmc(share_of_two, X, **settings)
     other = hmc(share_of_two, X, **{**settings, "seed": 5})
     assert not torch.equal(whole.params["share"], other.params["share"])
@@ -200,27 +230,26 @@ def test_same_seed_same_draws_and_resuming_changes_nothing(tmp_path: Path, monke
 
 def test_low_chains_are_named() -> None:
     height = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
-    assert low_chains(height) == []
+    assert low_chains(height, 2) == []
     height[2] -= 20
-    assert low_chains(height) == [2]
+    assert low_chains(height, 2) == [2]
 
 
 def test_chains_do_not_start_in_hopeless_modes() -> None:
-    """Two far clusters: a start with both components in one of them is thousands of nats lower."""
+    """The rows lie at 25, where the component of weight 0.9 can be and that of 0.1: 20 log 9 = 44 nats apart."""
 
     def model(x: Tensor) -> None:
-        locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 30.0).to_event(1))
+        loc = pyro.sample("loc", dist.Normal(0.0, 30.0))
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.9, 0.1])), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(torch.stack([loc, -loc])[z], 1.0), obs=x)
 
-    generator = torch.Generator().manual_seed(0)
-    x = torch.cat([torch.randn(20, generator=generator) - 25, torch.randn(20, generator=generator) + 25]).double()
+    x = 25 + torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     starts = initial_points(LogPosterior(model, x), 16, seed=0)
-    assert (starts.sort(1).values - torch.tensor([-25.0, 25.0])).abs().max() < 2
-    stuck = torch.tensor([[-25.0, 25.0]] * 3 + [[25.0, 25.0]], dtype=torch.float64)
+    assert (starts - 25).abs().max() < 2
+    init = {"loc": torch.tensor([25.0, 25.0, 25.0, -25.0], dtype=torch.float64)}
     with pytest.warns(ConvergenceWarning, match="the log posterior of chains 3 stays below that of the others"):
-        draws = hmc(model, x, num_chains=4, num_draws=30, num_warmup=40, seed=0, init={"locs": stuck})
+        draws = hmc(model, x, num_chains=4, num_draws=30, num_warmup=40, seed=0, init=init)
     assert draws.attributes["low_chains"] == [3]
 
 
@@ -232,7 +261,10 @@ def test_chains_do_not_start_in_hopeless_modes() -> None:
         ({"target_acceptance": 1.0}, "target_acceptance must lie between 0 and 1"),
         ({"init": {"share": torch.tensor([0.5])}}, r"init\['share'\] has 1 rows, and there are 2 chains"),
         ({"init": {"w": torch.tensor([0.5])}}, "init must have the sites share, and has w"),
-        ({"init": {"share": torch.tensor([0.5, 1.0]).double()}}, "chain 1 starts where the posterior density is 0"),
+        (
+            {"init": {"share": torch.tensor([0.5, math.nan]).double()}},
+            "chain 1 starts where the posterior density is 0",
+        ),
     ],
 )
 def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:

@@ -24,20 +24,20 @@ def known(x: Tensor) -> None:
     locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Categorical(torch.ones(1)), infer={"enumerate": "parallel"})
-        pyro.sample("x", dist.Normal(locs.sum(), 1.0), obs=x)
+        pyro.sample("x", dist.Normal(locs.sum(), 3.0), obs=x)
 
 
 def posterior_of_known(x: Tensor) -> tuple[Tensor, Tensor]:
-    precision = torch.eye(2, dtype=torch.float64) + len(x)
+    precision = torch.eye(2, dtype=torch.float64) + len(x) / 9
     covariance = precision.inverse()
-    return covariance @ torch.full((2,), float(x.sum()), dtype=torch.float64), covariance
+    return covariance @ torch.full((2,), float(x.sum()) / 9, dtype=torch.float64), covariance
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_normal_posterior_is_found(name: Any) -> None:
     """Exactly by the curvature; by the ELBO within the noise of its last steps, a tenth of a standard deviation."""
     mean, covariance = posterior_of_known(X)
-    fitted = svi(known, name, X, num_steps=600, seed=0, learning_rate=0.05)
+    fitted = svi(known, name, X, num_steps=1000, seed=0, learning_rate=0.05)
     draws = guide_draws(known, fitted, X, num_draws=2000, seed=1)
     values = draws.params["locs"][0]
     assert draws.params["locs"].shape == (1, 2000, 2)
