@@ -245,8 +245,16 @@ def family_cases() -> dict[str, tuple[Any, Any, Any]]:
 def gibbs_engine(family: Any, num_components: Any, prior: Any) -> Engine:
     def engine(x: Tensor, seed: int) -> Draws:
         generator = torch.Generator().manual_seed(seed)
-        sizes = {"num_chains": 8, "num_warmup": 30, "num_draws": 100}
-        return gibbs(family, x, prior, num_components=num_components, generator=generator, **sizes)
+        return gibbs(
+            family,
+            x,
+            prior,
+            num_components=num_components,
+            num_chains=8,
+            num_warmup=30,
+            num_draws=100,
+            generator=generator,
+        )
 
     return engine
 

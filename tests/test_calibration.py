@@ -327,13 +327,14 @@ def test_interrupt_keeps_the_simulations_that_were_done() -> None:
     with pytest.warns(UserWarning, match="30 of 100 simulations"):
         found = location_calibration(engine, 100, batch_size=10, num_ranks=100)
     assert [len(ranks) for ranks in found.ranks.values()] == [30] * len(found.ranks)
-    with pytest.warns(UserWarning, match="10 of 100"):  # an engine that answers the interrupt by what it had drawn
-        location_calibration(
-            lambda x, seed: independent(x, seed, 99 if len(calls.append(seed) or calls) == 5 else 40),
-            100,
-            batch_size=10,
-            num_ranks=20,
-        )
+
+    def cut_short(x: Tensor, seed: int) -> Draws:
+        """Answer the interrupt of the second call by the draws so far."""
+        calls.append(seed)
+        return independent(x, seed, 99 if len(calls) == 5 else 40)
+
+    with pytest.warns(UserWarning, match="10 of 100"):
+        location_calibration(cut_short, 100, batch_size=10, num_ranks=20)
     calls[:] = [0] * 3
     with pytest.raises(KeyboardInterrupt):
         location_calibration(engine, 100)

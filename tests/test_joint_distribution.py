@@ -76,8 +76,13 @@ def test_any_transition_that_leaves_the_posterior_as_it_is_holds() -> None:
 
 @pytest.mark.parametrize(
     "faults",
-    [{"rate_factor": 6 / 5}, {"loc_factor": 0.5}, {"num_rows": 5}, {"one_chance": True}],
-    ids=["variance times n / (n - 1)", "sd of locations halved", "one row dropped", "one chance for all rows"],
+    [{"rate_factor": 6 / 5}, {"loc_factor": 0.0}, {"num_rows": 3}, {"one_chance": True}],
+    ids=[
+        "variance times n / (n - 1)",
+        "locations at their means, not drawn",
+        "half the rows dropped",
+        "one chance for all rows",
+    ],
 )
 def test_wrong_sweeps_are_refuted(faults: dict[str, Any]) -> None:
     assert verdict(partial(sweep, **faults)) == "refuted"

@@ -88,6 +88,7 @@ def test_p_value_is_the_probability_of_tables_as_unlikely(num_values: int, num_p
     for cells in itertools.combinations_with_replacement(range(num_points), num_values):
         counts = np.bincount(cells, minlength=num_points)
         check = uniform([(cell + 0.5) / num_points for cell in cells], num_points=num_points)
+        assert check.p_value is not None
         found.append((check.p_value, stats.multinomial.pmf(counts, num_values, [1 / num_points] * num_points)))
     for p_value, _ in found:
         at_most = sum(probability for other, probability in found if other <= p_value + 1e-12)
