@@ -193,7 +193,9 @@ class _Chains:
 
     def check_exchangeable(self) -> None:
         """Raise where the prior tells components apart: where exchanging two of a draw changes its density."""
+        state = self.generator.get_state()  # the draws of the run are the same whether they are relabelled or not
         params = _member(self.draw_prior(), 0)
+        self.generator.set_state(state)
         before = self.family.log_prior(params, self.prior)
         for group in (name for name in params._fields if name.endswith("weights")):
             rolled = {

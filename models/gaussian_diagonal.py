@@ -196,7 +196,7 @@ def posterior(stats: Stats, prior: Prior) -> Prior:
     counts = stats.counts[..., None]
     safe = counts.clamp_min(torch.finfo(counts.dtype).tiny)
     strength = prior.strength + counts
-    within = stats.squares - stats.shifts.square() / safe  # about the component's own mean
+    within = (stats.squares - stats.shifts.square() / safe).clamp_min(0)  # about the component's own mean
     pull = prior.strength / strength * (stats.sums - counts * prior.loc).square() / safe
     return Prior(
         concentration=prior.concentration + stats.counts,

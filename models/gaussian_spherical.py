@@ -198,7 +198,7 @@ def posterior(stats: Stats, prior: Prior) -> Prior:
     counts, size = stats.counts, stats.sums.shape[-1]
     safe = counts.clamp_min(torch.finfo(counts.dtype).tiny)
     strength = prior.strength + counts
-    within = stats.squares - stats.shifts.square().sum(-1) / safe  # about the component's own mean
+    within = (stats.squares - stats.shifts.square().sum(-1) / safe).clamp_min(0)  # about the component's own mean
     distances = (stats.sums - counts[..., None] * prior.loc).square().sum(-1)
     pull = prior.strength / strength * distances / safe
     return Prior(

@@ -433,12 +433,8 @@ def marginal_covariance(family: Any, params: Any, row: Tensor) -> list[tuple[Ten
 
 
 LINEAR = ("bernoulli", "UniformWeights")  # statistics without squares: means are enough
-INDEPENDENT = (*LINEAR, "GaussianIsotropic", "gaussian_diagonal", "gaussian_spherical")  # what is seen bears on nothing else
-    *LINEAR,
-    "GaussianIsotropic",
-    "gaussian_diagonal",
-    "gaussian_spherical",
-)  # nothing observed bears on what is missing
+# Nothing observed bears on what is missing.
+INDEPENDENT = (*LINEAR, "GaussianIsotropic", "gaussian_diagonal", "gaussian_spherical")
 
 
 @pytest.mark.parametrize(
