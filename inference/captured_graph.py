@@ -1,10 +1,11 @@
 """A function of tensors as a graph of operations, from which what broadcasting repeats has been taken out.
 
-A log density that is vectorised over many points spends most of its time on repeated work: the logarithm of a scale is taken
-in every row, and factors that no row changes are multiplied in before the sum over rows. Here the function is run once on
-examples. What each operation gives is kept as a product of tensors that are no larger than they need be, with the shape that
-it stands for; an operation on single entries is done on those, and a sum leaves out the factors that do not vary along it.
-Operations with constants alone are done at once, equal ones once. The results are those of the function up to rounding.
+A log density that is vectorised over many points spends most of its time on repeated work: the logarithm of a scale is
+taken in every row, and factors that no row changes are multiplied in before the sum over rows. Here the function is run
+once on examples. What each operation gives is kept as a product of tensors no larger than they need be, with the shape
+that it stands for; an operation on single entries is done on those, and a sum leaves out the factors that do not vary
+along it. Operations with constants alone are done at once, equal ones once. The results are those of the function up to
+rounding, but that a matrix without a Cholesky factor gets one of NaNs and no exception.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,14 +49,16 @@ def capture(function: Callable[..., Any], *examples: Tensor) -> Callable[..., An
     """Return the function for tensors of these shapes, as a graph of the operations that it made on the examples.
 
     Args:
-        function: it takes tensors and returns tensors in any nest of tuples; what it does must not depend on their values.
+        function: it takes tensors and returns tensors in any nest of tuples; what it does must not depend on their
+            values.
         examples: tensors to run it on.
     """
 
     def plain(*tensors: Tensor) -> Any:  # the tracer counts the arguments of what it is given, and not of methods
         return function(*tensors)
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")  # it is paid once
         graph = make_fx(torch.func.functionalize(plain))(*examples)
         graph.graph.eliminate_dead_code()
         return _Rewriter(graph, examples).run()
@@ -95,7 +99,7 @@ class _Rewriter:
         if target is operator.getitem:
             return args[0][args[1]]
         rule = _RULES.get(target)
-        if rule is not None:
+        if rule is not None and isinstance(args[0], Product):
             found = rule(self, *args, **kwargs)
             if found is not None:
                 return found
@@ -155,7 +159,9 @@ class _Rewriter:
                 mine = _without(mine, part)
                 other = _without(other, part)
         ratio = alpha * right.scale / left.scale
-        total = self.emit(aten.add.Tensor, (self.product(mine), self.product(other)), {} if ratio == 1 else {"alpha": ratio})
+        total = self.emit(
+            aten.add.Tensor, (self.product(mine), self.product(other)), {} if ratio == 1 else {"alpha": ratio}
+        )
         return Product(shape, left.scale, self.collected((*common, total)))
 
     def sub(self, left: Product, right: Any, alpha: float = 1) -> Product | None:
@@ -171,9 +177,13 @@ class _Rewriter:
         return x
 
     def cast(self, x: Product, *, dtype: Any = None, **others: Any) -> Product | None:
-        return x if dtype in (None, _dtype(x)) and not any(v for k, v in others.items() if k != "non_blocking") else None
+        return (
+            x if dtype in (None, _dtype(x)) and not any(v for k, v in others.items() if k != "non_blocking") else None
+        )
 
-    def sum(self, x: Product, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: Any = None) -> Product | None:
+    def sum(
+        self, x: Product, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: Any = None
+    ) -> Product | None:
         if not _is_real(x) or dtype not in (None, _dtype(x)):
             return None
         rank = len(x.shape)
@@ -191,7 +201,9 @@ class _Rewriter:
             others.append(self.emit(aten.sum.dim_IntList, (inner, axes, True), {}))
         shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
         total = Product(shape, scale, self.collected(tuple(others)))
-        return total if keepdim else self.reshaped(total, tuple(n for axis, n in enumerate(x.shape) if axis not in axes))
+        return (
+            total if keepdim else self.reshaped(total, tuple(n for axis, n in enumerate(x.shape) if axis not in axes))
+        )
 
     def sum_all(self, x: Product, *, dtype: Any = None) -> Product | None:
         return self.sum(x, None, dtype=dtype) if x.shape else None
@@ -229,12 +241,16 @@ class _Rewriter:
         """Return x where the index is all of a dimension in order, which takes nothing out."""
         return self._whole_dimension(x.shape, indices, lambda new, _: self.reshaped(x, new))
 
-    def index_put(self, x: Product, indices: Sequence[Product | None], values: Product, accumulate: bool = False) -> Product | None:
+    def index_put(
+        self, x: Product, indices: Sequence[Product | None], values: Product, accumulate: bool = False
+    ) -> Product | None:
         if not self.is_zero(x):
             return None
         return self._whole_dimension(x.shape, indices, lambda new, old: self.reshaped(self.expand(values, new), old))
 
-    def _whole_dimension(self, shape: tuple[int, ...], indices: Sequence[Product | None], then: Callable[..., Product]) -> Product | None:
+    def _whole_dimension(
+        self, shape: tuple[int, ...], indices: Sequence[Product | None], then: Callable[..., Product]
+    ) -> Product | None:
         taken = [(axis, index) for axis, index in enumerate(indices) if index is not None]
         if len(taken) != 1 or not _is_constant(taken[0][1]):
             return None
@@ -275,13 +291,28 @@ class _Rewriter:
         shape = tuple(torch.broadcast_shapes(condition.shape, left.shape, right.shape))
         mask = self.small(condition, len(shape))
         parts = self.aligned(left, len(shape))
-        inner = [part for part in parts if torch.broadcast_shapes(part.example.shape, mask.example.shape) == mask.example.shape]
+        inner = [
+            part
+            for part in parts
+            if torch.broadcast_shapes(part.example.shape, mask.example.shape) == mask.example.shape
+        ]
         others = [part for part in parts if all(part is not each for each in inner)]
         if not inner or not others:
             return None
         zero = Value(None, inner[0].example.new_zeros(()))
         kept = self.emit(aten.where.self, (mask, self.product(inner), zero), {})
         return Product(shape, left.scale, self.collected((*others, kept)))
+
+    def cholesky(self, x: Product, **kwargs: Any) -> tuple[Product, Product]:
+        factor, info = self.emit(aten.linalg_cholesky_ex.default, (self.full(x),), {**kwargs, "check_errors": False})
+        regular = self.emit(aten.eq.Scalar, (info, 0), {})
+        regular = self.reshape(regular, (*x.shape[:-2], 1, 1))
+        nan = Value(None, factor.example.new_full((), math.nan))
+        return _whole(self.emit(aten.where.self, (regular, factor, nan), {})), _whole(info)
+
+    def check(self, *_: Any, **__: Any) -> tuple[()]:
+        """Leave out a check that raises: NaNs say the same of the one point that they belong to."""
+        return ()
 
     # Products
 
@@ -323,7 +354,11 @@ class _Rewriter:
     def full(self, x: Product) -> Value:
         """Return a product as one tensor of its shape."""
         value = self.small(x, len(x.shape))
-        return value if tuple(value.example.shape) == x.shape else self.emit(aten.expand.default, (value, list(x.shape)), {})
+        return (
+            value
+            if tuple(value.example.shape) == x.shape
+            else self.emit(aten.expand.default, (value, list(x.shape)), {})
+        )
 
     def reshape(self, value: Value, shape: tuple[int, ...]) -> Value:
         value = self.reshaped_from.get(id(value.example), value)
@@ -351,8 +386,9 @@ class _Rewriter:
                         spread[axis] = x.shape[axis]
                     target += [shape[axis] for axis in new]
             if spread != list(sizes):
-                part = self.emit(aten.expand.default, (part, spread), {})
-            parts.append(self.reshape(part, tuple(target)))
+                parts.append(self.reshape(self.emit(aten.expand.default, (part, spread), {}), tuple(target)))
+            else:
+                parts.append(self.reshape(part, tuple(target)))
         return Product(shape, x.scale, tuple(parts))
 
     # The new graph
@@ -372,18 +408,30 @@ class _Rewriter:
         """Return what an operation gives in the new graph: at once for constants, the same for the same arguments."""
         flat, spec = tree_flatten((args, kwargs))
         values = [each for each in flat if isinstance(each, Value)]
-        key = (target, spec, tuple(id(each.example) if isinstance(each, Value) else (type(each), repr(each)) for each in flat))
+        key = (
+            target,
+            spec,
+            tuple(id(each.example) if isinstance(each, Value) else (type(each), repr(each)) for each in flat),
+        )
         if key in self.made:
             return self.made[key]
         e_args, e_kwargs = tree_unflatten([each.example if isinstance(each, Value) else each for each in flat], spec)
         example = target(*e_args, **e_kwargs)
         if all(each.node is None for each in values):
-            found = tuple(Value(None, each) for each in example) if isinstance(example, (tuple, list)) else Value(None, example)
+            found = (
+                tuple(Value(None, each) for each in example)
+                if isinstance(example, (tuple, list))
+                else Value(None, example)
+            )
         else:
-            n_args, n_kwargs = tree_unflatten([self.node(each) if isinstance(each, Value) else each for each in flat], spec)
+            n_args, n_kwargs = tree_unflatten(
+                [self.node(each) if isinstance(each, Value) else each for each in flat], spec
+            )
             node = self.graph.call_function(target, n_args, n_kwargs)
             if isinstance(example, (tuple, list)):
-                found = tuple(Value(self.graph.call_function(operator.getitem, (node, i)), each) for i, each in enumerate(example))
+                found = tuple(
+                    Value(self.graph.call_function(operator.getitem, (node, i)), each) for i, each in enumerate(example)
+                )
             else:
                 found = Value(node, example)
         self.made[key] = found
@@ -423,6 +471,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.clone.default: _Rewriter.same,
     aten.lift_fresh_copy.default: _Rewriter.same,
     aten._to_copy.default: _Rewriter.cast,
+    aten.linalg_cholesky_ex.default: _Rewriter.cholesky,
+    aten._linalg_check_errors.default: _Rewriter.check,
 }
 
 

@@ -1,7 +1,7 @@
 """Hamiltonian Monte Carlo for any enumerated Pyro program, many chains as one batch, tuned while it warms up.
 
-Each chain has a scale for each coordinate and a step size of its own; all make the same number of leapfrog steps, so that
-a step of all chains is one evaluation of the batch. The chains of a mixture stand in different modes, each other's
+Each chain has a scale for each coordinate and a step size of its own; all make the same number of leapfrog steps, so
+that a step of all chains is one evaluation of the batch. The chains of a mixture stand in different modes, each other's
 relabellings, and a mean or variance over chains would mix the modes. So what is adapted is measured within each chain:
 
 - The scales minimise the Fisher divergence of the chain's draws from a standard normal law: sqrt(sd(u) / sd(gradient))
@@ -38,7 +38,7 @@ ADAM_DECAY = 0.95
 MAX_STEPS = 1000
 FEW_STEPS = 16
 """The largest number of leapfrog steps while the scales are unknown."""
-NUM_CANDIDATES = 16
+NUM_CANDIDATES = 8
 CLIMB_STEPS = 100
 CLIMB_RATE = 0.1
 POOLED = 5
@@ -112,14 +112,14 @@ def hmc_step(
 
     The law is prior times likelihood to the power ``temperature`` (C,); the arguments are those of ``leapfrog``.
     """
-    noise = {"generator": generator, "dtype": state.u.dtype, "device": state.u.device}
-    momentum = torch.randn(state.u.shape, **noise)
+    dtype, device = state.u.dtype, state.u.device
+    momentum = torch.randn(state.u.shape, generator=generator, dtype=dtype, device=device)
     before = _energy(state, momentum, temperature)
     proposal, momentum = leapfrog(posterior, state, momentum, temperature, step_size, scale, num_steps)
     after = _energy(proposal, momentum, temperature)
     error = torch.where(torch.isfinite(after), after - before, math.inf)
     acceptance_rate = (-error).clamp(max=0).exp()
-    accepted = torch.rand(len(state.u), **noise) < acceptance_rate
+    accepted = torch.rand(len(state.u), generator=generator, dtype=dtype, device=device) < acceptance_rate
     kept = State(
         torch.where(accepted[:, None], proposal.u, state.u),
         Evaluation(
@@ -203,7 +203,7 @@ def hmc(
     if not 0 < target_acceptance < 1:
         raise ValueError(f"target_acceptance must lie between 0 and 1, not {target_acceptance}")
     posterior = LogPosterior(model, *args)
-    u = None if init is None else _starts(posterior, init, num_chains)
+    u = None if init is None else coordinates_of(posterior, init, num_chains)
     file = None if checkpoint is None else Path(checkpoint)
     identity = {
         "engine": "hmc",
@@ -245,9 +245,9 @@ def _warn(draws: Draws) -> None:
     """Say what is wrong with a run."""
     if low := draws.attributes["low_chains"]:
         warnings.warn(
-            f"the log posterior of chains {', '.join(map(str, low))} stays below that of the others: each sits in a lower "
-            "mode that it does not leave, and the draws of all chains together do not weigh the modes; draw anew from "
-            "other starts, or weigh the modes by their evidence",
+            f"the log posterior of chains {', '.join(map(str, low))} stays below that of the others: each sits in "
+            "a lower mode that it does not leave, and the draws of all chains together do not weigh the modes; draw "
+            "anew from other starts, or weigh the modes by their evidence",
             ConvergenceWarning,
             stacklevel=3,
         )
@@ -262,8 +262,8 @@ def _warn(draws: Draws) -> None:
 def initial_points(posterior: LogPosterior, num_chains: int, *, seed: int) -> Tensor:
     """Return starts (C, P): the best of several draws from the prior for each chain, after a climb.
 
-    A chain that ends more than P + 10 nats lower than the highest goes to the place of one that does not: a mode so much
-    lower would have to be e^10 times as large beyond what the fall within a mode explains (P / 2 on average).
+    A chain that ends more than P + 10 nats lower than the highest goes to the place of one that does not: a mode so
+    much lower would have to be e^10 times as large beyond what the fall within a mode explains (P / 2 on average).
     """
     candidates = posterior.draw_sites(NUM_CANDIDATES * num_chains, seed=seed)
     best, one = candidates[:num_chains], torch.ones(num_chains).to(candidates)
@@ -297,7 +297,7 @@ def _height(evaluation: Evaluation) -> Tensor:
     return torch.where(torch.isfinite(value), value, -math.inf)
 
 
-def _starts(posterior: LogPosterior, init: Mapping[str, Tensor], num_chains: int) -> Tensor:
+def coordinates_of(posterior: LogPosterior, init: Mapping[str, Tensor], num_chains: int) -> Tensor:
     """Return the caller's starts as coordinates (C, P)."""
     names = list(posterior.coordinates.transforms)
     if set(init) != set(names):
@@ -410,7 +410,7 @@ class _Run:
             "num_chains": self.num_chains,
             "trajectory_length": float(self.tuning.log_length.exp()),
             "num_divergences": int(diverging.sum()),
-            "low_chains": low_chains(height),
+            "low_chains": low_chains(height, self.posterior.size),
         }
         return Draws(self.posterior.constrain(u), sample_stats, attributes)
 
@@ -475,7 +475,7 @@ def _with_length(tuning: Tuning, before: Tensor, step: Step, travelled: Tensor) 
 
 
 def _windows(num_warmup: int) -> list[int]:
-    """Return after how many draws the scales are set: windows twice as long each, the last until 85 % of the warm-up."""
+    """Return after how many draws the scales are set: windows twice as long each, the last until 85 % of warm-up."""
     length, last = max(10, num_warmup // 20), int(0.85 * num_warmup)
     ends = [length]
     while ends[-1] + 4 * length + 2 * length <= last:
@@ -490,12 +490,12 @@ def _halton(number: int) -> float:
     return int(bits[::-1], 2) / 2 ** len(bits)
 
 
-def low_chains(height: Tensor) -> list[int]:
+def low_chains(height: Tensor, num_coordinates: int) -> list[int]:
     """Return the numbers of the chains whose log posterior (C, S) stays below that of the best chain.
 
     A chain is low if the mean of its log posterior is below that of the highest by more than four times what two chains
-    that draw from one mode could differ by: the root of the sum of both variances.
+    that draw from one mode could differ by: the root of the sum of both variances, none below P / 2, a normal law's.
     """
-    mean, variance = height.mean(1), height.var(1, correction=0)
+    mean, variance = height.mean(1), height.var(1, correction=0).clamp(min=num_coordinates / 2)
     best = int(mean.argmax())
     return (mean[best] - mean > 4 * (variance + variance[best]).sqrt()).nonzero()[:, 0].tolist()

@@ -53,13 +53,14 @@ class LogPosterior:
     def __init__(self, model: Callable[..., Any], *args: Any):
         with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args), InitMessenger(feasible):
             trace: Any = poutine.trace(model).get_trace(*args)
-        example = {
+        example: dict[str, Any] = {
             name: site["value"].detach()
             for name, site in trace.nodes.items()
             if site["type"] == "param" or (site["type"] == "sample" and _is_parameter(site))
         }
         if not example:
             raise ValueError("the program has no continuous parameter to draw")
+        self.param_sites = [name for name, site in trace.nodes.items() if site["type"] == "param"]
         self.model, self.args = model, args
         self.program = inspect(model, example, *args)
         self.coordinates = Coordinates(self.program.supports, example)
@@ -78,15 +79,15 @@ class LogPosterior:
         graph = self._graphs.pop(key, None)
         if graph is None:
             try:
-                with torch.no_grad(), pyro.validation_enabled(False):
+                with torch.no_grad(), pyro.validation_enabled(False), default_dtype_of(*self.args, u):
                     graph = capture(torch.func.vmap(torch.func.grad(self._at, has_aux=True)), u, temperature)
             except RuntimeError as error:  # vmap and tracing refuse to branch on values
                 found = self._one_by_one(u, temperature)  # the program's own errors come from here
                 self._by_point = True
                 reason = str(error).splitlines()[0]
                 warnings.warn(
-                    "the program depends on its parameters in a way that cannot be vectorised, by .item() or an if, and "
-                    f"is run point by point, many times slower ({reason}): write it with torch.where",
+                    "the program depends on its parameters in a way that cannot be vectorised, by .item() or an if, "
+                    f"and is run point by point, many times slower ({reason}): write it with torch.where",
                     stacklevel=2,
                 )
                 return found
@@ -97,6 +98,10 @@ class LogPosterior:
             gradient, (log_prior, log_likelihood) = graph(u, temperature)
         return Evaluation(gradient, log_prior, log_likelihood)
 
+    def log_density(self, u: Tensor) -> Tensor:
+        """Return log p(u, data), (), at one point u (P,), differentiable as often as one likes."""
+        return self._at(u, u.new_ones(()))[0]
+
     def _at(self, u: Tensor, temperature: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         found = log_joint_table(self.model, self.program, self.coordinates(u), *self.args, same_scales=True)
         log_prior = found.log_prior + self.coordinates.log_jacobian(u)
@@ -104,8 +109,8 @@ class LogPosterior:
 
     def _one_by_one(self, u: Tensor, temperature: Tensor) -> Evaluation:
         found = []
-        for point, power in zip(u, temperature, strict=True):
-            point = point.detach().requires_grad_()
+        for each, power in zip(u, temperature, strict=True):
+            point = each.detach().requires_grad_()
             with torch.enable_grad():
                 total, parts = self._at(point, power)
                 (gradient,) = torch.autograd.grad(total, point)
@@ -156,7 +161,8 @@ class LogPosterior:
             draw(torch.zeros(()))
             numbers = torch.zeros(num_draws)
             try:
-                with pyro.validation_enabled(False):
+                with pyro.validation_enabled(False), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
                     return torch.func.vmap(draw, randomness="different")(numbers)
             except RuntimeError:  # it branches on what it draws, or torch has no such draw for batches
                 return torch.stack([draw(number) for number in numbers])
@@ -175,12 +181,27 @@ class _ProperSites(Messenger):
         if message["done"] or message["is_observed"] or message["value"] is not None:
             return
         try:
-            message["value"] = message["fn"](*message["args"], **message["kwargs"])
+            message["value"] = _drawn(message["fn"])
         except NotImplementedError as error:
             raise ValueError(f'the prior of "{message["name"]}" is improper: it cannot be drawn from') from error
 
     def _pyro_param(self, message: Any) -> None:
-        raise ValueError(f'the prior of the param site "{message["name"]}" is flat and improper: it cannot be drawn from')
+        raise ValueError(
+            f'the prior of the param site "{message["name"]}" is flat and improper: it cannot be drawn from'
+        )
+
+
+def _drawn(distribution: Any) -> Tensor:
+    """Return a draw; of a Dirichlet law by way of gamma variables, since torch's own does not run under vmap.
+
+    log G(a) = log G(a + 1) + log(U) / a keeps small shapes from underflow (Marsaglia and Tsang 2000, section 6).
+    """
+    if not isinstance(distribution, torch.distributions.Dirichlet):
+        return distribution.sample()
+    shape = distribution.concentration
+    uniform = torch.rand_like(shape).clamp(min=torch.finfo(shape.dtype).tiny)
+    gamma = torch._standard_gamma(shape + 1)
+    return (gamma.log() + uniform.log() / shape).softmax(-1)
 
 
 def _is_parameter(site: Mapping[str, Any]) -> bool:

@@ -1,0 +1,158 @@
+"""Effective draws a second of CPU time: our samplers beside Pyro's and NumPyro's, on one model, data and thread.
+
+A mixture of 3 diagonal Gaussians under a conjugate prior, 300 rows in 2 dimensions. The effective draws are those of
+the worst of all parameters, components ordered by their first location in each draw. The time is the process's CPU time
+from the call to the draws, with warm-up and compilation; what compilation took of it is in the column beside it where
+it can be told. Each sampler runs in a process of its own with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "NUMBA_NUM_THREADS")
+NUM_ROWS, NUM_COMPONENTS = 300, 3
+
+
+def problem() -> tuple[Any, Any]:
+    """Return the rows and the prior."""
+    import torch
+
+    from mixproof.models import gaussian_diagonal
+
+    def tensor(*values: Any) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    truth = gaussian_diagonal.Params(
+        tensor(0.3, 0.3, 0.4), tensor((-2, 0), (2, 1), (0, 3)), tensor((0.5, 0.8), (0.6, 0.5), (0.4, 0.7))
+    )
+    x, _ = gaussian_diagonal.sample(truth, NUM_ROWS, torch.Generator().manual_seed(0))
+    prior = gaussian_diagonal.Prior(
+        tensor(1, 1, 1), tensor(0, 0), torch.tensor(0.1, dtype=torch.float64), tensor(2, 2), tensor(1, 1)
+    )
+    return x, prior
+
+
+def ours(name: str, **settings: Any) -> tuple[dict[str, Any], float]:
+    from mixproof.inference.hmc import hmc
+    from mixproof.inference.nuts import nuts
+    from mixproof.models import gaussian_diagonal
+
+    x, prior = problem()
+    model = partial(gaussian_diagonal.model, num_components=NUM_COMPONENTS, prior=prior)
+    draws = {"hmc": hmc, "nuts": nuts}[name](model, x, seed=1, **settings)
+    return {site: value.numpy() for site, value in draws.params.items()}, 0.0
+
+
+def numpyro_nuts(num_chains: int, num_warmup: int, num_draws: int) -> tuple[dict[str, Any], float]:
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.infer import MCMC, NUTS
+
+    numpyro.enable_x64()
+    rows, hyper = problem()
+    x = jnp.asarray(rows.numpy())
+    prior = type(hyper)(*(jnp.asarray(value.numpy()) for value in hyper))
+
+    def model(x: Any) -> None:
+        weights = numpyro.sample("weights", dist.Dirichlet(prior.concentration))
+        with numpyro.plate("components", NUM_COMPONENTS):
+            variances = numpyro.sample("variances", dist.InverseGamma(prior.shape, prior.rate).to_event(1))
+            locs = numpyro.sample("locs", dist.Normal(prior.loc, jnp.sqrt(variances / prior.strength)).to_event(1))
+        with numpyro.plate("data", len(x)):
+            parts = dist.Normal(locs, jnp.sqrt(variances)).to_event(1)
+            numpyro.sample("x", dist.MixtureSameFamily(dist.Categorical(weights), parts), obs=x)
+
+    began = time.process_time()
+    kernel = NUTS(model)
+    sampler = MCMC(
+        kernel,
+        num_warmup=num_warmup,
+        num_samples=num_draws,
+        num_chains=num_chains,
+        chain_method="sequential",
+        progress_bar=False,
+    )
+    warm = MCMC(kernel, num_warmup=1, num_samples=1, num_chains=1, progress_bar=False)
+    warm.run(jax.random.PRNGKey(0), x)
+    compiling = time.process_time() - began
+    sampler.run(jax.random.PRNGKey(1), x)
+    return {site: jax.device_get(value) for site, value in sampler.get_samples(group_by_chain=True).items()}, compiling
+
+
+RUNS: dict[str, Callable[[], tuple[dict[str, Any], float]]] = {
+    "hmc": partial(ours, "hmc", num_chains=64, num_warmup=200, num_draws=500),
+    "Pyro NUTS": partial(ours, "nuts", num_chains=1, num_warmup=150, num_draws=250),
+    "NumPyro NUTS": partial(numpyro_nuts, 4, 500, 2000),
+}
+
+
+def effective_draws(params: dict[str, Any]) -> float:
+    """Return the bulk effective sample size of the worst parameter, components ordered by their first location."""
+    import numpy as np
+    from arviz_stats.base import array_stats
+
+    order = np.argsort(params["locs"][..., 0], -1)
+    sizes = []
+    for value in params.values():
+        where = order.reshape(*order.shape, *(1,) * (value.ndim - 3))
+        columns = np.take_along_axis(value, where, 2).reshape(*value.shape[:2], -1)
+        for column in np.moveaxis(columns, -1, 0):
+            sizes.append(float(array_stats.ess(column, chain_axis=0, draw_axis=1, method="bulk")))
+    return min(sizes)
+
+
+def measure(name: str) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    problem()  # imports are no part of it
+    began = time.process_time()
+    params, compiling = RUNS[name]()
+    seconds = time.process_time() - began
+    ess = effective_draws(params)
+    return {"seconds": seconds, "compiling": compiling, "ess": ess, "ess_a_second": ess / seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--one", choices=list(RUNS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one)))
+        return
+    environment = {**os.environ, **dict.fromkeys(THREADS, "1")}
+    found = {}
+    for name in arguments.only:
+        run = subprocess.run(
+            [sys.executable, __file__, "--one", name], env=environment, capture_output=True, text=True, check=False
+        )
+        if run.returncode != 0:
+            print(f"{name}: {run.stderr.strip().splitlines()[-1]}")
+            continue
+        found[name] = json.loads(run.stdout.splitlines()[-1])
+    print(f"{'sampler':<14}{'CPU s':>9}{'compiling':>11}{'worst ESS':>11}{'ESS/s':>9}{'hmc is ahead by':>17}")
+    for name, each in found.items():
+        ahead = found["hmc"]["ess_a_second"] / each["ess_a_second"] if "hmc" in found else float("nan")
+        numbers = f"{each['seconds']:>9.1f}{each['compiling']:>11.1f}{each['ess']:>11.0f}{each['ess_a_second']:>9.1f}"
+        print(f"{name:<14}{numbers}{ahead:>17.1f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

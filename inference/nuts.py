@@ -1,0 +1,135 @@
+"""Pyro's own No-U-Turn sampler on an enumerated program: slow, and a second opinion on everything faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide.initialization import init_to_value
+from torch import Tensor
+
+from mixproof.inference.draws import Draws
+from mixproof.inference.enumeration import default_dtype_of
+from mixproof.inference.hmc import coordinates_of, initial_points
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.random_state import seeded
+
+
+def nuts(
+    model: Callable[..., Any],
+    *args: Any,
+    num_chains: int = 2,
+    num_draws: int,
+    num_warmup: int = 300,
+    seed: int,
+    init: Mapping[str, Tensor] | None = None,
+    target_acceptance: float = 0.8,
+    max_tree_depth: int = 10,
+    progress: bool = False,
+) -> Draws:
+    """Draw from p(params | data) of a Pyro program with enumerated latents by ``pyro.infer.NUTS``, chain after chain.
+
+    The density, its enumeration and its changes of variables are Pyro's; only the starts and ``lp`` are computed here.
+
+    Args:
+        model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
+        args: the positional arguments of the program.
+        num_chains: C, at least 1.
+        num_draws: S, the draws kept of each chain, at least 1.
+        num_warmup: the draws before those, in which Pyro adapts the step size and a diagonal metric, at least 1.
+        seed: seeds every random number.
+        init: (C, *shape) by site, where the chains start, inside the supports; None starts them where ``hmc`` does.
+        target_acceptance: the mean acceptance probability to adapt the step size to, between 0 and 1.
+        max_tree_depth: a trajectory has at most 2^max_tree_depth steps.
+        progress: whether Pyro shows its progress bar.
+
+    Returns:
+        ``Draws``. Its ``sample_stats`` are ``lp``, ``acceptance_rate`` (the mean over the trajectory's tree),
+        ``diverging`` and ``step_size``.
+
+    Raises:
+        ValueError: a setting is out of range, the program is not one that ``LogPosterior`` takes, it has param sites,
+            or a prior is improper and there is no ``init``.
+    """
+    for name, value in {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    posterior = LogPosterior(model, *args)
+    if posterior.param_sites:
+        raise ValueError(f"Pyro's NUTS takes the param sites {', '.join(posterior.param_sites)} as fixed: use hmc")
+    starts = posterior.constrain(
+        initial_points(posterior, num_chains, seed=seed)
+        if init is None
+        else coordinates_of(posterior, init, num_chains)
+    )
+    chains: list[dict[str, Tensor]] = []
+    stats: list[Tensor] = []
+    with pyro.get_param_store().scope(), default_dtype_of(*args), seeded(seed):
+        for chain in range(num_chains):
+            kernel = NUTS(
+                model,
+                max_plate_nesting=posterior.program.max_plate_nesting,
+                init_strategy=init_to_value(values={name: value[chain] for name, value in starts.items()}),
+                target_accept_prob=target_acceptance,
+                max_tree_depth=max_tree_depth,
+            )
+            record: list[tuple[float, int, float]] = []
+            sampler = MCMC(
+                kernel,
+                num_samples=num_draws,
+                warmup_steps=num_warmup,
+                hook_fn=_recorder(record),
+                disable_progbar=not progress,
+            )
+            sampler.run(*args)
+            chains.append({name: value.detach() for name, value in sampler.get_samples().items() if name in starts})
+            means, counts, step_sizes = torch.tensor(record, dtype=torch.float64).unbind(1)
+            sums, none = means * torch.arange(1, num_draws + 1), means.new_zeros(1)
+            stats.append(torch.stack([sums.diff(prepend=none), counts.diff(prepend=none), step_sizes]))
+    params = {name: torch.stack([chain[name] for chain in chains]) for name in starts}
+    acceptance_rate, diverging, step_size = torch.stack(stats, 1)
+    sample_stats = {
+        "lp": _log_density(posterior, params),
+        "acceptance_rate": acceptance_rate,
+        "diverging": diverging.bool(),
+        "step_size": step_size,
+    }
+    attributes = {
+        "engine": "pyro nuts",
+        "seed": seed,
+        "num_warmup": num_warmup,
+        "num_draws": num_draws,
+        "num_chains": num_chains,
+        "num_divergences": int(diverging.sum()),
+    }
+    return Draws(params, sample_stats, attributes)
+
+
+def _recorder(record: list[tuple[float, int, float]]) -> Callable[..., None]:
+    """Return a hook that keeps what Pyro's kernel knows after each draw.
+
+    That is the mean acceptance probability and the number of divergences of the draws since the warm-up, from which
+    each one's follow, and the step size.
+    """
+
+    def hook(kernel: Any, params: Any, stage: str, number: int) -> None:
+        if stage.startswith("Sample"):
+            record.append((kernel._mean_accept_prob, len(kernel._divergences), float(kernel.step_size)))
+
+    return hook
+
+
+def _log_density(posterior: LogPosterior, params: Mapping[str, Tensor]) -> Tensor:
+    """Return log p(data, params), (C, S), the latents summed out."""
+    first = next(iter(params.values()))
+    u = posterior.unconstrain({name: value.flatten(0, 1) for name, value in params.items()})
+    values = [_total(posterior, chunk) for chunk in u.split(first.shape[1])]
+    return torch.stack(values) - posterior.log_jacobian(u).reshape(first.shape[:2])
+
+
+def _total(posterior: LogPosterior, u: Tensor) -> Tensor:
+    found = posterior(u, torch.ones_like(u[:, 0]))
+    return found.log_prior + found.log_likelihood

@@ -1,0 +1,347 @@
+"""The vectorised log posterior: against the families' formulas, one point at a time, autograd; for every support."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from scipy import stats
+from torch import Tensor
+from torch.distributions import constraints
+
+from mixproof.inference import log_posterior
+from mixproof.inference.captured_graph import capture
+from mixproof.inference.enumeration import log_joint_table
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.models.positive_definite import InverseWishart
+
+if TYPE_CHECKING:
+    from tests.conftest import Case
+
+ROUNDING = 1e-11  # of sums of some hundred terms, relative to the largest
+X = torch.randn(12, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def points(posterior: LogPosterior, count: int, seed: int = 0, spread: float = 0.7) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return spread * torch.randn(count, posterior.size, generator=generator, dtype=torch.float64)
+
+
+def powers(count: int) -> Tensor:
+    return torch.linspace(0.2, 1, count, dtype=torch.float64)
+
+
+def assert_close(found: Tensor, expected: Tensor, rounding: float = ROUNDING) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    assert torch.isfinite(expected).all()
+    assert (found - expected).abs().max() <= rounding * max(1.0, float(expected.abs().max()))
+
+
+def by_autograd(density: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    slopes = []
+    for each in u:
+        point = each.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(density(point), point)
+        slopes.append(slope)
+    return torch.stack(slopes)
+
+
+def jacobian_by_autograd(posterior: LogPosterior, point: Tensor) -> Tensor:
+    """Return log |d params / d u| from the matrix of derivatives, by as many free entries as there are coordinates."""
+
+    def free(u: Tensor) -> Tensor:
+        parts = []
+        for name, whole in posterior.coordinates(u).items():
+            value = whole
+            support = posterior.program.supports[name]
+            while isinstance(support, constraints.independent):
+                support = support.base_constraint
+            if support is constraints.simplex:
+                value = value[..., :-1]
+            elif support is constraints.positive_definite:
+                rows, columns = torch.tril_indices(value.shape[-1], value.shape[-1])
+                value = value[..., rows, columns]
+            elif support is constraints.corr_cholesky:
+                size = value.shape[-1]
+                rows, columns = torch.tril_indices(size, size, -1)
+                value = value[..., rows, columns]
+            parts.append(value.reshape(-1))
+        return torch.cat(parts)
+
+    return torch.linalg.slogdet(torch.autograd.functional.jacobian(free, point)).logabsdet
+
+
+def test_families_agree_with_their_formulas(case: Case) -> None:
+    """The likelihood and prior by hand, the Jacobian and the slope by autograd; each part for itself."""
+    x, prior = case.data(1, num_data=15), case.prior(2)
+    posterior = LogPosterior(case.program(prior=prior), x)
+    u, temperature = points(posterior, 4), powers(4)
+    found = posterior(u, temperature)
+
+    def parts(point: Tensor) -> tuple[Tensor, Tensor]:
+        values = posterior.coordinates(point)
+        known = {name: getattr(case.params(0), name) for name in case.family.Params._fields if name not in values}
+        params = case.family.Params(**values, **known)
+        likelihood = case.family.log_joint(params, x).logsumexp(-1).sum()
+        return case.family.log_prior(params, prior) + posterior.coordinates.log_jacobian(point), likelihood
+
+    by_hand = [parts(point) for point in u]
+    assert_close(found.log_prior, torch.stack([each[0] for each in by_hand]).detach())
+    assert_close(found.log_likelihood, torch.stack([each[1] for each in by_hand]).detach())
+    for point, power, slope in zip(u, temperature, found.gradient, strict=True):
+        expected = by_autograd(lambda v, power=power: parts(v)[0] + power * parts(v)[1], point[None])[0]
+        assert_close(slope, expected)
+    jacobian = torch.stack([jacobian_by_autograd(posterior, point) for point in u])
+    assert_close(posterior.log_jacobian(u), jacobian)
+
+
+def mixture(w: Tensor, locs: Tensor, scale: Tensor, x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(w), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(locs[z], scale), obs=x)
+
+
+def ordered(x: Tensor) -> None:
+    locs = pyro.sample("locs", dist.ImproperUniform(pyro.distributions.constraints.ordered_vector, (), (3,)))
+    pyro.factor("prior_of_locs", dist.Normal(0.0, 2.0).log_prob(locs).sum())
+    mixture(pyro.sample("w", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0]))), locs, torch.tensor(0.7), x)
+
+
+def intervals(x: Tensor) -> None:
+    low = pyro.sample("low", dist.Uniform(-3.0, -1.0))
+    share = pyro.sample("share", dist.Beta(2.0, 3.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    mixture(torch.stack([share, 1 - share]), torch.stack([low, low + 3]), scale, x)
+
+
+def matrices(x: Tensor) -> None:
+    x = x.reshape(-1, 2)
+    with pyro.plate("components", 2):
+        covariances = pyro.sample("covariances", InverseWishart(torch.tensor(5.0), torch.eye(2)))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), covariances[z]), obs=x)
+
+
+def correlations(x: Tensor) -> None:
+    x = x.reshape(-1, 3)
+    factor = pyro.sample("factor", dist.LKJCholesky(3, 2.0))
+    shift = pyro.sample("shift", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
+        loc = z[..., None] * shift
+        pyro.sample("x", dist.MultivariateNormal(loc, scale_tril=factor), obs=x)
+
+
+def two_latents(x: Tensor) -> None:
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+    shifts = pyro.sample("shifts", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])), infer={"enumerate": "parallel"})
+        other = pyro.sample("l", dist.Bernoulli(0.3), infer={"enumerate": "parallel"}).long()
+        pyro.sample("x", dist.Laplace(locs[k] + shifts[other], 0.8), obs=x)
+
+
+def param_sites(x: Tensor) -> None:
+    w = pyro.param("w", torch.tensor([0.5, 0.5]), constraint=constraints.simplex)
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+    mixture(w, pyro.sample("locs", dist.Normal(torch.zeros(2), 3.0).to_event(1)), scale, x)
+
+
+def scaled(x: Tensor) -> None:
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    with poutine.scale(scale=torch.linspace(0.5, 2, len(x))):
+        mixture(torch.tensor([0.4, 0.6]), locs, torch.tensor(1.0), x)
+
+
+def shifted_branch(x: Tensor) -> None:
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    scale = torch.tensor(1.0 if locs[0].item() < 0 else 2.0)
+    mixture(torch.tensor([0.4, 0.6]), locs, scale, x)
+
+
+PROGRAMS = [ordered, intervals, matrices, correlations, two_latents, param_sites, scaled]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_programs_agree_with_one_point_at_a_time(program: Any) -> None:
+    x = X.reshape(-1)
+    posterior = LogPosterior(program, x)
+    u, temperature = points(posterior, 5), powers(5)
+    found = posterior(u, temperature)
+    prior, likelihood = [], []
+    for point in u:
+        table = log_joint_table(program, posterior.program, posterior.coordinates(point), x)
+        prior.append(table.log_prior + jacobian_by_autograd(posterior, point))
+        likelihood.append(table.log_likelihood)
+    assert_close(found.log_prior, torch.stack(prior))
+    assert_close(found.log_likelihood, torch.stack(likelihood))
+    eager = posterior._one_by_one(u, temperature)
+    for mine, other in zip(found, eager, strict=True):
+        assert_close(mine, other)
+    again = posterior(u.flip(0), temperature.flip(0))
+    assert all(torch.equal(mine, other.flip(0)) for mine, other in zip(found, again, strict=True))
+    params = posterior.constrain(u)
+    assert_close(posterior.unconstrain(params), u, 1e-9)
+
+
+def test_a_param_site_has_a_flat_prior_over_its_values() -> None:
+    posterior = LogPosterior(param_sites, X.reshape(-1))
+    u = points(posterior, 3)
+    locs = posterior.constrain(u)["locs"]
+    expected = stats.norm(0, 3).logpdf(locs.numpy()).sum(1)
+    found = posterior(u, powers(3)).log_prior - posterior.log_jacobian(u)
+    assert_close(found, torch.as_tensor(expected))
+    assert posterior.param_sites == ["w", "scale"]
+
+
+def test_row_weights_count_rows_repeatedly() -> None:
+    x = X.reshape(-1)[:4]
+
+    def model(x: Tensor, counts: Tensor) -> None:
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        with poutine.scale(scale=counts):
+            mixture(torch.tensor([0.4, 0.6]), locs, torch.tensor(1.0), x)
+
+    counts = torch.tensor([1.0, 3.0, 2.0, 4.0], dtype=torch.float64)
+    weighted, repeated = LogPosterior(model, x, counts), LogPosterior(model, x.repeat_interleave(counts.long()), 1.0)
+    u = points(weighted, 3)
+    for mine, other in zip(weighted(u, powers(3)), repeated(u, powers(3)), strict=True):
+        assert_close(mine, other)
+
+
+def test_single_precision_stays_single() -> None:
+    x = X.reshape(-1)
+    single, double = LogPosterior(two_latents, x.float()), LogPosterior(two_latents, x)
+    u = points(double, 4)
+    found, expected = single(u.float(), powers(4).float()), double(u, powers(4))
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.dtype == torch.float32
+        assert_close(mine.double(), other, 1e-4)  # a hundred roundings of 6e-8, and cancellation
+    assert single.draw_prior(3, seed=0).dtype == torch.float32
+
+
+def test_a_program_that_branches_runs_point_by_point() -> None:
+    x = X.reshape(-1)
+    posterior = LogPosterior(shifted_branch, x)
+    u = torch.tensor([[-1.0, 0.5], [1.0, 0.5]], dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"cannot be vectorised, by .item\(\) or an if, and is run point by point"):
+        found = posterior(u, powers(2))
+    for i, scale in enumerate((1.0, 2.0)):
+        log_joint = torch.tensor([0.4, 0.6], dtype=torch.float64).log() + dist.Normal(u[i], scale).log_prob(x[:, None])
+        assert_close(found.log_likelihood[i], log_joint.logsumexp(1).sum())
+    assert torch.equal(posterior(u, powers(2)).gradient, found.gradient)  # the second time without a warning
+
+
+def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_posterior, "MAX_GRAPHS", 2)
+    posterior = LogPosterior(intervals, X.reshape(-1))
+    u = points(posterior, 3)
+    values = [posterior(u[:count], powers(3)[:count]).log_likelihood for count in (1, 2, 1, 3)]
+    assert [key[0] for key in posterior._graphs] == [1, 3]
+    assert_close(values[0], values[3][:1])
+
+
+def test_prior_draws_follow_the_prior_by_either_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kolmogorov-Smirnov distances below the 1e-6 quantile of each marginal's own law."""
+
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Dirichlet(torch.tensor([0.05, 1.0, 3.0])))
+        locs = pyro.sample("locs", dist.Normal(torch.tensor([0.0, 1.0, 5.0]), 2.0).to_event(1))
+        mixture(w, locs, pyro.sample("scale", dist.InverseGamma(3.0, 2.0)), x)
+
+    def check(draws: Tensor) -> None:
+        params = posterior.constrain(draws)
+        laws = {
+            "w": [stats.beta(a, 4.05 - a) for a in (0.05, 1.0, 3.0)],
+            "locs": [stats.norm(loc, 2) for loc in (0, 1, 5)],
+            "scale": [stats.invgamma(3, scale=2)],
+        }
+        for name, marginals in laws.items():
+            for column, law in zip(params[name].reshape(len(draws), -1).T, marginals, strict=True):
+                inside = column[column > 1e-300] if name == "w" else column
+                assert stats.kstest(inside.numpy(), law.cdf).pvalue > 1e-6
+        assert stats.kstest(params["locs"][:, 0].numpy(), stats.norm(0.5, 2).cdf).pvalue < 1e-6  # the check can fail
+
+    posterior = LogPosterior(model, X.reshape(-1))
+    check(posterior.draw_prior(3000, seed=1))
+    assert torch.equal(posterior.draw_prior(5, seed=2), posterior.draw_prior(5, seed=2))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no vmap")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.func, "vmap", refuse)
+        slow = posterior.draw_prior(1000, seed=1)
+    check(slow)
+
+
+def test_improper_priors_are_named() -> None:
+    x = X.reshape(-1)
+    with pytest.raises(ValueError, match='the prior of "locs" is improper: it cannot be drawn from'):
+        LogPosterior(ordered, x).draw_prior(2, seed=0)
+    with pytest.raises(ValueError, match='the prior of the param site "w" is flat and improper'):
+        LogPosterior(param_sites, x).draw_prior(2, seed=0)
+
+    def with_factor(x: Tensor) -> None:
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        pyro.factor("pull", -locs.square().sum())
+        mixture(torch.tensor([0.4, 0.6]), locs, torch.tensor(1.0), x)
+
+    posterior = LogPosterior(with_factor, x)
+    with pytest.raises(ValueError, match="includes the density of pull, which the program does not draw from"):
+        posterior.draw_prior(2, seed=0)
+    assert posterior.draw_sites(2, seed=0).shape == (2, 2)
+
+
+def test_a_program_without_continuous_parameters_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        mixture(torch.tensor([0.4, 0.6]), torch.tensor([0.0, 1.0]), torch.tensor(1.0), x)
+
+    with pytest.raises(ValueError, match="no continuous parameter to draw"):
+        LogPosterior(model, X.reshape(-1))
+
+
+# The graph
+
+
+def test_a_graph_does_what_the_function_does() -> None:
+    """Operations in odd combinations: broadcasting of every kind, masks, views that split and merge, dead branches."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((4, 1, 3), (4, 5, 1)))
+    c = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+
+    def function(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        spread = a.expand(4, 5, 3)
+        outer = 2 * spread * b / 3 - spread
+        masked = torch.where(spread > 0, outer * a.exp(), torch.zeros(()).double())
+        merged = (spread * b).reshape(20, 3).sum(0)
+        split = (spread * a).reshape(2, 2, 15).sum((0, 2))
+        order = torch.arange(3)
+        picked = spread[..., order] * b
+        same = (c * spread + c * b).sum(1) + (a**1.0).mean() * torch.zeros_like(a).sum() - torch.ones_like(b).sum(1)
+        return outer.sum((1, 2)), masked.sum(1), merged, split, picked.logsumexp(1), same, spread.prod(2), a + 0 * b
+
+    graph = capture(function, a, b)
+    for scale in (1.0, -0.3):  # the graph is of the function and not of its example
+        for mine, other in zip(graph(scale * a, b), function(scale * a, b), strict=True):
+            assert_close(mine, other, 1e-13)
+
+
+def test_a_graph_keeps_differences_of_large_numbers() -> None:
+    """Sums are not split: at an offset of 1e8 the sum of x - m would keep no digit otherwise."""
+    x = 1e8 + torch.linspace(-1, 1, 101, dtype=torch.float64)
+    m = torch.tensor([1e8, 1e8 + 0.5], dtype=torch.float64)
+
+    def function(m: Tensor) -> Tensor:
+        return (x - m[:, None]).sum(1)
+
+    expected = torch.tensor([0.0, -50.5], dtype=torch.float64)
+    assert (capture(function, m)(m) - expected).abs().max() <= 101 * 1.5e-8 * math.sqrt(101)

@@ -1,0 +1,121 @@
+"""Guides by name: against a known posterior, on positive definite sites, and as draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.svi import guide_draws, svi
+from mixproof.models.positive_definite import InverseWishart
+
+NAMES = ["AutoNormal", "AutoMultivariateNormal", "AutoLaplace"]
+X = torch.linspace(-1, 2, 30, dtype=torch.float64)
+
+
+def known(x: Tensor) -> None:
+    """Two correlated means with normal laws: their posterior is normal."""
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Categorical(torch.ones(1)), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(locs.sum(), 3.0), obs=x)
+
+
+def posterior_of_known(x: Tensor) -> tuple[Tensor, Tensor]:
+    precision = torch.eye(2, dtype=torch.float64) + len(x) / 9
+    covariance = precision.inverse()
+    return covariance @ torch.full((2,), float(x.sum()) / 9, dtype=torch.float64), covariance
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_normal_posterior_is_found(name: Any) -> None:
+    """Exactly by the curvature; by the ELBO within the noise of its last steps, a tenth of a standard deviation."""
+    mean, covariance = posterior_of_known(X)
+    fitted = svi(known, name, X, num_steps=1000, seed=0, learning_rate=0.05)
+    draws = guide_draws(known, fitted, X, num_draws=2000, seed=1)
+    values = draws.params["locs"][0]
+    assert draws.params["locs"].shape == (1, 2000, 2)
+    # the independent normal law nearest in Kullback-Leibler divergence has the precisions of the posterior
+    expected = torch.diag(1 / covariance.inverse().diagonal()) if name == "AutoNormal" else covariance
+    sd = covariance.diagonal().sqrt()
+    assert ((values.mean(0) - mean).abs() / sd).max() < 0.1 + 5 / 2000**0.5
+    found = values.T.cov()
+    scale = expected.diagonal().sqrt()
+    assert ((found - expected).abs() / (scale[:, None] * scale)).max() < 0.2 + 5 * (2 / 2000) ** 0.5
+    if name == "AutoLaplace":
+        ratio = draws.sample_stats["lp"] - draws.sample_stats["log_q"]  # constant where the guide is the posterior
+        assert ratio.std() < 1e-2
+    again = guide_draws(known, fitted, X, num_draws=2000, seed=1)
+    assert torch.equal(again.params["locs"], draws.params["locs"])
+
+
+def matrices(x: Tensor) -> None:
+    with pyro.plate("components", 2):
+        covariances = pyro.sample("covariances", InverseWishart(torch.tensor(5.0), torch.eye(2)))
+        locs = pyro.sample("locs", dist.MultivariateNormal(torch.zeros(2), 4 * torch.eye(2)))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.MultivariateNormal(locs[z], covariances[z]), obs=x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positive_definite_sites_have_guides(name: Any) -> None:
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[::2] += 3
+    fitted = svi(matrices, name, x, num_steps=150, seed=0, learning_rate=0.02)
+    assert fitted.losses[-20:].mean() < fitted.losses[0] or name == "AutoLaplace"
+    draws = guide_draws(matrices, fitted, x, num_draws=50, seed=0)
+    assert draws.params["covariances"].shape == (1, 50, 2, 2, 2)
+    assert (torch.linalg.eigvalsh(draws.params["covariances"]) > 0).all()
+    assert torch.isfinite(draws.sample_stats["lp"]).all()
+
+
+def test_laplace_sums_the_latents_out() -> None:
+    """The covariance is the inverse of the second derivatives of the log posterior with the latents summed out."""
+    x = torch.cat([X, X + 5])
+
+    def model(x: Tensor) -> None:
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(locs[z], 1.5), obs=x)
+
+    guide = svi(model, "AutoLaplace", x, num_steps=400, seed=0, learning_rate=0.05).guide
+    u = guide.loc
+    log_prior = dist.Normal(0.0, 5.0)
+
+    def density(u: Tensor) -> Tensor:
+        rows = dist.Normal(u, 1.5).log_prob(x[:, None]).logsumexp(1) - torch.log(torch.tensor(2.0))
+        return rows.sum() + log_prior.log_prob(u).sum()
+
+    hessian = torch.autograd.functional.hessian(density, u)
+    factor = guide.scale[:, None] * guide.scale_tril
+    assert (factor @ factor.mT @ -hessian - torch.eye(2)).abs().max() < 1e-6
+    assert torch.autograd.functional.jacobian(density, u).abs().max() < 1e-2
+
+
+def test_what_has_no_guide_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="no guide named AutoFlow: give AutoNormal, AutoMultivariateNormal, AutoLaplace"
+    ):
+        svi(known, "AutoFlow", X, num_steps=1, seed=0)
+
+    def with_param(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(torch.ones(1)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    with pytest.raises(ValueError, match="AutoNormal has no place for the param sites scale"):
+        svi(with_param, "AutoNormal", X, num_steps=1, seed=0)
+    fitted = svi(known, "AutoNormal", X, num_steps=1, seed=0)
+    with pytest.raises(ValueError, match="num_draws must be at least 1, not 0"):
+        guide_draws(known, fitted, X, num_draws=0, seed=0)
+    assert LogPosterior(known, X).size == 2
