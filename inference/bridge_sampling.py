@@ -1,13 +1,13 @@
 """Bridge sampling: the evidence from draws of the posterior and draws of a law that is fitted to it.
 
-The evidence is the factor between the density of the posterior as it can be written down and its normalised density. The
-draws of both sides say where the two densities overlap, and with the optimal bridge the ratio is the root of one
+The evidence is the factor between the density of the posterior as it can be written down and its normalised density.
+The draws of both sides say where the two densities overlap, and with the optimal bridge the ratio is the root of one
 equation (Meng and Wong 1996, Statistica Sinica 6, equation 4.1).
 
-A posterior of exchangeable components has K! modes alike. The proposal is fitted to draws that are relabelled to agree
-with one another, and has to cover either all modes, as a mixture of its own relabellings, or one mode, whose share of
-the evidence is 1 / K!. A proposal that covers one mode and a posterior that is taken to have no other give an evidence
-that is too low by log K! (Neal 1999; Fruehwirth-Schnatter 2004, section 4).
+A posterior of exchangeable components has K! modes alike, and a bridge from one law to all of them would be narrow. So
+the parameters are confined to a region of which each K! relabellings of a point have one, and the draws relabelled into
+it: 1 / K! of the evidence lies there. Without it, draws that show one mode give an evidence that is too low by log K!,
+the mistake that Neal 1999 found in Chib 1995; Fruehwirth-Schnatter 2004, section 4, goes through the remedies.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.relabelling import Relabelling
 
 DEGREES_OF_FREEDOM = 5.0
-"""Of the proposal, a t law: the posterior of a log scale or a log odds falls off exponentially, more slowly than a normal
-law."""
+"""Of the proposal, a t law: the posterior of a log scale or a log odds falls off exponentially, more slowly than a
+normal law."""
 CHUNK = 512
 """How many points are evaluated at once: the smallest batch whose points cost as little as those of any larger."""
 
@@ -66,7 +66,6 @@ def bridge_sampling(
     seed: int,
     relabelling: Relabelling | None,
     weights: Tensor | None = None,
-    max_relabellings: int = 720,
 ) -> Bridge:
     """Estimate the evidence from draws of the posterior.
 
@@ -79,8 +78,6 @@ def bridge_sampling(
         seed: seeds every random number.
         relabelling: the symmetry of the posterior, which is treated; None takes the draws as they are.
         weights: (C,), how much the draws of each chain count; None counts them alike.
-        max_relabellings: up to how many relabellings the proposal is a mixture of all of them. With more, the draws are
-            aligned into one of as many equal regions, and the evidence is that of the region times their number.
 
     Returns:
         ``Bridge``. Its error is that of Fruehwirth-Schnatter 2004, Econometrics Journal 7, equation 19, dependence
@@ -99,10 +96,8 @@ def bridge_sampling(
         halves = [(u[0::2], weights[0::2]), (u[1::2], weights[1::2])]
     else:
         halves = [(u[:, : num_draws // 2], weights), (u[:, num_draws // 2 :], weights)]
-    symmetry = None if relabelling is None or not relabelling.axes else relabelling
-    region = symmetry is not None and symmetry.log_count > math.log(max_relabellings) + 1e-9
     bridges = [
-        _bridge(posterior, fitted[0].flatten(0, 1), *used, symmetry, region, generator)
+        _bridge(posterior, fitted[0].flatten(0, 1), *used, relabelling, generator)
         for fitted, used in (halves, halves[::-1])
     ]
     return Bridge(
@@ -117,31 +112,24 @@ def _bridge(
     fitted: Tensor,
     used: Tensor,
     weights: Tensor,
-    symmetry: Relabelling | None,
-    region: bool,
+    relabelling: Relabelling | None,
     generator: torch.Generator,
 ) -> Bridge:
     """Return the bridge from draws ``used`` (C, S, P) to a proposal fitted to other draws (F, P)."""
-    shape = used.shape[:2]
-    references = []
-    if symmetry is not None:
-        references = symmetry.learn(fitted)
-        fitted = symmetry.align(fitted, references)
+    draws, log_count = used.flatten(0, 1), 0.0
+    if relabelling is not None:
+        references = relabelling.learn(fitted)
+        fitted, draws = relabelling.align(fitted, references), relabelling.align(draws, references)
+        log_count = relabelling.log_count
     proposal = _fit(fitted)
-    proposed = proposal.sample(len(used.flatten(0, 1)), generator)
-    draws = used.flatten(0, 1)
-    if region:
-        assert symmetry is not None
-        draws = symmetry.align(draws, references)
-    ratios = []
-    for points in (draws, proposed):
-        log_target = _log_target(posterior, points)
-        if region:
-            assert symmetry is not None
-            inside = symmetry.is_aligned(points, references)
-            log_target = torch.where(inside, log_target + symmetry.log_count, -torch.inf)
-        ratios.append(log_target - _log_proposal(posterior, proposal, points, None if region else symmetry))
-    return _solve(ratios[0].reshape(shape), ratios[1], weights)
+    proposed = proposal.sample(len(draws), generator)
+    from_posterior = _log_target(posterior, draws) - proposal.log_prob(draws)
+    from_proposal = _log_target(posterior, proposed) - proposal.log_prob(proposed)
+    if relabelling is not None:
+        inside = relabelling.is_aligned(proposed, references)
+        from_proposal = torch.where(inside, from_proposal, -torch.inf)
+    bridge = _solve(from_posterior.reshape(used.shape[:2]), from_proposal, weights)
+    return bridge._replace(log_evidence=bridge.log_evidence + log_count)
 
 
 def _solve(from_posterior: Tensor, from_proposal: Tensor, weights: Tensor) -> Bridge:
@@ -195,6 +183,7 @@ def variance_of_mean(values: Tensor) -> Tensor:
         return total
     correlations = 1 - (within - covariances) / total
     correlations[0] = 1
+    correlations = correlations * (1 - torch.arange(num_draws, dtype=values.dtype) / num_draws)
     pairs = correlations[: num_draws // 2 * 2].reshape(-1, 2).sum(1)
     positive = (pairs > 0).long().cumprod(0).bool()
     pairs = torch.where(positive, pairs, 0).cummin(0).values
@@ -221,20 +210,10 @@ def _in_chunks(u: Tensor) -> list[Tensor]:
 
 
 def _log_target(posterior: LogPosterior, u: Tensor) -> Tensor:
-    """Return log p(data, params), (M,), at points u (M, P); -inf where it is not a number."""
+    """Return log p(data, params) + log |d params / d u|, (M,), at points u (M, P); -inf where it is not a number."""
     values = []
     for chunk in _in_chunks(u):
         found = posterior(chunk, chunk.new_ones(CHUNK))
         values.append(found.log_prior + found.log_likelihood)
-    values_at = torch.cat(values)[: len(u)] - posterior.log_jacobian(u)
-    return torch.where(values_at.isnan(), -torch.inf, values_at)
-
-
-def _log_proposal(posterior: LogPosterior, proposal: _StudentT, u: Tensor, symmetry: Relabelling | None) -> Tensor:
-    """Return the log density (M,) of the proposal over the parameters, averaged over all relabellings of them."""
-    if symmetry is None:
-        return proposal.log_prob(u) - posterior.log_jacobian(u)
-    total = u.new_full((len(u),), -torch.inf)
-    for renamed in symmetry.all(u):
-        total = torch.logaddexp(total, proposal.log_prob(renamed) - posterior.log_jacobian(renamed))
-    return total - symmetry.log_count
+    value = torch.cat(values)[: len(u)]
+    return torch.where(value.isnan(), -torch.inf, value)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +11,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mixproof.inference.labels import component_axes
+from mixproof.inference.labels import numbering
 from mixproof.inference.log_posterior import LogPosterior
-
 
 MAX_ROUNDS = 50
 NUM_STARTS = 5
@@ -50,24 +48,14 @@ class Relabelling:
         self.axes: list[tuple[Mapping[str, int], int]] = []
         """For each latent with exchangeable components, the axis of each site that numbers them, and K."""
         for latent, size in zip(posterior.program.latents, posterior.program.latent_sizes, strict=True):
-            try:
-                axes = component_axes(posterior, latent)
-            except ValueError:  # its components are told apart, and have no symmetry to treat
-                continue
-            if axes and size > 1:
-                self.axes.append((axes, size))
+            found = numbering(posterior, latent)
+            if found.axes and found.exchangeable and size > 1:
+                self.axes.append((found.axes, size))
 
     @property
     def log_count(self) -> float:
         """The logarithm of the number of relabellings, log K! of one latent."""
         return sum(math.lgamma(size + 1) for _, size in self.axes)
-
-    def all(self, u: Tensor) -> Iterator[Tensor]:
-        """Yield points u (C, P) under each relabelling, the identity first."""
-        options = (itertools.permutations(range(size)) for _, size in self.axes)
-        for permutations in itertools.product(*options):
-            numbers = [torch.tensor(permutation).expand(len(u), -1) for permutation in permutations]
-            yield self.apply(u, numbers) if any(list(p) != sorted(p) for p in permutations) else u
 
     def random(self, u: Tensor, generator: torch.Generator) -> Tensor:
         """Return points u (C, P), each under a relabelling of its own, all equally likely."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from mixproof.inference.hmc import TARGET_ACCEPTANCE, State, hmc_step
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
 
+MAX_TEMPERATURES = 1000
 MAX_STEPS = 32
 """The largest number of leapfrog steps of a move."""
 
@@ -119,9 +120,15 @@ def tempered_smc(
                         f"the particles of a replicate collapsed to one at temperature {temperature:.2g} "
                         f"(effective sample size {size:.2f} of {log_lik.shape[1]}): raise num_chains or num_moves"
                     )
+                if len(temperatures) == MAX_TEMPERATURES:
+                    raise RuntimeError(
+                        f"{MAX_TEMPERATURES} temperatures lead no further than {temperature:.2g}: the log likelihood "
+                        f"ranges from {float(log_lik.min()):.3g} to {float(log_lik.max()):.3g} over the particles; is "
+                        "the prior that wide?"
+                    )
                 sizes.append(size)
                 temperatures.append(temperature)
-                starts = _resample(u, weights, num_chains, generator).flatten(0, 1)
+                starts = _at(u, systematic(weights, num_chains, generator))
                 if relabel is not None:
                     starts = relabel(starts, generator)
         except KeyboardInterrupt as interrupt:
@@ -178,7 +185,7 @@ class _Kernel:
         longest = min(max(round(math.pi / 2 / self.step_size), 1), MAX_STEPS)
         num_steps = int(torch.randint((longest + 1) // 2, longest + 1, (), generator=self.generator))
         state, step = hmc_step(
-            self.white,
+            self.white,  # type: ignore[arg-type]  # all it asks of a posterior is a call
             state,
             self.temperature,
             self.step_size * (0.6 + 0.8 * share),
@@ -203,7 +210,8 @@ class _Whitened:
 
     def coordinates(self, v: Tensor) -> Tensor:
         """Return u (C, P) at v (C, P)."""
-        return torch.linalg.solve_triangular(self.factor, v, upper=False, left=False)
+        found = torch.linalg.solve_triangular(self.factor, v, upper=False, left=False)
+        return found.contiguous()  # as the points are at which the program was captured
 
     def slope(self, gradient: Tensor) -> Tensor:
         """Return the gradient (C, P) in v from that in u."""
@@ -223,6 +231,11 @@ def _walk(
         raise ValueError(
             f"the prior density is not finite at {bad} of {len(starts)} draws from the prior, in unconstrained "
             "coordinates: the prior reaches the edge of its support in rounding"
+        )
+    if not state.evaluation.log_likelihood.isfinite().any():
+        raise ValueError(
+            f"the likelihood is positive at 0 of {len(starts)} particles at temperature {temperature:.2g}: does the "
+            "prior allow the data?"
         )
     states, rates = [state], []
     for _ in range(num_moves):
@@ -284,12 +297,16 @@ def _next_temperature(log_lik: Tensor, temperature: float, efficiency: float) ->
     return temperature + low
 
 
-def _resample(values: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return ``count`` of values (R, S, P) of each replicate, in proportion to weights (R, S): systematic resampling."""
+def systematic(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return the numbers (R, count) of particles drawn in proportion to weights (R, S), by systematic resampling."""
     offsets = torch.rand(len(weights), 1, generator=generator, dtype=weights.dtype)
     places = (torch.arange(count, dtype=weights.dtype) + offsets) / count
-    index = torch.searchsorted(weights.cumsum(1), places).clamp_max(weights.shape[1] - 1)
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+    return torch.searchsorted(weights.cumsum(1), places).clamp_max(weights.shape[1] - 1)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Return entries index (R, M) of values (R, S, P), one after another, (R M, P)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1])).flatten(0, 1)
 
 
 class _Bar:

@@ -1,0 +1,417 @@
+"""The evidence against sums over all allocations of few rows, repeated over seeds: its errors are what they say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from mixproof.inference import tempered_smc as smc_module
+from mixproof.inference.bridge_sampling import bridge_sampling, variance_of_mean
+from mixproof.inference.draws import Draws
+from mixproof.inference.evidence import Evidence, log_evidence, posterior_probabilities
+from mixproof.inference.exact_evidence import exact_draws, exact_log_evidence
+from mixproof.inference.log_posterior import Evaluation, LogPosterior
+from mixproof.inference.relabelling import Relabelling
+from mixproof.inference.tempered_smc import TemperedSMC, tempered_smc
+from mixproof.models import bernoulli, gaussian_diagonal
+
+if TYPE_CHECKING:
+    from tests.conftest import Case
+
+NUM_SEEDS = 50
+RARE = 1e-4
+"""How often a right estimate may fail one of the tests here over all seeds."""
+SMALL = {"num_replicates": 32, "num_chains": 8, "num_moves": 7}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def check_z_scores(z: Tensor) -> None:
+    """Assert that z-scores (Z,) of right estimates have mean 0 and unit spread."""
+    z = z.numpy()
+    assert abs(z.mean()) * math.sqrt(len(z)) < scipy.stats.norm.isf(RARE / 2)
+    low, high = scipy.stats.chi2.ppf([RARE / 2, 1 - RARE / 2], len(z) - 1)
+    assert low < z.var(ddof=1) * (len(z) - 1) < high
+
+
+def refuted(z: Tensor) -> bool:
+    try:
+        check_z_scores(z)
+    except AssertionError:
+        return True
+    return False
+
+
+class Tiny(NamedTuple):
+    """A mixture of so few rows that its evidence is a sum, with two components far apart."""
+
+    x: Tensor
+    prior: Any
+    posterior: LogPosterior
+    exact: float
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    x = torch.tensor([[-6.1], [-5.2], [-5.7], [4.9], [6.3], [5.5], [5.2]], dtype=torch.float64)
+    prior = gaussian_diagonal.Prior(
+        concentration=torch.tensor([2.0, 2.0], dtype=torch.float64),
+        loc=torch.tensor([0.0], dtype=torch.float64),
+        strength=torch.tensor(0.05, dtype=torch.float64),
+        shape=torch.tensor([4.0], dtype=torch.float64),
+        rate=torch.tensor([3.0], dtype=torch.float64),
+    )
+    posterior = LogPosterior(partial(gaussian_diagonal.model, num_components=2, prior=prior), x)
+    return Tiny(x, prior, posterior, float(exact_log_evidence(gaussian_diagonal, x, prior, num_components=2)))
+
+
+def coins(num_components: int) -> Tiny:
+    """Return a mixture of pairs of coins, whose evidence bears on every part of the prior."""
+    x = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 1], [0, 1], [1, 1]], dtype=torch.float64)
+    ones = torch.ones(2, dtype=torch.float64)
+    prior = bernoulli.Prior(torch.full((num_components,), 2.0, dtype=torch.float64), 2 * ones, 3 * ones)
+    posterior = LogPosterior(partial(bernoulli.model, num_components=num_components, prior=prior), x)
+    return Tiny(x, prior, posterior, float(exact_log_evidence(bernoulli, x, prior, num_components=num_components)))
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Tiny) -> list[TemperedSMC]:
+    relabel = Relabelling(tiny.posterior).random
+    return [tempered_smc(tiny.posterior, seed=seed, relabel=relabel, **SMALL) for seed in range(NUM_SEEDS)]
+
+
+def smc_z_scores(posterior: LogPosterior, exact: float, num_seeds: int) -> Tensor:
+    found = [tempered_smc(posterior, seed=seed, **SMALL) for seed in range(num_seeds)]
+    return torch.tensor([(run.log_evidence - exact) / run.standard_error for run in found])
+
+
+def bridges(tiny: Tiny, num_seeds: int, posterior: LogPosterior, relabelling: Relabelling | None) -> list[Any]:
+    """Return bridges from independent draws, of which one label is aligned with one cluster."""
+    found = []
+    for seed in range(num_seeds):
+        params = exact_draws(
+            gaussian_diagonal, tiny.x, tiny.prior, num_components=2, num_draws=400, generator=seeded(seed)
+        )
+        draws = posterior.unconstrain(params._asdict())
+        draws = draws[params.locs[:, 0, 0] < params.locs[:, 1, 0]]
+        found.append(bridge_sampling(posterior, draws[None], seed=seed, relabelling=relabelling))
+    return found
+
+
+# Errors are true
+
+
+def test_smc_has_a_true_standard_error(tiny: Tiny, runs: list[TemperedSMC]) -> None:
+    check_z_scores(torch.tensor([(run.log_evidence - tiny.exact) / run.standard_error for run in runs]))
+
+
+def test_a_replicate_estimates_the_evidence_itself_without_bias(tiny: Tiny, runs: list[TemperedSMC]) -> None:
+    ratios = (torch.stack([run.log_evidences for run in runs]) - tiny.exact).exp()
+    error = float(ratios.mean(1).std()) / math.sqrt(len(runs))
+    assert abs(float(ratios.mean()) - 1) < scipy.stats.norm.isf(RARE / 2) * error
+
+
+def test_bridge_from_particles_has_a_true_standard_error(tiny: Tiny, runs: list[TemperedSMC]) -> None:
+    relabelling = Relabelling(tiny.posterior)
+    z = []
+    for seed, run in enumerate(runs):
+        weights = (run.log_evidences - run.log_evidence).exp()
+        found = bridge_sampling(tiny.posterior, run.u, seed=seed, relabelling=relabelling, weights=weights)
+        z.append((found.log_evidence - tiny.exact) / found.standard_error)
+    check_z_scores(torch.tensor(z))
+
+
+def test_bridge_from_independent_draws_has_a_true_standard_error(tiny: Tiny) -> None:
+    found = bridges(tiny, NUM_SEEDS, tiny.posterior, Relabelling(tiny.posterior))
+    check_z_scores(torch.tensor([(bridge.log_evidence - tiny.exact) / bridge.standard_error for bridge in found]))
+
+
+def test_bridge_to_one_mode_is_too_low_by_log_2(tiny: Tiny) -> None:
+    found = bridges(tiny, NUM_SEEDS, tiny.posterior, None)
+    z = torch.tensor([(bridge.log_evidence - tiny.exact + math.log(2)) / bridge.standard_error for bridge in found])
+    check_z_scores(z)
+    assert refuted(torch.tensor([(bridge.log_evidence - tiny.exact) / bridge.standard_error for bridge in found]))
+
+
+# Planted faults
+
+
+class WithoutJacobian(LogPosterior):
+    def __call__(self, u: Tensor, temperature: Tensor) -> Evaluation:
+        found = super().__call__(u, temperature)
+        jacobian = torch.func.vmap(torch.func.grad(self.coordinates.log_jacobian))(u)
+        return Evaluation(found.gradient - jacobian, found.log_prior - self.log_jacobian(u), found.log_likelihood)
+
+
+class WithTemperedPrior(LogPosterior):
+    """Raises the prior too to a power that the temperature carries to 1: from 1/2 on, where it still is a density."""
+
+    def __call__(self, u: Tensor, temperature: Tensor) -> Evaluation:
+        power = (1 + temperature) / 2
+        of_prior = super().__call__(u, torch.zeros_like(temperature)).gradient
+        found = super().__call__(u, temperature)
+        gradient = found.gradient + (power - 1)[:, None] * of_prior
+        return found._replace(gradient=gradient, log_prior=power * found.log_prior)
+
+
+@pytest.mark.parametrize("fault", [WithoutJacobian, WithTemperedPrior])
+def test_a_wrong_density_is_caught_in_smc(fault: Callable[..., LogPosterior]) -> None:
+    x, _, posterior, exact = coins(2)
+    assert refuted(smc_z_scores(fault(posterior.model, x), exact, 6))
+
+
+def test_weights_forgotten_at_resampling_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = smc_module.systematic
+    monkeypatch.setattr(
+        smc_module, "systematic", lambda weights, *rest: right(weights.sign() / weights.shape[1], *rest)
+    )
+    _, _, posterior, exact = coins(2)
+    assert refuted(smc_z_scores(posterior, exact, 6))
+
+
+def test_a_missing_jacobian_is_caught_in_the_bridge(tiny: Tiny) -> None:
+    posterior = WithoutJacobian(tiny.posterior.model, tiny.x)
+    found = bridges(tiny, 6, posterior, Relabelling(posterior))
+    assert refuted(torch.tensor([(bridge.log_evidence - tiny.exact) / bridge.standard_error for bridge in found]))
+
+
+# Families and programs
+
+
+def check_smc(
+    model: Callable[..., Any], x: Tensor, exact: float, limit: float = scipy.stats.t.isf(RARE / 2, 31)
+) -> None:
+    found = log_evidence(model, x, seed=1)
+    assert abs(found.log_evidence - exact) < limit * found.standard_error
+    assert found.standard_error < 1
+
+
+def test_every_family_whose_evidence_is_a_sum(case: Case) -> None:
+    if not hasattr(case.family, "log_marginal"):
+        return
+    x, prior = case.data(3, num_data=6, k=2), case.prior(1, k=2)
+    exact = float(exact_log_evidence(case.family, x, prior, num_components=2))
+    check_smc(case.program(2, prior), x, exact)
+
+
+@pytest.mark.parametrize("num_components", [1, 2, 3])
+def test_exchangeable_components(num_components: int) -> None:
+    x, _, posterior, exact = coins(num_components)
+    model = posterior.model
+    check_smc(model, x, exact)
+    found = log_evidence(model, x, method="bridge", seed=2, **SMALL)
+    assert abs(found.log_evidence - exact) < scipy.stats.norm.isf(RARE / 2) * found.standard_error
+
+
+def test_one_component_has_a_closed_form_for_any_number_of_rows(real_data: dict[str, Tensor]) -> None:
+    x = real_data["carcinoma"]
+    ones = torch.ones(x.shape[1], dtype=torch.float64)
+    prior = bernoulli.Prior(torch.ones(1, dtype=torch.float64), ones, ones)
+    counts = x.sum(0)
+    exact = float((torch.lgamma(counts + 1) + torch.lgamma(len(x) - counts + 1) - math.lgamma(len(x) + 2)).sum())
+    model = partial(bernoulli.model, num_components=1, prior=prior)
+    check_smc(model, x, exact)
+    found = log_evidence(model, x, method="bridge", seed=2, **SMALL)
+    assert abs(found.log_evidence - exact) < scipy.stats.norm.isf(RARE / 2) * found.standard_error
+
+
+# Neal 1999 (https://glizen.com/radfordneal/ftp/chib-mix.pdf), of Chib 1995: galaxies, two components of one variance
+
+
+def galaxies(x: Tensor, num_components: int) -> None:
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(num_components)))
+    variance = pyro.sample("variance", dist.InverseGamma(torch.tensor(3.0), torch.tensor(20.0)))
+    with pyro.plate("components", num_components):
+        locs = pyro.sample("locs", dist.Normal(torch.tensor(20.0), torch.tensor(10.0)))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(locs[z], variance.sqrt()), obs=x)
+
+
+def test_the_evidence_that_neal_published() -> None:
+    x = torch.as_tensor(np.loadtxt(Path(__file__).parent / "data" / "galaxies_roeder1990.txt"))
+    model = partial(galaxies, num_components=2)
+    bridge = log_evidence(model, x, method="bridge", seed=1)
+    assert abs(bridge.log_evidence - -239.764) < 0.02
+    smc = log_evidence(model, x, method="smc", seed=2)
+    error = math.hypot(smc.standard_error, bridge.standard_error)
+    assert abs(smc.log_evidence - bridge.log_evidence) < scipy.stats.t.isf(RARE / 2, 31) * error
+
+
+# Relabelling
+
+
+def test_relabelling_is_a_symmetry_and_alignment_undoes_it(tiny: Tiny) -> None:
+    relabelling = Relabelling(tiny.posterior)
+    u = tiny.posterior.draw_prior(50, seed=1)
+    renamed = relabelling.random(u, seeded(2))
+    one = torch.ones(50, dtype=torch.float64)
+    density = [(tiny.posterior(v, one), tiny.posterior.log_jacobian(v)) for v in (u, renamed)]
+    for sides in zip(*((found.log_prior - jacobian, found.log_likelihood) for found, jacobian in density), strict=True):
+        torch.testing.assert_close(*sides, rtol=1e-9, atol=1e-9)
+    assert 0 < int((renamed != u).any(1).sum()) < 50
+    references = relabelling.learn(u)
+    aligned = relabelling.align(renamed, references)
+    torch.testing.assert_close(aligned, relabelling.align(u, references), rtol=1e-9, atol=1e-9)
+    assert relabelling.is_aligned(aligned, references).all()
+    assert relabelling.log_count == pytest.approx(math.log(2))
+
+
+def test_components_that_the_prior_tells_apart_have_no_relabelling(tiny: Tiny) -> None:
+    prior = tiny.prior._replace(concentration=torch.tensor([1.0, 2.0], dtype=torch.float64))
+    told_apart = LogPosterior(partial(gaussian_diagonal.model, num_components=2, prior=prior), tiny.x)
+    assert Relabelling(told_apart).log_count == 0
+
+
+# The variance of a mean
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.8])
+def test_variance_of_the_mean_of_dependent_chains(correlation: float) -> None:
+    chains, draws, repetitions = 8, 500, 200
+    noise = torch.randn(repetitions, chains, draws, generator=seeded(1), dtype=torch.float64)
+    series = noise.clone()
+    for i in range(1, draws):
+        series[..., i] = correlation * series[..., i - 1] + math.sqrt(1 - correlation**2) * noise[..., i]
+    claimed = torch.stack([variance_of_mean(each) for each in series]).mean()
+    spread = series.mean((1, 2)).var() / claimed * (repetitions - 1)
+    low, high = scipy.stats.chi2.ppf([RARE / 2, 1 - RARE / 2], repetitions - 1)
+    assert low < float(spread) < high
+
+
+def test_differences_between_chains_count() -> None:
+    chains = torch.randn(100, 1, generator=seeded(1), dtype=torch.float64)
+    values = chains + 0.1 * torch.randn(100, 50, generator=seeded(2), dtype=torch.float64)
+    assert float(variance_of_mean(values)) == pytest.approx(float(values.mean(1).var()) / 100, rel=0.2)
+
+
+# Candidates
+
+
+def evidence(log_evidence: float, standard_error: float) -> Evidence:
+    return Evidence(log_evidence, standard_error, Draws({}, {}, {}), {})
+
+
+def test_posterior_probabilities_and_their_errors() -> None:
+    logs, errors, before = np.array([-10.0, -9.0, -11.5]), np.array([0.02, 0.05, 0.03]), np.array([1.0, 2.0, 1.0])
+    candidates = {k: evidence(*each) for k, each in enumerate(zip(logs, errors, strict=True), 1)}
+    found = posterior_probabilities(candidates, dict(enumerate(before, 1)))
+    mass = before * np.exp(logs)
+    rng = np.random.default_rng(1)
+    samples = before * np.exp(logs + errors * rng.standard_normal((100_000, 3)))
+    samples /= samples.sum(1, keepdims=True)
+    for (probability, error), expected, sample in zip(found.values(), mass / mass.sum(), samples.T, strict=True):
+        assert probability == pytest.approx(expected, rel=1e-12)
+        assert error == pytest.approx(sample.std(), rel=0.02)  # of a linearisation: errors squared, and simulation
+    assert sum(probability for probability, _ in found.values()) == pytest.approx(1)
+
+
+# Bad input
+
+
+def test_failures_are_said_in_words(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_param(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(z.to(x.dtype), scale).to_event(0), obs=x)
+
+    def impossible(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.tensor(0.0), torch.tensor(1.0)))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc + z, 1.0).mask(False), obs=x)
+            pyro.factor("never", torch.where(loc > 100.0, 0.0, -math.inf) * torch.ones(len(x)))
+
+    def half_observed(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.tensor(0.0), torch.tensor(1.0)))
+        pyro.sample("summary", dist.Normal(loc, torch.tensor(1.0)), obs=torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc + z, 1.0), obs=x)
+
+    row = tiny.x[:, 0]
+    flat = partial(gaussian_diagonal.model, num_components=2)
+    for model, data, words in [
+        (flat, tiny.x, '"weights" is improper'),
+        (with_param, row, '"scale" is a pyro.param'),
+        (half_observed, row, '"summary" is observed outside'),
+        (impossible, row, "likelihood is positive at 0 of"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            log_evidence(model, data, seed=1, **SMALL)
+    with pytest.raises(ValueError, match="num_moves must be at least 1"):
+        tempered_smc(tiny.posterior, seed=1, num_moves=0)
+    with pytest.raises(ValueError, match="efficiency must lie between"):
+        tempered_smc(tiny.posterior, seed=1, efficiency=1.0)
+    with pytest.raises(ValueError, match='"smc" or "bridge"'):
+        log_evidence(tiny.posterior.model, tiny.x, method="chib", seed=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lack the sites"):
+        log_evidence(tiny.posterior.model, tiny.x, method="bridge", draws=Draws({"locs": tiny.x}, {}, {}), seed=1)
+    with pytest.raises(ValueError, match="there are no candidates"):
+        posterior_probabilities({})
+    with pytest.raises(ValueError, match="must be positive"):
+        posterior_probabilities({1: evidence(0.0, 0.1)}, {1: 0.0})
+
+
+def test_particles_that_do_not_move_are_an_error(tiny: Tiny) -> None:
+    class Frozen(LogPosterior):
+        """Is a number only where the particles start."""
+
+        started = False
+
+        def __call__(self, u: Tensor, temperature: Tensor) -> Evaluation:
+            found = super().__call__(u, temperature)
+            if self.started:
+                return found._replace(log_prior=torch.full_like(found.log_prior, math.nan))
+            self.started = True
+            return found
+
+    with pytest.raises(RuntimeError, match="do not move"):
+        tempered_smc(Frozen(tiny.posterior.model, tiny.x), seed=1, **SMALL)
+
+
+def test_replicates_that_differ_too_much_are_a_warning(tiny: Tiny) -> None:
+    with pytest.warns(UserWarning, match="replicates' log evidences differ"):
+        tempered_smc(tiny.posterior, seed=1, num_replicates=32, num_chains=4, num_moves=2)
+
+
+def test_an_interrupt_says_how_far_it_was(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = itertools.count()
+    right = smc_module.systematic
+
+    def interrupted(*args: Any) -> Tensor:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        return right(*args)
+
+    monkeypatch.setattr(smc_module, "systematic", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        tempered_smc(tiny.posterior, seed=1, **SMALL)
+    assert "no evidence before temperature 1" in caught.value.__notes__[0]
+
+
+def test_the_same_seed_gives_the_same_evidence_and_draws(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (
+        log_evidence(tiny.posterior.model, tiny.x, method="bridge", seed=5, progress=progress, **SMALL)
+        for progress in (False, True)
+    )
+    assert first[:2] == second[:2]
+    assert torch.equal(first.draws.params["locs"], second.draws.params["locs"])
+    captured = capsys.readouterr()
+    assert "SMC temperature" in captured.err
+    assert not captured.out
