@@ -22,7 +22,7 @@ from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame  # type: ignore[import-untyped]
     from xarray import DataTree
 
 EXCHANGEABLE, ALIGNED, NAMED = "exchangeable", "aligned", "named"
@@ -75,7 +75,8 @@ def to_datatree(
     if found != shapes:
         raise ValueError(f"the draws are of the parameters {found}, and the program has {shapes}")
     point = {site: value[0, 0] for site, value in draws.params.items()}
-    observed = _observed(posterior, point)
+    with seeded(seed):  # a run draws the latents
+        observed = _observed(posterior, point)
     rows = log_likelihood(posterior, draws.params)
     data_dims = {site: _data_dims(value, rows.shape[-1]) for site, value in observed.items()}
     component_axes, labels = _numbering(posterior, draws)
@@ -137,7 +138,8 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
         ImportError: ArviZ is not installed.
     """
     stats = _import("arviz_stats")
-    table = stats.summary(tree, group="label_invariant", **options)
+    with np.errstate(invalid="ignore"):  # R-hat of what never varies, as the weight of a single component, is NaN
+        table = stats.summary(tree, group="label_invariant", **options)
     if not components:
         return table
     if tree["posterior"].attrs["component_labels"] == EXCHANGEABLE:
@@ -148,7 +150,8 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
             stacklevel=2,
         )
     pandas = _import("pandas")
-    rest = stats.summary(tree, **options)
+    with np.errstate(invalid="ignore"):
+        rest = stats.summary(tree, **options)
     return pandas.concat([table, rest[~rest.index.isin(table.index)]])
 
 

@@ -353,18 +353,31 @@ def align(
     moved = (permutations != torch.arange(permutations.shape[1])).any(1)
     by_chain = permutations.unflatten(0, lp.shape)
     params = {
-        site: _renumber(value, by_chain, axes[site]) if site in axes else value for site, value in draws.params.items()
+        site: renumber(value, by_chain, axes[site]) if site in axes else value for site, value in draws.params.items()
     }
     report = {"": method, "_share": float(moved.double().mean()), "_iterations": iterations}
     attributes = draws.attributes | {f"relabelled_{latent}{name}": value for name, value in report.items()}
     return Draws(params, draws.sample_stats, attributes)
 
 
-def _agree(resp: Tensor, pivot: int, method: str, max_iterations: int) -> tuple[Tensor, int]:
-    """Return permutations (S, K) that make responsibilities (S, N, K) agree, and after how many repetitions.
+def assign(agreement: Tensor) -> Tensor:
+    """Return the permutations (S, K) that maximise agreement (S, K, K), of a summary's component j and the draw's k.
 
-    Component j of a renumbered draw is the one that was number permutation[j].
+    Component j of the renumbered draw is the one that was number permutation[j].
     """
+    found = [linear_sum_assignment(scores, maximize=True)[1] for scores in agreement.cpu().numpy()]
+    return torch.as_tensor(np.stack(found), device=agreement.device)
+
+
+def renumber(value: Tensor, permutations: Tensor, axis: int) -> Tensor:
+    """Return draws (C, S, *shape) with an axis of the shape renumbered by permutations (C, S, K)."""
+    shape = [1] * (value.ndim - 2)
+    shape[axis] = permutations.shape[-1]
+    return value.take_along_dim(permutations.reshape(*permutations.shape[:2], *shape), dim=axis + 2)
+
+
+def _agree(resp: Tensor, pivot: int, method: str, max_iterations: int) -> tuple[Tensor, int]:
+    """Return permutations (S, K) that make responsibilities (S, N, K) agree, and after how many repetitions."""
     size = resp.shape[-1]
     average = resp[pivot]
     certain = torch.nn.functional.one_hot(resp.argmax(-1), size).to(resp) if method == "equivalence" else resp
@@ -374,9 +387,7 @@ def _agree(resp: Tensor, pivot: int, method: str, max_iterations: int) -> tuple[
             target = torch.nn.functional.one_hot(average.argmax(-1), size).to(resp)
         else:  # sum p log p is the same under all permutations, so that - sum p log q remains of the divergence
             target = average.clamp_min(torch.finfo(average.dtype).tiny).log()
-        agreement = target.mT @ certain  # (S, K, K), of the summary's component j and the draw's k
-        assigned = [linear_sum_assignment(scores, maximize=True)[1] for scores in agreement.numpy()]
-        before, permutations = permutations, torch.as_tensor(np.stack(assigned))
+        before, permutations = permutations, assign(target.mT @ certain)
         if iteration > 1 and torch.equal(before, permutations):
             return permutations, iteration
         average = resp.take_along_dim(permutations[:, None], dim=-1).mean(0)
@@ -386,10 +397,3 @@ def _agree(resp: Tensor, pivot: int, method: str, max_iterations: int) -> tuple[
         stacklevel=3,
     )
     return permutations, max_iterations
-
-
-def _renumber(value: Tensor, permutations: Tensor, axis: int) -> Tensor:
-    """Return draws (C, S, *shape) with an axis of the shape renumbered by permutations (C, S, K)."""
-    shape = [1] * (value.ndim - 2)
-    shape[axis] = permutations.shape[-1]
-    return value.take_along_dim(permutations.reshape(*permutations.shape[:2], *shape), dim=axis + 2)

@@ -61,7 +61,7 @@ def posterior_mode(
 
     objective = with_gradient(lambda u: -log_density(model, program, coordinates(u), *args))
     for name in coordinates.transforms:
-        if _at_edge(start[name], program.supports[name]):
+        if at_edge(start[name], program.supports[name]):
             raise ValueError(f"the start is at the edge of the support of {name}, which no step leaves: start inside")
     u = coordinates.inverse(start)
     found = minimise(objective, u, max_steps=max_steps, rtol=rtol)
@@ -73,7 +73,7 @@ def posterior_mode(
     return Mode(mode, -found.value, found.converged, found.num_steps)
 
 
-def _at_edge(value: Tensor, support: Any) -> bool:
+def at_edge(value: Tensor, support: Any) -> bool:
     """Whether an entry lies on the boundary of its support, which unconstrained coordinates cannot reach or leave."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint

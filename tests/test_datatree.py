@@ -1,0 +1,309 @@
+"""Draws in ArviZ: every number under its name, the likelihood marginal, LOO against leaving one out."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import arviz_plots
+import arviz_stats
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import xarray
+from torch import Tensor
+
+from mixproof.inference.datatree import loo, relative_efficiency, summary, to_datatree
+from mixproof.inference.draws import Draws
+from mixproof.inference.labels import align, label_invariant
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.models import bernoulli
+from tests.conftest import Case
+from tests.test_labels import ExactPosterior, binary_rows
+
+matplotlib.use("Agg")
+
+
+def draws_near(posterior: LogPosterior, params: Any, shape: tuple[int, int], seed: int) -> Draws:
+    """Return draws around parameters that are not from any posterior; each differs from each."""
+    free = {site: getattr(params, site)[None] for site in posterior.program.supports}
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(*shape, posterior.size, generator=generator, dtype=torch.float64)
+    draws = Draws(posterior.constrain(posterior.unconstrain(free) + 0.1 * noise), {}, {"engine": "none"})
+    return draws._replace(sample_stats={"lp": label_invariant(draws, posterior)["lp"]})
+
+
+def test_every_number_is_under_its_name(case: Case) -> None:
+    """Read back by name from the tree of every family, against the family's own formulas at that draw."""
+    params = case.params(0)
+    x = case.data(0, 11, params)
+    posterior = LogPosterior(case.program(3), x)
+    draws = draws_near(posterior, params, (2, 5), seed=1)
+    tree = to_datatree(draws, posterior, seed=2, num_predictive=4, family=None)
+    known = params._asdict()
+    for chain, draw in [(0, 1), (1, 0), (1, 4)]:
+        at = {"chain": chain, "draw": draw}
+        point = case.family.Params(**known | {site: value[chain, draw] for site, value in draws.params.items()})
+        table = case.family.log_joint(point, x)
+        rows = tree["log_likelihood"]["x"].sel(at)
+        for row in range(len(x)):
+            assert float(rows.sel(obs_id=row)) == pytest.approx(float(table[row].logsumexp(0)), rel=1e-11)
+        assert float(tree["label_invariant"]["log_likelihood"].sel(at)) == pytest.approx(
+            float(table.logsumexp(1).sum()), rel=1e-11
+        )
+        for site in posterior.program.supports:
+            found, value = tree["posterior"][site].sel(at), getattr(point, site)
+            component = component_of(site, case)
+            if value.ndim == 1 and component:
+                assert float(found.sel({component: 1})) == value[1]
+            elif value.ndim == 2 and component:
+                assert float(found.sel({component: 1, "feature": 0})) == value[1, 0]
+            elif value.ndim == 2:
+                assert float(found.sel(feature=1, feature_bis=0)) == value[1, 0]
+            else:
+                assert float(found.sel({component: 1, "feature": 0, "feature_bis": 1})) == value[1, 0, 1]
+    assert tree["observed_data"]["x"].dims == ("obs_id", "feature")
+    assert np.array_equal(tree["observed_data"]["x"].values, x.numpy())
+    assert "prior" not in tree.children  # which is improper
+    predicted = tree["posterior_predictive"]["x"]
+    assert predicted.dims == ("chain", "draw", "obs_id", "feature")
+    assert predicted["draw"].values.tolist() == [0, 2, 4]  # every second, for at least four in all
+
+
+def component_of(site: str, case: Case) -> str | None:
+    if site == "covariance":
+        return None
+    if case.name in ("gaussian_sum", "KnownNoise"):
+        return "component_l" if site.startswith("y_") else "component_k"
+    return "component"
+
+
+@pytest.fixture(scope="module")
+def exact() -> ExactPosterior:
+    return ExactPosterior(*binary_rows())
+
+
+@pytest.fixture(scope="module")
+def posterior(exact: ExactPosterior) -> LogPosterior:
+    return program(exact.x, exact.prior)
+
+
+def program(x: Tensor, prior: bernoulli.Prior) -> LogPosterior:
+    return LogPosterior(partial(bernoulli.model, num_components=len(prior.concentration), prior=prior), x)
+
+
+@pytest.fixture(scope="module")
+def draws(exact: ExactPosterior) -> Draws:
+    return exact.draw(4, 1000, seed=3)
+
+
+@pytest.fixture(scope="module")
+def tree(draws: Draws, posterior: LogPosterior) -> Any:
+    return to_datatree(draws, posterior, seed=1, family=bernoulli)
+
+
+def leave_one_out(exact: ExactPosterior) -> np.ndarray:
+    """Return log p(x_i | x_-i) for each row: the posterior made again without it, by all allocations."""
+    kept = [[j for j in range(len(exact.x)) if j != i] for i in range(len(exact.x))]
+    return np.array([exact.log_evidence - ExactPosterior(exact.x[rows], exact.prior).log_evidence for rows in kept])
+
+
+def importance_error(log_likelihood: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the Monte Carlo standard errors of - log mean 1 / p(x_i | params) for each i, and of their sum."""
+    ratios = np.exp(-log_likelihood.reshape(-1, log_likelihood.shape[-1]))
+    relative = ratios / ratios.mean(0)
+    return relative.std(0) / math.sqrt(len(ratios)), float(relative.sum(1).std() / math.sqrt(len(ratios)))
+
+
+def test_loo_is_leaving_one_out(tree: Any, exact: ExactPosterior) -> None:
+    truth = leave_one_out(exact)
+    found = loo(tree, pointwise=True)
+    each, total = importance_error(tree["log_likelihood"]["x"].values)
+    assert float(found.pareto_k.max()) < 0.7
+    assert np.abs(found.elpd_i.values - truth).max() < 5 * each.max()
+    assert abs(found.elpd - truth.sum()) < 5 * total
+    assert total < 0.1  # or the test would see little
+
+
+def test_a_likelihood_given_the_components_is_not_that(tree: Any, draws: Draws, exact: ExactPosterior) -> None:
+    """The mistake that enumeration invites: log p(x_n | z_n, params) at the most probable z_n."""
+    points = bernoulli.Params(*(value.flatten(0, 1) for value in draws.params.values()))
+    table = torch.func.vmap(bernoulli.log_joint, in_dims=(0, None))(points, exact.x)
+    conditional = (table - points.weights.log()[:, None]).gather(-1, table.argmax(-1, keepdim=True))[..., 0]
+    wrong = tree.copy(deep=True)
+    wrong["log_likelihood"]["x"].values[:] = conditional.reshape(4, 1000, -1).numpy()
+    _, total = importance_error(wrong["log_likelihood"]["x"].values)
+    assert abs(loo(wrong).elpd - leave_one_out(exact).sum()) > 20 * total
+
+
+def test_loo_does_not_depend_on_labels(draws: Draws, posterior: LogPosterior, tree: Any) -> None:
+    """Chains that stay each with a numbering of its own are no stuck chains, as their parameters would make believe."""
+    aligned = align(draws, posterior)
+    flipped = {
+        site: torch.stack([value[0], value[1].flip(1), value[2], value[3].flip(1)])
+        for site, value in aligned.params.items()
+    }
+    other = to_datatree(Draws(flipped, draws.sample_stats, {}), posterior, seed=1, num_predictive=0, num_prior=0)
+    assert relative_efficiency(tree) == pytest.approx(1, abs=0.05)  # independent draws
+    assert relative_efficiency(other) == pytest.approx(relative_efficiency(tree), rel=1e-9)
+    assert loo(other).elpd == pytest.approx(loo(tree).elpd, rel=1e-12)
+    assert float(arviz_stats.rhat(other["posterior"]["probs"]).min()) > 1.1
+    assert float(arviz_stats.rhat(other["label_invariant"].to_dataset()).to_array().max()) < 1.01
+
+
+def test_predictions_are_those_of_the_program(tree: Any, exact: ExactPosterior) -> None:
+    """The mean of a new row under the exact posterior and, from the prior's own formula, under the prior."""
+    weights = exact.counts / exact.counts.sum(-1, keepdim=True)
+    probs = exact.ones / (exact.ones + exact.zeros)
+    truth = torch.einsum("a,ak,akd->d", exact.probabilities, weights, probs).numpy()
+    for group, mean in [("posterior_predictive", truth), ("prior_predictive", np.full(3, 0.5))]:
+        of_draws = tree[group]["x"].mean("obs_id").stack(sample=("chain", "draw"))
+        error = of_draws.std("sample") / math.sqrt(of_draws.sizes["sample"])
+        assert float(np.abs((of_draws.mean("sample") - mean) / error).max()) < 5, group
+        assert set(np.unique(tree[group]["x"])) == {0, 1}
+    of_prior = tree["prior"]["weights"].values[0, :, 0]
+    assert abs(of_prior.var() - 1 / 12) < 5 * math.sqrt((1 / 80 - 1 / 144) / len(of_prior))
+
+
+def test_predictions_use_the_parameters_of_their_draw(posterior: LogPosterior) -> None:
+    probs = torch.tensor([[[0.0]], [[1.0]], [[1.0]], [[0.0]]], dtype=torch.float64).expand(4, 2, 3)
+    weights = torch.full((4, 2), 0.5, dtype=torch.float64)
+    params = {"weights": weights.unflatten(0, (2, 2)), "probs": probs.unflatten(0, (2, 2))}
+    ends = Draws(params, {"lp": torch.zeros(2, 2, dtype=torch.float64)}, {})
+    found: Any = to_datatree(_inside(ends), posterior, seed=0, num_prior=0)["posterior_predictive"]["x"]
+    assert found.mean(["obs_id", "feature"]).values.tolist() == [[0, 1], [1, 0]]
+
+
+def _inside(draws: Draws) -> Draws:
+    """Move probabilities of 0 and 1 inside by less than any draw of this test sees."""
+    return draws._replace(params=draws.params | {"probs": draws.params["probs"].clamp(1e-12, 1 - 1e-12)})
+
+
+def test_one_seed_gives_one_tree(draws: Draws, posterior: LogPosterior) -> None:
+    few = Draws({site: value[:, :20] for site, value in draws.params.items()}, {}, {})
+    before = torch.get_rng_state()
+    one, same, other = (to_datatree(few, posterior, seed=seed, num_prior=20) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    for group in ("posterior_predictive", "prior", "prior_predictive"):
+        assert one[group].to_dataset().equals(same[group].to_dataset())
+        assert not one[group].to_dataset().equals(other[group].to_dataset())
+
+
+def test_it_is_read_back_from_netcdf_as_it_was(draws: Draws, posterior: LogPosterior, tmp_path: Path) -> None:
+    stats = draws.sample_stats | {"diverging": draws.sample_stats["lp"] > -12}
+    stats["n_steps"] = torch.arange(4000).view(4, -1)
+    attributes = {"engine": "exact", "seed": 3, "warm": True, "rate": 0.25, "rates": torch.tensor([0.5]), "to": None}
+    run = Draws(draws.params, stats, attributes)
+    written = to_datatree(run, posterior, seed=1, num_predictive=20, num_prior=20)
+    written.to_netcdf(tmp_path / "draws.nc")
+    with xarray.open_datatree(tmp_path / "draws.nc") as read:
+        assert read.identical(written)
+        assert read["sample_stats"]["diverging"].dtype == bool
+        attributes = {str(name): value for name, value in read["posterior"].attrs.items()}
+    assert {"engine": "exact", "seed": 3, "warm": 1, "rate": 0.25, "rates": "[0.5]", "to": "null"}.items() <= (
+        attributes.items()
+    )
+    assert attributes["inference_library"] == "mixproof"
+    assert {"created_at", "inference_library_version", "torch_version", "pyro_version"} <= attributes.keys()
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # in arviz_stats.compare, by pandas 3.1
+def test_the_tools_of_arviz_read_it(tree: Any, draws: Draws, posterior: LogPosterior) -> None:
+    assert float(arviz_stats.rhat(tree["label_invariant"].to_dataset()).to_array().max()) < 1.01
+    assert float(arviz_stats.ess(tree["label_invariant"].to_dataset())["lp"]) == pytest.approx(4000, rel=0.15)
+    x, prior = binary_rows()
+    one = program(x, prior._replace(concentration=prior.concentration[:1]))
+    single = to_datatree(draws._replace(params=_one_component(x, draws)), one, seed=1)
+    table = arviz_stats.compare({"two": loo(tree), "one": loo(single)})
+    assert list(table.index) == ["two", "one"]
+    assert float(table["weight"].sum()) == pytest.approx(1, abs=0.01)
+
+
+def _one_component(x: Tensor, draws: Draws) -> dict[str, Tensor]:
+    """Return exact draws of a single component: independent beta laws."""
+    rng = np.random.default_rng(0)
+    shape = (*draws.sample_stats["lp"].shape, 1, x.shape[1])
+    probs = torch.as_tensor(rng.beta(1 + x.sum(0).numpy(), 1 + (1 - x).sum(0).numpy(), shape))
+    return {"weights": torch.ones(*shape[:2], 1, dtype=torch.float64), "probs": probs}
+
+
+PLOTS: dict[str, Any] = {
+    "trace": lambda tree: arviz_plots.plot_trace(tree, group="label_invariant", var_names=["lp"]),
+    "dist": lambda tree: arviz_plots.plot_dist(tree, var_names=["probs"]),
+    "ess": lambda tree: arviz_plots.plot_ess(tree, group="label_invariant", var_names=["lp"]),
+    "forest": lambda tree: arviz_plots.plot_forest(tree, var_names=["weights"]),
+    "khat": lambda tree: arviz_plots.plot_khat(loo(tree, pointwise=True)),
+    "prior": lambda tree: arviz_plots.plot_prior_posterior(tree, var_names=["weights"]),
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_the_plots_of_arviz_draw_it(name: str, tree: Any) -> None:
+    PLOTS[name](tree)
+    assert plt.get_fignums()
+    plt.close("all")
+
+
+def test_predictions_are_drawn_beside_the_data(all_families: list[Case]) -> None:
+    case = next(case for case in all_families if case.name == "gaussian_full")
+    params = case.params(0)
+    posterior = LogPosterior(case.program(3), case.data(0, 20, params))
+    tree = to_datatree(draws_near(posterior, params, (2, 30), seed=1), posterior, seed=2)
+    arviz_plots.plot_ppc_dist(tree)
+    assert plt.get_fignums()
+    plt.close("all")
+
+
+def test_a_summary_of_components_that_do_not_agree_warns(draws: Draws, posterior: LogPosterior, tree: Any) -> None:
+    invariant = summary(tree)
+    assert {"lp", "allocation_entropy", "weights_sorted[0]", "mean[0]"} <= set(invariant.index)
+    assert not any(name.startswith(("weights[", "probs[")) for name in invariant.index)
+    with pytest.warns(UserWarning, match=r"not aligned.*align\(\)"):
+        both = summary(tree, components=True)
+    assert "probs[1, 2]" in both.index
+    aligned: Any = to_datatree(align(draws, posterior), posterior, seed=1, num_predictive=0, num_prior=0)
+    agreed = summary(aligned, components=True, round_to="none")
+    assert agreed.loc["weights[0]", "mean"] == pytest.approx(float(aligned["posterior"]["weights"][..., 0].mean()))
+    assert not agreed.index.duplicated().any()
+
+
+def test_named_and_single_components_need_no_aligning(draws: Draws, exact: ExactPosterior) -> None:
+    unequal = exact.prior._replace(concentration=torch.tensor([1.0, 2.0], dtype=torch.float64))
+    named = to_datatree(draws, program(exact.x, unequal), seed=1, num_predictive=0, num_prior=0)
+    assert named["posterior"]["probs"].dims == ("chain", "draw", "component", "feature")
+    one = program(exact.x, exact.prior._replace(concentration=torch.ones(1, dtype=torch.float64)))
+    single = to_datatree(
+        draws._replace(params=_one_component(exact.x, draws)), one, seed=1, num_predictive=0, num_prior=0
+    )
+    for of in (named, single):
+        assert of["posterior"].attrs["component_labels"] == "named"
+        assert {"probs[0, 0]"} <= set(summary(of, components=True).index)
+
+
+def test_names_of_axes_can_be_given(draws: Draws, posterior: LogPosterior) -> None:
+    names = {"probs": ["type", "symptom"]}
+    tree = to_datatree(draws, posterior, seed=1, num_predictive=0, num_prior=0, dims=names)
+    assert tree["posterior"]["probs"].dims == ("chain", "draw", "type", "symptom")
+
+
+def test_draws_of_another_program_are_refused(draws: Draws, exact: ExactPosterior) -> None:
+    three = exact.prior._replace(concentration=torch.ones(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"the draws are of the parameters .* and the program has"):
+        to_datatree(draws, program(exact.x, three), seed=1)
+
+
+def test_without_arviz_it_says_what_to_install(
+    draws: Draws, posterior: LogPosterior, tree: Any, monkeypatch: Any
+) -> None:
+    def refuse(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    for call in (lambda: to_datatree(draws, posterior, seed=1), lambda: summary(tree), lambda: loo(tree)):
+        with pytest.raises(ImportError, match=r"pip install 'mixproof\[compare\]'"):
+            call()
