@@ -1,15 +1,18 @@
-"""Effective draws a second of CPU time: our samplers beside Pyro's and NumPyro's, on one model, data and thread.
+"""Effective draws a second of CPU time: our samplers beside Pyro's, NumPyro's and nutpie, on one model, data, thread.
 
 A mixture of 3 diagonal Gaussians under a conjugate prior, 300 rows in 2 dimensions. The effective draws are those of
 the worst of all parameters, components ordered by their first location in each draw. The time is the process's CPU time
-from the call to the draws, with warm-up and compilation; what compilation took of it is in the column beside it where
-it can be told. Each sampler runs in a process of its own with one thread.
+from the call to the draws, with warm-up; what compiling took, where it can be told, is in a column of its own and not
+in the rate. Each sampler runs in a process of its own with one thread.
+
+    python benchmarks/samplers.py [--only gibbs hmc] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from typing import Any
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "NUMBA_NUM_THREADS")
 NUM_ROWS, NUM_COMPONENTS = 300, 3
+OWN = ("gibbs", "hmc")
 
 
 def problem() -> tuple[Any, Any]:
@@ -42,7 +46,23 @@ def problem() -> tuple[Any, Any]:
     return x, prior
 
 
-def ours(name: str, **settings: Any) -> tuple[dict[str, Any], float]:
+Found = tuple[dict[str, Any], float]
+"""Draws by site, (C, S, ...), and the seconds that compiling took."""
+
+
+def conjugate(**settings: Any) -> Found:
+    import torch
+
+    from mixproof.inference.gibbs import gibbs
+    from mixproof.models import gaussian_diagonal
+
+    x, prior = problem()
+    generator = torch.Generator().manual_seed(1)
+    draws = gibbs(gaussian_diagonal, x, prior, num_components=NUM_COMPONENTS, generator=generator, **settings)
+    return {site: value.numpy() for site, value in draws.params.items()}, 0.0
+
+
+def ours(name: str, **settings: Any) -> Found:
     from mixproof.inference.hmc import hmc
     from mixproof.inference.nuts import nuts
     from mixproof.models import gaussian_diagonal
@@ -54,7 +74,7 @@ def ours(name: str, **settings: Any) -> tuple[dict[str, Any], float]:
     return {site: value.numpy() for site, value in draws.params.items()}, 0.0
 
 
-def numpyro_nuts(num_chains: int, num_warmup: int, num_draws: int) -> tuple[dict[str, Any], float]:
+def numpyro_nuts(num_chains: int, num_warmup: int, num_draws: int) -> Found:
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     import jax
     import jax.numpy as jnp
@@ -93,10 +113,34 @@ def numpyro_nuts(num_chains: int, num_warmup: int, num_draws: int) -> tuple[dict
     return {site: jax.device_get(value) for site, value in sampler.get_samples(group_by_chain=True).items()}, compiling
 
 
-RUNS: dict[str, Callable[[], tuple[dict[str, Any], float]]] = {
+def nutpie_nuts(num_chains: int, num_warmup: int, num_draws: int) -> Found:
+    import nutpie
+    import pymc as pm
+
+    rows, hyper = problem()
+    prior = type(hyper)(*(value.numpy() for value in hyper))
+    with pm.Model() as model:
+        weights = pm.Dirichlet("weights", prior.concentration)
+        shape = (NUM_COMPONENTS, rows.shape[1])
+        variances = pm.InverseGamma("variances", prior.shape, prior.rate, shape=shape)
+        locs = pm.Normal("locs", prior.loc, pm.math.sqrt(variances / prior.strength), shape=shape)
+        parts = pm.logp(pm.Normal.dist(locs, pm.math.sqrt(variances)), rows.numpy()[:, None]).sum(-1)
+        pm.Potential("x", pm.math.logsumexp(pm.math.log(weights) + parts, axis=1).sum())
+    began = time.process_time()
+    compiled = nutpie.compile_pymc_model(model)
+    compiling = time.process_time() - began
+    found = nutpie.sample(
+        compiled, chains=num_chains, tune=num_warmup, draws=num_draws, cores=1, seed=1, progress_bar=False
+    )
+    return {site: found.posterior[site].values for site in ("weights", "variances", "locs")}, compiling
+
+
+RUNS: dict[str, Callable[[], Found]] = {
+    "gibbs": partial(conjugate, num_chains=128, num_warmup=50, num_draws=500),
     "hmc": partial(ours, "hmc", num_chains=64, num_warmup=200, num_draws=500),
     "Pyro NUTS": partial(ours, "nuts", num_chains=1, num_warmup=150, num_draws=250),
     "NumPyro NUTS": partial(numpyro_nuts, 4, 500, 2000),
+    "nutpie": partial(nutpie_nuts, 4, 500, 2000),
 }
 
 
@@ -122,7 +166,7 @@ def measure(name: str) -> dict[str, Any]:
     problem()  # imports are no part of it
     began = time.process_time()
     params, compiling = RUNS[name]()
-    seconds = time.process_time() - began
+    seconds = time.process_time() - began - compiling
     ess = effective_draws(params)
     return {"seconds": seconds, "compiling": compiling, "ess": ess, "ess_a_second": ess / seconds}
 
@@ -146,11 +190,12 @@ def main() -> None:
             print(f"{name}: {run.stderr.strip().splitlines()[-1]}")
             continue
         found[name] = json.loads(run.stdout.splitlines()[-1])
-    print(f"{'sampler':<14}{'CPU s':>9}{'compiling':>11}{'worst ESS':>11}{'ESS/s':>9}{'hmc is ahead by':>17}")
+    heads = "".join(f"{f'{name} is ahead by':>20}" for name in OWN)
+    print(f"{'sampler':<14}{'CPU s':>9}{'compiling':>11}{'worst ESS':>11}{'ESS/s':>10}{heads}")
     for name, each in found.items():
-        ahead = found["hmc"]["ess_a_second"] / each["ess_a_second"] if "hmc" in found else float("nan")
-        numbers = f"{each['seconds']:>9.1f}{each['compiling']:>11.1f}{each['ess']:>11.0f}{each['ess_a_second']:>9.1f}"
-        print(f"{name:<14}{numbers}{ahead:>17.1f}")
+        numbers = f"{each['seconds']:>9.1f}{each['compiling']:>11.1f}{each['ess']:>11.0f}{each['ess_a_second']:>10.1f}"
+        rates = (found[own]["ess_a_second"] / each["ess_a_second"] if own in found else math.nan for own in OWN)
+        print(f"{name:<14}{numbers}{''.join(f'{rate:>20.1f}' for rate in rates)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
 
