@@ -1,4 +1,4 @@
-"""The command line: ``mixproof verify``, ``mixproof fit`` and ``mixproof sample``.
+"""The command line: ``mixproof verify``, ``mixproof fit``, ``mixproof compare`` and ``mixproof sample``.
 
 Results go to stdout, progress to stderr. Exit code 0: it holds, or it is done; 1: refuted; 2: bad input.
 """
@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from mixproof.inference import tables
+from mixproof.inference import comparison, tables
 from mixproof.inference.dataset import Dataset, read_at_once, sample_rows, share
 from mixproof.inference.distributed import Group, is_first, rank_and_size, together
 from mixproof.inference.em import em
@@ -53,7 +53,7 @@ Device = Annotated[str, typer.Option(help="The torch device to compute on, cpu o
 
 @app.callback()
 def main() -> None:
-    """Verify, fit and sample mixture models."""
+    """Verify, fit, compare and sample mixture models."""
 
 
 @app.command()
@@ -244,6 +244,125 @@ def fit(
     _stdout().print(table)
 
 
+@app.command()
+def compare(
+    data: Annotated[
+        Path, typer.Argument(help="The rows: .csv, .parquet, a folder of .parquet, .npy, .npz or .safetensors.")
+    ],
+    family: Annotated[list[str], typer.Option(help="A family, such as gaussian_full; may be repeated.")],
+    components: Annotated[
+        list[str],
+        typer.Option("-k", "--components", help="K, or 1-6 for all from 1 to 6; of two latents, 3,2. May be repeated."),
+    ],
+    prior: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON: hyperparameters by name, under the name of each family; a concentration that is a number is "
+            "for all components. A family left out has the weakly informative prior on the scale of the data."
+        ),
+    ] = None,
+    settings: Annotated[Path | None, typer.Option(help="JSON with the settings of families that have any.")] = None,
+    starts: Annotated[int, typer.Option(min=1, help="Starts of EM by k-means++; the best fit is kept.")] = 10,
+    chains: Annotated[int, typer.Option(min=1, help="Chains of the Gibbs sampler.")] = 8,
+    draws: Annotated[int, typer.Option(min=4, help="Draws kept of each chain, after as many that are not.")] = 500,
+    moves: Annotated[int, typer.Option(min=1, help="Moves of each particle a temperature, for the evidence.")] = 15,
+    plot: Annotated[Path | None, typer.Option(help="Draw the table there: .png, .pdf or .svg.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Compare mixtures on one data set: BIC, AIC, ICL, LOO, evidence, posterior probability, stacking weight.
+
+    Prints the priors besides, on which evidence and probability depend. Ctrl-C keeps the candidates done so far.
+    """
+    with _errors():
+        if plot is not None:
+            if plot.suffix not in (".png", ".pdf", ".svg"):
+                raise ValueError(f"a plot is drawn to .png, .pdf or .svg, not to {plot.name}")
+            if not plot.parent.is_dir():
+                raise ValueError(f"there is no folder {plot.parent} to draw {plot.name} to: make it first")
+        candidates, rows = _candidates(data, family, components, prior, settings)
+        found = comparison.compare(
+            candidates,
+            rows,
+            seed=seed,
+            num_starts=starts,
+            num_chains=chains,
+            num_draws=draws,
+            num_warmup=draws,
+            evidence={"num_moves": moves},
+            progress=True,
+        )
+        if plot is not None:
+            found.plot().savefig(plot)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+    else:
+        _stdout().print(found)
+    if found.interrupted:
+        raise typer.Exit(130)
+
+
+def _candidates(
+    data: Path, names: list[str], components: list[str], prior: Path | None, settings: Path | None
+) -> tuple[list[comparison.Candidate], Tensor]:
+    """Return a candidate for each family and number of components, and the rows (N, D)."""
+    given = tables.read_params(settings) if settings else {}
+    priors = tables.read_params(prior) if prior else {}
+    if unknown := sorted(set(priors) - set(names)):
+        raise ValueError(f"{prior} names {', '.join(unknown)}, and the families are {', '.join(names)}")
+    chosen, unused = {}, set(given)
+    for name in names:
+        chosen[name], rest = _family(name, given)
+        unused &= rest.keys()
+    if unused:
+        raise ValueError(f"{settings} names {', '.join(sorted(unused))}, which are no settings of {', '.join(names)}")
+    whole = read_at_once(Dataset(chosen[names[0]], tables.open_rows(data)))
+    assert whole is not None
+    x = whole.x.to(torch.float64)
+    sizes = dict.fromkeys(size for text in components for size in _sizes(text, len(x)))
+    candidates = []
+    for name, family in chosen.items():
+        for size in sizes:
+            called = f"{name} K = {size if isinstance(size, int) else ', '.join(map(str, size))}"
+            if name in priors:
+                own = _prior(family.Prior, priors[name], size, f"the prior of {name}")
+            elif hasattr(family, "weakly_informative_prior"):
+                check_num_components(size, len(x))
+                own = family.weakly_informative_prior(x, size)
+            else:
+                raise ValueError(
+                    f"the data do not scale a prior of {name}, whose parts they do not tell apart: give one by --prior"
+                )
+            candidates.append(comparison.Candidate(family, size, own, called))
+    return candidates, x
+
+
+def _sizes(text: str, num_rows: int) -> list[int | tuple[int, ...]]:
+    """Return all K from 1 to 6 for 1-6, and what ``_num_components`` reads otherwise."""
+    if found := re.fullmatch(r"(\d+)-(\d+)", text):
+        first, last = (check_num_components(int(end), num_rows) for end in found.groups())
+        if first > last:
+            raise ValueError(f"-k {text} counts down: write {last}-{first}")
+        return list(range(first, last + 1))
+    return [_num_components(text, num_rows)]
+
+
+def _prior(kind: Any, given: Any, size: int | tuple[int, ...], words: str) -> Any:
+    """Return a prior from its hyperparameters by name, a concentration repeated for K components."""
+    if not isinstance(given, dict) or given.keys() != set(kind._fields):
+        raise ValueError(f"{words} must be an object with the fields {', '.join(kind._fields)}, not {given!r}")
+    values = {}
+    for place, (name, value) in enumerate((name, given[name]) for name in kind._fields):
+        if isinstance(value, dict):  # the prior of a part
+            part = size[place] if isinstance(size, tuple) else size
+            values[name] = _prior(get_type_hints(kind)[name], value, part, f"{name} of {words}")
+        elif name == "concentration" and isinstance(value, int | float):
+            values[name] = [float(value)] * (size if isinstance(size, int) else 1)
+        else:
+            values[name] = value
+    return kind(**values)
+
+
 def _family(name: str, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the family with its settings taken from what a file gives, and the rest of it."""
     known = families()
@@ -332,7 +451,7 @@ def _errors() -> Iterator[None]:
     """Turn bad input into one sentence on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" in process {rank}"
         Console(stderr=True).print(f"error{where}: {error}", style="red", highlight=False, markup=False)

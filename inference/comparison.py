@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console, Group
 from rich.table import Table
@@ -18,6 +19,7 @@ from rich.text import Text
 from torch import Tensor
 
 from mixproof.inference.datatree import loo, to_datatree
+from mixproof.inference.draws import Draws
 from mixproof.inference.em import Fit, responsibilities
 from mixproof.inference.evidence import Evidence, log_evidence, posterior_probabilities
 from mixproof.inference.gibbs import gibbs
@@ -63,12 +65,17 @@ class Row(NamedTuple):
     aic: float | None
     """2 num_parameters - 2 log_likelihood; the lower, the better."""
     icl: float | None
-    """bic + 2 times the entropy of p(z | x, params), summed over rows (Biernacki, Celeux and Govaert 2000; McLachlan and
-    Peel 2000, section 6.10.3). The lower, the better. mclust counts only the surprise at the most probable z."""
+    """bic + 2 times the entropy of p(z | x, params), summed over rows (Biernacki, Celeux and Govaert 2000, IEEE TPAMI
+    22; McLachlan and Peel 2000, section 6.10.3). The lower, the better. In the place of the entropy mclust has
+    sum_n -log max_k p(z_n = k | x_n, params)."""
     elpd_loo: float | None
     """sum_n log p(x_n | all other rows), by Pareto-smoothed importance sampling; the higher, the better."""
     elpd_loo_standard_error: float | None
     """Over rows, as another sample of so many rows would change it."""
+    elpd_loo_difference: float | None
+    """Below the highest; 0 for that one."""
+    elpd_loo_difference_standard_error: float | None
+    """Of the difference, over rows."""
     max_pareto_k: float | None
     """The largest shape of the tails of the importance ratios of a row."""
     num_high_pareto_k: int | None
@@ -108,6 +115,8 @@ class Comparison:
     num_rows: int
     """N."""
     seed: int
+    interrupted: bool
+    """Whether candidates are missing because the run was interrupted from the keyboard."""
 
     def __rich__(self) -> Group:
         table = Table(box=None, pad_edge=False)
@@ -124,7 +133,8 @@ class Comparison:
         legend = Text(
             "* the best by this criterion; LOO and log evidence are the better the higher, the others the lower"
         )
-        return Group(table, legend, *(Text(f"warning: {sentence}", "yellow") for sentence in self.warnings))
+        priors = [Text(f"prior of {candidate.name}: {_shown(candidate.prior)}", "dim") for candidate in self.candidates]
+        return Group(table, legend, *priors, *(Text(f"warning: {words}", "yellow") for words in self.warnings))
 
     def __str__(self) -> str:
         console = Console(width=160, color_system=None, force_terminal=False, force_jupyter=False)
@@ -133,7 +143,7 @@ class Comparison:
         return capture.get().rstrip()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as plain Python values for JSON: rows, warnings, priors, fitted parameters, the seed."""
+        """Return the comparison as plain Python values for JSON, with the priors and the fitted parameters."""
         rows = []
         for row, candidate in zip(self.rows, self.candidates, strict=True):
             fit = self.fits.get(row.name)
@@ -143,7 +153,13 @@ class Comparison:
                 "params": None if fit is None else plain(fit.params._asdict()),
             }
             rows.append(row._asdict() | more)
-        return {"num_rows": self.num_rows, "seed": self.seed, "candidates": rows, "warnings": list(self.warnings)}
+        return {
+            "num_rows": self.num_rows,
+            "seed": self.seed,
+            "interrupted": self.interrupted,
+            "candidates": rows,
+            "warnings": list(self.warnings),
+        }
 
     def plot(self) -> Figure:
         """Return a figure of the criteria, each in a panel, better always to the right.
@@ -168,6 +184,7 @@ def compare(
     num_chains: int = 8,
     num_draws: int = 500,
     num_warmup: int = 500,
+    max_thinning: int = 16,
     temperatures: Sequence[float] | None = None,
     evidence: Mapping[str, Any] | None = None,
     probabilities: Mapping[str, float] | None = None,
@@ -175,8 +192,8 @@ def compare(
 ) -> Comparison:
     """Fit candidate mixtures to one data set and put what each criterion says of them into one table.
 
-    Each is fitted by EM from several starts (log likelihood, BIC, AIC, ICL), drawn from by Gibbs sampling (LOO, stacking
-    weights, diagnostics), and integrated by ``log_evidence`` (evidence, posterior probability).
+    Each is fitted by EM from several starts (log likelihood, BIC, AIC, ICL), its posterior is drawn from by Gibbs
+    sampling (LOO, stacking weights, diagnostics) and integrated by ``log_evidence`` (evidence, posterior probability).
 
     Args:
         candidates: at least one, each under a name of its own and with a proper prior.
@@ -185,6 +202,8 @@ def compare(
         num_starts: of EM, by k-means++.
         max_steps: the largest number of EM steps from each.
         num_chains, num_draws, num_warmup, temperatures: as ``gibbs`` takes them.
+        max_thinning: chains that do not agree, or whose draws are worth too little, run again four times as long, of
+            which every fourth draw is kept, and again while that is not more than this.
         evidence: the settings of ``log_evidence`` that are to be others than its defaults; ``{"method": "bridge"}``
             takes the draws of the Gibbs chains.
         probabilities: by name, the probability of each candidate before the data, in any unit; None takes all alike.
@@ -206,8 +225,9 @@ def compare(
         raise ValueError(
             f"probabilities must be given for each candidate by its name, not for {', '.join(probabilities)}"
         )
-    sampling = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
-    runs = _Runs(num_starts, max_steps, {**sampling, "temperatures": temperatures}, dict(evidence or {}), progress)
+    chains = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
+    sampling: dict[str, Any] = {**chains, "max_thinning": max_thinning, "temperatures": temperatures}
+    runs = _Runs(num_starts, max_steps, sampling, dict(evidence or {}), progress)
     seeds = torch.randint(2**31, (len(candidates),), generator=torch.Generator().manual_seed(seed)).tolist()
     studies: list[_Study] = []
     sentences: list[str] = []
@@ -228,30 +248,33 @@ def compare(
     posterior = posterior_probabilities(evidences, chosen) if evidences else {}
     elpds = {study.name: study.elpd for study in studies if study.elpd is not None}
     ranking = stats.compare(elpds) if len(elpds) > 1 else None
-    rows = tuple(
-        study.row._replace(
-            probability=posterior.get(study.name, (None, None))[0],
-            probability_standard_error=posterior.get(study.name, (None, None))[1],
-            stacking_weight=None
-            if study.elpd is None
-            else 1.0
-            if ranking is None
-            else float(ranking.loc[study.name, "weight"]),
-        )
-        for study in studies
-    )
+    rows = []
+    for study in studies:
+        row = study.row
+        if study.name in posterior:
+            probability, error = posterior[study.name]
+            row = row._replace(probability=probability, probability_standard_error=error)
+        if study.name in elpds:
+            found = {"weight": 1.0, "elpd_diff": 0.0, "dse": 0.0} if ranking is None else ranking.loc[study.name]
+            row = row._replace(
+                stacking_weight=float(found["weight"]),
+                elpd_loo_difference=float(found["elpd_diff"]),
+                elpd_loo_difference_standard_error=float(found["dse"]),
+            )
+        rows.append(row)
     for study in studies:
         sentences += study.sentences
     done = tuple(study.candidate for study in studies)
     sentences += [*_disagreements(rows, ranking), *_gaps(rows, done)]
     return Comparison(
-        rows,
+        tuple(rows),
         tuple(sentences),
         done,
         {study.name: study.fit for study in studies if study.fit is not None},
         {study.name: study.tree for study in studies if study.tree is not None},
         len(x),
         seed,
+        len(studies) < len(candidates),
     )
 
 
@@ -314,8 +337,8 @@ def _check(candidates: Sequence[Candidate], x: Any) -> Tensor:
         kinds[data_support(candidate.family, rows.shape[1]).is_discrete] = candidate.name
     if len(kinds) > 1:
         raise ValueError(
-            f"{kinds[True]} gives the data probabilities and {kinds[False]} gives them densities, which have a unit: no "
-            "criterion compares the two"
+            f"{kinds[True]} gives the data probabilities and {kinds[False]} gives them densities, which have a unit: "
+            "no criterion compares the two"
         )
     return rows
 
@@ -328,9 +351,10 @@ def _study(candidate: Candidate, x: Tensor, seed: int, runs: _Runs) -> _Study:
     model = partial(family.model, num_components=size, prior=prior)
     posterior = LogPosterior(model, x)
     sentences: list[str] = []
-    row = Row(name, **dict.fromkeys(Row._fields[1:]))._replace(num_parameters=posterior.size)
+    unknown: dict[str, Any] = dict.fromkeys(Row._fields)
+    row = Row(**unknown | {"name": name, "num_parameters": posterior.size})
     with _in_words(sentences, name):
-        fit, tree, elpd, evidence = None, None, None, None
+        draws, fit, tree, elpd, evidence = None, None, None, None, None
         with _failing(sentences, name, "EM"):
             starts = [family.init_params(x, size, generator) for _ in range(runs.num_starts)]
             fit, _, failures = em_restarts(family, x, starts, max_steps=runs.max_steps, progress=runs.progress)
@@ -339,13 +363,9 @@ def _study(candidate: Candidate, x: Tensor, seed: int, runs: _Runs) -> _Study:
                 last = failures[max(failures)]
                 sentences.append(f"{name}: {len(failures)} of {runs.num_starts} starts of EM failed, the last: {last}")
         with _failing(sentences, name, "Gibbs sampling"):
-            draws = gibbs(
-                family, x, prior, num_components=size, generator=generator, progress=runs.progress, **runs.sampling
-            )
-            if draws.attributes["num_draws"] < runs.sampling["num_draws"]:
-                raise KeyboardInterrupt  # which gibbs answers with what it has, too little to stand beside the others
-            tree = to_datatree(draws, posterior, seed=seed, family=family, num_predictive=0, num_prior=0)
-            row = row._replace(**_diagnostics(tree, sentences, name))
+            draws, tree, found, complaints = _sample(family, x, prior, size, posterior, generator, runs)
+            row = row._replace(**found)
+            sentences += [f"{name}: {complaint}" for complaint in complaints]
             if len(posterior.program.latents) == 1:
                 empty = float(at_draws(posterior, draws.params, _num_empty)["empty"].mean())
                 row = row._replace(num_empty_components=empty)
@@ -393,7 +413,7 @@ def _failing(sentences: list[str], name: str, run: str) -> Iterator[None]:
         sentences.append(f"{name}: {run} failed: {error}")
 
 
-def _likelihood_criteria(family: Any, fit: Fit, x: Tensor, num_parameters: int) -> dict[str, float]:
+def _likelihood_criteria(family: Any, fit: Fit, x: Tensor, num_parameters: int) -> dict[str, Any]:
     log_lik = float(fit.log_lik[-1])
     resp = responsibilities(family, fit.params, x)
     entropy = -float(torch.special.xlogy(resp, resp).sum())
@@ -401,34 +421,67 @@ def _likelihood_criteria(family: Any, fit: Fit, x: Tensor, num_parameters: int) 
     return {"log_likelihood": log_lik, "bic": bic, "aic": 2 * num_parameters - 2 * log_lik, "icl": bic + 2 * entropy}
 
 
-def _diagnostics(tree: DataTree, sentences: list[str], name: str) -> dict[str, float]:
-    """Return the worst R-hat and effective sample size of what needs no labels, and say where they are bad."""
+def _sample(
+    family: Any,
+    x: Tensor,
+    prior: Any,
+    size: int | tuple[int, ...],
+    posterior: LogPosterior,
+    generator: torch.Generator,
+    runs: _Runs,
+) -> tuple[Draws, DataTree, dict[str, Any], list[str]]:
+    """Return draws, thinned so far that they are worth enough or as far as may be, with what is to be said of them."""
+    num_draws, thinning = runs.sampling["num_draws"], 1
+    while True:
+        draws = gibbs(
+            family,
+            x,
+            prior,
+            num_components=size,
+            num_chains=runs.sampling["num_chains"],
+            num_draws=thinning * num_draws,
+            num_warmup=thinning * runs.sampling["num_warmup"],
+            temperatures=runs.sampling["temperatures"],
+            generator=generator,
+            progress=runs.progress,
+        )
+        if draws.attributes["num_draws"] < thinning * num_draws:
+            raise KeyboardInterrupt  # which gibbs answers with what it has, too little to stand beside the others
+        draws = Draws(
+            {site: value[:, ::thinning] for site, value in draws.params.items()},
+            {name: value[:, ::thinning] for name, value in draws.sample_stats.items()},
+            draws.attributes | {"thinning": thinning, "num_draws": num_draws},
+        )
+        tree = to_datatree(draws, posterior, seed=0, family=family, num_predictive=0, num_prior=0)
+        found, complaints = _diagnostics(tree)
+        if not complaints or 4 * thinning > runs.sampling["max_thinning"]:
+            return draws, tree, found, complaints
+        thinning *= 4
+
+
+def _diagnostics(tree: DataTree) -> tuple[dict[str, Any], list[str]]:
+    """Return the worst R-hat and effective sample size of what needs no labels, and what is bad about them."""
     stats = _arviz_stats()
     quantities = tree["label_invariant"].to_dataset()
     varying = quantities[[key for key, value in quantities.items() if float(value.max() - value.min()) > 0]]
     with warnings.catch_warnings():
-        # an entry that is the same in all draws, as a weight of 1, has no R-hat; it comes out as NaN and is passed over
+        # an entry that is the same in all draws has no R-hat; it comes out as NaN and is passed over
         warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
         rhats = {str(key): float(value.max()) for key, value in stats.rhat(varying).data_vars.items()}
-        ess = min(
-            float(value.min())
-            for method in ("bulk", "tail")
-            for value in stats.ess(varying, method=method).data_vars.values()
-        )
+        sizes = [stats.ess(varying, method=method) for method in ("bulk", "tail")]
+    ess = min(float(value.min()) for size in sizes for value in size.data_vars.values())
     worst = max(rhats, key=lambda key: rhats[key])
-    if rhats[worst] > MAX_RHAT:
-        sentences.append(
-            f"{name}: R-hat of {worst} is {rhats[worst]:.2f}, above {MAX_RHAT}: the chains do not agree, and LOO and "
-            "stacking rest on them; raise num_warmup and num_draws, or give more temperatures"
+    complaints = []
+    if rhats[worst] > MAX_RHAT or ess < MIN_EFFECTIVE_DRAWS:
+        complaints.append(
+            f"the chains do not agree, or their draws are worth too little: R-hat of {worst} is {rhats[worst]:.3f} "
+            f"(at most {MAX_RHAT}), the draws are worth {ess:.0f} independent ones (at least {MIN_EFFECTIVE_DRAWS}), "
+            "and LOO and stacking rest on them; raise num_draws or max_thinning, or give temperatures"
         )
-    if ess < MIN_EFFECTIVE_DRAWS:
-        sentences.append(
-            f"{name}: the draws are worth {ess:.0f} independent ones, below {MIN_EFFECTIVE_DRAWS}: raise num_draws"
-        )
-    return {"max_rhat": rhats[worst], "min_effective_draws": ess}
+    return {"max_rhat": rhats[worst], "min_effective_draws": ess}, complaints
 
 
-def _loo(elpd: Any, sentences: list[str], name: str) -> dict[str, float]:
+def _loo(elpd: Any, sentences: list[str], name: str) -> dict[str, Any]:
     largest, num_high = float(elpd.pareto_k.max()), int((elpd.pareto_k > elpd.good_k).sum())
     if num_high:
         sentences.append(
@@ -463,6 +516,21 @@ def _by_name(prior: Any) -> Any:
     return {name: _by_name(value) for name, value in prior._asdict().items()} if hasattr(prior, "_asdict") else prior
 
 
+def _shown(prior: Any) -> str:
+    """Return hyperparameters in a line, one number for entries that are all the same."""
+    parts = []
+    for name, value in prior._asdict().items():
+        if hasattr(value, "_asdict"):
+            parts.append(f"{name} ({_shown(value)})")
+            continue
+        array = np.asarray(value, dtype=np.float64)
+        if (array == array.flat[0]).all():
+            array = array.reshape(-1)[:1].reshape(())
+        text = np.array2string(array, formatter={"float_kind": "{:.4g}".format}, separator=", ", threshold=36)
+        parts.append(f"{name} {' '.join(text.split())}")
+    return ", ".join(parts)
+
+
 def _best(rows: Sequence[Row], criterion: str) -> Row | None:
     known = [(value, -place, row) for place, row in enumerate(rows) if (value := CRITERIA[criterion](row)) is not None]
     return max(known)[2] if known else None
@@ -480,20 +548,20 @@ def _disagreements(rows: Sequence[Row], ranking: Any) -> list[str]:
             parts.append(f"{' and '.join(filter(None, [', '.join(own[:-1]), own[-1]]))} {verb} {name}")
         sentences.append(f"the criteria disagree: {'; '.join(parts)}")
     if ranking is not None:
-        second = ranking.iloc[1]
-        if second["elpd_diff"] < 2 * second["dse"]:
-            sentences.append(
-                f"LOO does not tell {ranking.index[0]} from {ranking.index[1]}: {second['elpd_diff']:.1f} apart with a "
-                f"standard error of {second['dse']:.1f}"
-            )
-    ordered = sorted((row for row in rows if row.log_evidence is not None), key=lambda row: -row.log_evidence)
-    if len(ordered) > 1:
-        first, other = ordered[:2]
-        gap = first.log_evidence - other.log_evidence
-        error = math.hypot(first.log_evidence_standard_error, other.log_evidence_standard_error)
+        gap, error = ranking["elpd_diff"].iloc[1], ranking["dse"].iloc[1]
         if gap < 2 * error:
             sentences.append(
-                f"the log evidences of {first.name} and {other.name} are {gap:.2f} apart with a standard error of "
+                f"LOO does not tell {ranking.index[0]} from {ranking.index[1]}: {gap:.1f} apart, with a standard error "
+                f"of {error:.1f}"
+            )
+    evidences = [(row.log_evidence, row.log_evidence_standard_error or 0.0, row.name) for row in rows]
+    ordered = sorted(((-value, error, name) for value, error, name in evidences if value is not None))
+    if len(ordered) > 1:
+        (first, first_error, best_name), (second, second_error, second_name) = ordered[:2]
+        gap, error = second - first, math.hypot(first_error, second_error)
+        if gap < 2 * error:
+            sentences.append(
+                f"the log evidences of {best_name} and {second_name} are {gap:.2f} apart with a standard error of "
                 f"{error:.2f}: this run does not say which is the larger; raise num_replicates or num_moves"
             )
     return sentences
@@ -508,17 +576,17 @@ def _gaps(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[str]:
             families.setdefault(id(candidate.family), []).append((candidate.num_components, row))
     for members in families.values():
         ladder = sorted(members, key=lambda member: member[0])
-        known = [(size, row) for size, row in ladder if row.log_likelihood is not None]
-        for (few, before), (many, after) in itertools.pairwise(known):
-            if few < many and after.log_likelihood < before.log_likelihood - 1e-6 * abs(before.log_likelihood):
+        known = [(size, row.log_likelihood, row.name) for size, row in ladder if row.log_likelihood is not None]
+        for (few, lower, before), (many, higher, after) in itertools.pairwise(known):
+            if few < many and higher < lower - 1e-8 * abs(lower):
                 sentences.append(
-                    f"the log likelihood falls from {before.name} to {after.name}, which contains it: EM has missed the "
-                    "highest maximum; raise num_starts"
+                    f"the log likelihood falls from {before} to {after}, which contains it: EM has missed "
+                    "the highest maximum; raise num_starts"
                 )
         largest = ladder[-1][0]
         if ladder[0][0] < largest:
             last = [row.name for size, row in ladder if size == largest]
-            at_end = [name for name in CRITERIA if (row := _best(rows, name)) is not None and row.name in last]
+            at_end = [name for name in CRITERIA if (best := _best(rows, name)) is not None and best.name in last]
             if at_end:
                 verb = "prefers" if len(at_end) == 1 else "prefer"
                 sentences.append(
@@ -554,35 +622,38 @@ COLUMNS: dict[str, tuple[str | None, Callable[[Row], str]]] = {
 
 
 def _plot(rows: Sequence[Row], figure: Figure) -> Figure:
-    places = list(range(len(rows)))
-    axes = figure.subplots(1, 4, sharey=True)
-    for label, marker in (("bic", "o"), ("aic", "s"), ("icl", "^")):
-        known = [(value, place) for place, row in enumerate(rows) if (value := getattr(row, label)) is not None]
-        least = min((value for value, _ in known), default=0.0)
-        axes[0].plot([value - least for value, _ in known], [place for _, place in known], marker, label=label.upper())
-    axes[0].set(title="information criteria", xlabel="above the lowest")
-    axes[0].invert_xaxis()
-    axes[0].legend()
-    panels = [
-        (axes[1], "elpd_loo", "LOO", "expected log predictive density"),
-        (axes[2], "log_evidence", "evidence", "log evidence"),
-        (axes[3], "probability", "posterior probability", "probability"),
-    ]
-    for panel, field, title, words in panels:
-        known = [
-            (place, getattr(row, field), getattr(row, f"{field}_standard_error")) for place, row in zip(places, rows)
-        ]
-        known = [point for point in known if point[1] is not None]
-        if known:
-            where, values, errors = zip(*known, strict=True)
-            panel.errorbar(values, where, xerr=errors, fmt="o", capsize=3, label=title)
-        panel.set(title=title, xlabel=words)
-    known = [(row.stacking_weight, place) for place, row in enumerate(rows) if row.stacking_weight is not None]
-    axes[3].plot([value for value, _ in known], [place for _, place in known], "x", label="stacking weight")
-    axes[3].set(xlim=(-0.05, 1.05))
-    axes[3].legend()
-    axes[0].set_yticks(places, [row.name for row in rows])
-    axes[0].invert_yaxis()
-    for panel in axes:
+    criteria, loo_panel, evidence, probabilities = figure.subplots(1, 4, sharey=True)
+    places = range(len(rows))
+
+    def points(panel: Any, field: str, error: str | None = None, sign: int = 1, shift: float = 0, **style: Any) -> None:
+        values = [getattr(row, field) for row in rows]
+        errors = [0.0 if error is None else getattr(row, error) for row in rows]
+        known = [place for place in places if values[place] is not None]
+        panel.errorbar(
+            [sign * values[place] - shift for place in known],
+            known,
+            xerr=None if error is None else [errors[place] for place in known],
+            linestyle="none",
+            capsize=3,
+            **style,
+        )
+
+    for name, marker in (("bic", "o"), ("aic", "s"), ("icl", "^")):
+        least = min((value for row in rows if (value := getattr(row, name)) is not None), default=0.0)
+        points(criteria, name, shift=least, marker=marker, label=name.upper(), alpha=0.7)
+    criteria.set(title="information criteria", xlabel="above the lowest")
+    criteria.invert_xaxis()
+    criteria.legend()
+    points(loo_panel, "elpd_loo_difference", "elpd_loo_difference_standard_error", sign=-1, marker="o")
+    loo_panel.set(title="LOO", xlabel="elpd, below the highest")
+    points(evidence, "log_evidence", "log_evidence_standard_error", marker="o")
+    evidence.set(title="evidence", xlabel="log p(x)")
+    points(probabilities, "probability", "probability_standard_error", marker="o", label="posterior probability")
+    points(probabilities, "stacking_weight", marker="x", label="stacking weight")
+    probabilities.set(title="share of a candidate", xlabel="probability or weight", xlim=(-0.05, 1.05))
+    probabilities.legend()
+    criteria.set_yticks(list(places), [row.name for row in rows])
+    criteria.invert_yaxis()
+    for panel in (criteria, loo_panel, evidence, probabilities):
         panel.grid(axis="y", alpha=0.3)
     return figure

@@ -1,0 +1,409 @@
+"""The table of candidates: each column by another route, and each warning by what it must see."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from mixproof.inference import comparison
+from mixproof.inference.comparison import Candidate, Comparison, compare
+from mixproof.inference.evidence import Evidence
+from mixproof.inference.exact_evidence import exact_log_evidence
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.validation import check_prior, example_params
+from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied
+
+if TYPE_CHECKING:
+    from tests.conftest import Case
+
+DATA = Path(__file__).parent / "data"
+QUICK: dict[str, Any] = {"num_chains": 4, "num_draws": 250, "num_warmup": 100, "max_thinning": 1}
+QUICK["evidence"] = {"num_replicates": 8, "num_chains": 8, "num_moves": 8}
+
+
+def candidate(family: Any, size: int, x: Tensor, name: str | None = None) -> Candidate:
+    return Candidate(family, size, family.weakly_informative_prior(x, size), name or f"{family.__name__} {size}")
+
+
+def tiny(num_rows: int = 7) -> Tensor:
+    """Two groups so close that rows of one may be of the other."""
+    return torch.cat(
+        [torch.linspace(-2, 0, num_rows // 2), torch.linspace(0.7, 2.4, num_rows - num_rows // 2)]
+    ).double()[:, None]
+
+
+@pytest.fixture(scope="module")
+def of_tiny() -> tuple[Tensor, Comparison]:
+    x = tiny()
+    return x, compare([candidate(gaussian_diagonal, size, x, f"K = {size}") for size in (1, 2)], x, seed=0, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [(gaussian_full, "full"), (gaussian_tied, "tied"), (gaussian_diagonal, "diag"), (gaussian_spherical, "spherical")],
+)
+def test_information_criteria_as_scikit_learn_has_them(family: Any, shape: Any, real_data: dict[str, Tensor]) -> None:
+    x = real_data["iris"][::3]
+    found = compare([candidate(family, 2, x, "two")], x, seed=1, **QUICK)
+    params = found.fits["two"].params
+    other = GaussianMixture(2, covariance_type=shape)
+    other.weights_, other.means_, other.covariances_ = (value.numpy() for value in params)
+    covariances = torch.as_tensor(other.covariances_)
+    precisions = covariances.inverse() if shape in ("full", "tied") else 1 / covariances
+    other.precisions_cholesky_ = (
+        torch.linalg.cholesky(precisions).numpy() if shape in ("full", "tied") else precisions.sqrt().numpy()
+    )
+    (row,) = found.rows
+    assert row.log_likelihood == pytest.approx(other.score(x) * len(x), rel=1e-10)
+    assert row.num_parameters == other._n_parameters()
+    assert row.bic == pytest.approx(other.bic(x), rel=1e-10)
+    assert row.aic == pytest.approx(other.aic(x), rel=1e-10)
+    resp = other.predict_proba(x)
+    entropy = -sum(r * math.log(r) for r in resp.ravel() if r > 0)
+    assert row.icl == pytest.approx(other.bic(x) + 2 * entropy, rel=1e-10)
+
+
+def test_information_criteria_of_iris_as_mclust_prints_them(real_data: dict[str, Tensor]) -> None:
+    """mclust's BIC is 2 log L - p log N: -574.0178 for VVV, 2 on its reference page of mclustBIC."""
+    x = real_data["iris"]
+    found = compare([candidate(gaussian_full, 2, x, "VVV, 2")], x, seed=1, **QUICK)
+    assert found.rows[0].bic == pytest.approx(574.0178, abs=1e-3)
+
+
+def test_the_evidence_is_that_of_all_allocations(of_tiny: tuple[Tensor, Comparison]) -> None:
+    x, found = of_tiny
+    for row, chosen in zip(found.rows, found.candidates, strict=True):
+        exact = exact_log_evidence(chosen.family, x, chosen.prior, num_components=chosen.num_components)
+        assert row.log_evidence_standard_error is not None
+        assert 0 < row.log_evidence_standard_error < 0.2
+        assert abs(row.log_evidence - exact.item()) < 4 * row.log_evidence_standard_error
+
+
+def test_posterior_probabilities_are_those_of_exact_evidences(of_tiny: tuple[Tensor, Comparison]) -> None:
+    x, found = of_tiny
+    exact = torch.stack(
+        [
+            exact_log_evidence(each.family, x, each.prior, num_components=each.num_components)
+            for each in found.candidates
+        ]
+    ).softmax(0)
+    assert sum(row.probability or 0 for row in found.rows) == pytest.approx(1, abs=1e-12)
+    for row, probability in zip(found.rows, exact.tolist(), strict=True):
+        assert row.probability is not None
+        assert row.probability_standard_error is not None
+        assert abs(row.probability - probability) < 4 * row.probability_standard_error
+
+
+def test_probabilities_before_the_data_enter(of_tiny: tuple[Tensor, Comparison]) -> None:
+    x, found = of_tiny
+    odds = 3.0
+    other = compare(found.candidates, x, seed=0, probabilities={"K = 1": 1.0, "K = 2": odds}, **QUICK)
+    (before, after) = ([row.probability or 0.0 for row in each.rows] for each in (found, other))
+    assert after[1] / after[0] == pytest.approx(odds * before[1] / before[0], rel=1e-10)
+
+
+def test_loo_is_that_of_leaving_rows_out(of_tiny: tuple[Tensor, Comparison]) -> None:
+    """log p(x_n | others) = log p(x) - log p(others), by summing all allocations; the error is that of 6 seeds."""
+    x, found = of_tiny
+    for chosen in found.candidates:
+        whole = exact_log_evidence(chosen.family, x, chosen.prior, num_components=chosen.num_components)
+        exact = 0.0
+        for row in range(len(x)):
+            others = torch.cat([x[:row], x[row + 1 :]])
+            part = exact_log_evidence(chosen.family, others, chosen.prior, num_components=chosen.num_components)
+            exact += (whole - part).item()
+        few = {**QUICK, "evidence": {"num_replicates": 2, "num_chains": 2, "num_moves": 1}}
+        runs = [compare([chosen], x, seed=seed, **few).rows[0].elpd_loo for seed in range(6)]
+        values = np.array(runs, dtype=np.float64)
+        error = values.std(ddof=1) / math.sqrt(len(values))
+        assert abs(values.mean() - exact) < 5 * error
+        assert error < 0.05  # so that it can be wrong
+    assert all(row.max_pareto_k is not None and row.max_pareto_k < 0.7 for row in found.rows)
+
+
+def test_stacking_weights_maximise_the_log_score_of_the_mixture(of_tiny: tuple[Tensor, Comparison]) -> None:
+    """Two candidates: one weight, by a grid, on the leave-one-out densities of the trees."""
+    _, found = of_tiny
+    stats = comparison._arviz_stats()
+    densities = []
+    for name in ("K = 1", "K = 2"):
+        elpd = comparison.loo(found.trees[name], pointwise=True)
+        densities.append(np.exp(np.asarray(elpd.elpd_i)))
+    grid = np.linspace(0, 1, 100_001)
+    scores = sum(np.log((1 - grid) * first + grid * second) for first, second in zip(*densities, strict=True))
+    assert stats is not None
+    weights = [row.stacking_weight or 0 for row in found.rows]
+    assert sum(weights) == pytest.approx(1, abs=1e-6)
+    assert np.interp(weights[1], grid, scores) == pytest.approx(scores.max(), abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_table_and_another_does_not(of_tiny: tuple[Tensor, Comparison]) -> None:
+    x, found = of_tiny
+    assert compare(found.candidates, x, seed=0, **QUICK).rows == found.rows
+    assert compare(found.candidates, x, seed=1, **QUICK).rows != found.rows
+
+
+def test_the_table_the_json_and_the_plot_say_the_same(of_tiny: tuple[Tensor, Comparison]) -> None:
+    _, found = of_tiny
+    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    lines = str(found).splitlines()
+    for row, entry in zip(found.rows, document["candidates"], strict=True):
+        assert {name: entry[name] for name in row._fields} == row._asdict()
+        line = next(line for line in lines if line.startswith(row.name))
+        assert f"{row.log_evidence:.2f} ± {row.log_evidence_standard_error:.2f}" in line
+        assert f"{row.bic:.1f}" in line
+        assert f"{row.elpd_loo:.1f} ± {row.elpd_loo_standard_error:.1f}" in line
+        assert entry["prior"].keys() == set(gaussian_diagonal.Prior._fields)
+        assert any(line.startswith(f"prior of {row.name}: concentration 1, loc ") for line in lines)
+    panels = found.plot().axes
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [row.name for row in found.rows]
+    drawn = panels[2].containers[0].lines[0].get_xdata()
+    np.testing.assert_allclose(drawn, [row.log_evidence for row in found.rows])
+
+
+def test_the_number_of_components_that_made_the_data_is_found() -> None:
+    """Three groups ten standard deviations apart: whatever the seed, nothing else is left."""
+    truth = gaussian_spherical.Params(
+        torch.full((3,), 1 / 3).double(), torch.tensor([[0, 0], [10, 0], [0, 10]]).double(), torch.ones(3).double()
+    )
+    x, _ = gaussian_spherical.sample(truth, 90, torch.Generator().manual_seed(3))
+    found = compare([candidate(gaussian_spherical, size, x) for size in (2, 3, 4)], x, seed=0, **QUICK)
+    best = max(found.rows, key=lambda row: row.log_evidence or -math.inf)
+    assert best is found.rows[1]
+    assert best.probability is not None
+    assert best.probability > 0.5
+    assert found.rows[0].probability is not None
+    assert found.rows[0].probability < 1e-6
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_weakly_informative_priors_are_proper_and_on_the_scale_of_the_data(case: Case, size: int) -> None:
+    if not hasattr(case.family, "weakly_informative_prior"):
+        assert case.num_weights > 1
+        return
+    x = case.data(3, 60)
+    prior = case.family.weakly_informative_prior(x, size)
+    check_prior(case.family, prior, example_params(case.family, size, x)[0])
+    posterior = LogPosterior(case.program(size, prior), x)
+    assert posterior.draw_prior(50, seed=0).isfinite().all()
+    if not case.has_real_data:
+        return
+    moved = case.family.weakly_informative_prior(x + 3, size)
+    torch.testing.assert_close(moved.loc, prior.loc + 3)
+    for name, value in prior._asdict().items():
+        if name != "loc":
+            torch.testing.assert_close(getattr(moved, name), value)
+
+
+def test_the_univariate_prior_has_the_hyperparameters_of_the_mclust_book() -> None:
+    """Galaxies, K = 3: sigma2 ~ IG(3/2, 2.3187/2) and mean 20.831 in chapter 7; the strength is ours."""
+    x = torch.tensor(np.loadtxt(DATA / "galaxies_roeder1990.txt").reshape(-1, 1))
+    for family, rate in ((gaussian_diagonal, "rate"), (gaussian_spherical, "rate"), (gaussian_full, "scale")):
+        prior = family.weakly_informative_prior(x, 3)
+        assert prior.loc.item() == pytest.approx(20.831, abs=5e-4)
+        half = 2 if rate == "rate" else 1
+        assert half * getattr(prior, rate).item() == pytest.approx(2.3187, abs=5e-5)
+        assert prior.strength.item() == pytest.approx(1 / 9)
+
+
+def test_one_variance_has_the_same_prior_in_every_gaussian_family() -> None:
+    """So that full and diagonal with D = 1 are one model, of one evidence; exactly."""
+    x = tiny(8)
+    values = [
+        exact_log_evidence(family, x, family.weakly_informative_prior(x, 2), num_components=2).item()
+        for family in (gaussian_full, gaussian_diagonal, gaussian_spherical)
+    ]
+    assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-12)
+
+
+def test_a_column_without_scale_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="column 1 of x is constant"):
+        gaussian_full.weakly_informative_prior(torch.tensor([[1.0, 2.0], [2.0, 2.0]]).double(), 2)
+    with pytest.raises(ValueError, match="one row says nothing"):
+        gaussian_diagonal.weakly_informative_prior(torch.ones(1, 2).double(), 1)
+
+
+def test_bad_candidates_are_refused_before_any_run() -> None:
+    x = tiny()
+    good = candidate(gaussian_diagonal, 2, x, "two")
+    with pytest.raises(ValueError, match="no candidates"):
+        compare([], x, seed=0)
+    with pytest.raises(ValueError, match="several candidates are called two"):
+        compare([good, good], x, seed=0)
+    with pytest.raises(ValueError, match="one has no prior: under a flat one the evidence is not defined"):
+        compare([good, good._replace(prior=None, name="one")], x, seed=0)
+    improper = good.prior._replace(shape=torch.zeros(1).double())
+    with pytest.raises(ValueError, match="two: the prior does not define a distribution"):
+        compare([good._replace(prior=improper)], x, seed=0)
+    with pytest.raises(TypeError, match="two: the prior of this family"):
+        compare([good._replace(prior=(1, 2))], x, seed=0)
+    with pytest.raises(ValueError, match="probabilities must be given for each candidate"):
+        compare([good], x, seed=0, probabilities={"other": 1.0})
+    bits = (x > 0).double()
+    with pytest.raises(ValueError, match="densities, which have a unit"):
+        compare([candidate(bernoulli, 1, bits, "bits"), good], bits, seed=0)
+
+
+def test_without_arviz_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "arviz_stats", None)
+    x = tiny()
+    with pytest.raises(ImportError, match=r"pip install 'mixproof\[compare\]'"):
+        compare([candidate(gaussian_diagonal, 1, x)], x, seed=0)
+
+
+def planted(**changes: Any) -> comparison.Row:
+    row = dict.fromkeys(comparison.Row._fields) | {"name": "A", "num_parameters": 2} | changes
+    return comparison.Row(**row)
+
+
+def test_disagreement_is_said_with_who_prefers_what() -> None:
+    first = planted(name="A", bic=10.0, aic=9.0, icl=11.0, elpd_loo=-5.0, log_evidence=-7.0)
+    second = planted(name="B", bic=11.0, aic=8.0, icl=12.0, elpd_loo=-4.0, log_evidence=-6.0)
+    (sentence,) = comparison._disagreements([first, second], None)[:1]
+    assert sentence == "the criteria disagree: BIC and ICL prefer A; AIC, LOO and the evidence prefer B"
+    agreeing = second._replace(bic=9.0, icl=10.0, log_evidence=-6.0, log_evidence_standard_error=0.01)
+    assert comparison._disagreements([first, agreeing], None) == []
+
+
+def test_evidences_within_their_error_are_said_to_be() -> None:
+    rows = [
+        planted(name=name, log_evidence=value, log_evidence_standard_error=0.2)
+        for name, value in (("A", -7.0), ("B", -6.9))
+    ]
+    (sentence,) = comparison._disagreements(rows, None)
+    assert sentence.startswith("the log evidences of B and A are 0.10 apart with a standard error of 0.28")
+    assert comparison._disagreements([rows[0], rows[1]._replace(log_evidence=-6.0)], None) == []
+
+
+def test_a_likelihood_that_falls_and_a_best_at_the_end_are_said() -> None:
+    x = tiny()
+    candidates = [candidate(gaussian_diagonal, size, x, str(size)) for size in (1, 2, 3)]
+    rows = [
+        planted(name=str(size), log_likelihood=value, aic=-value) for size, value in ((1, -9.0), (2, -5.0), (3, -6.0))
+    ]
+    (sentence,) = comparison._gaps(rows, candidates)
+    assert sentence.startswith("the log likelihood falls from 2 to 3, which contains it")
+    rows[2] = rows[2]._replace(log_likelihood=-4.0, aic=0.0)
+    (sentence,) = comparison._gaps(rows, candidates)
+    assert sentence == "AIC prefers 3, the largest K of its family here: try larger ones"
+
+
+def test_bad_runs_are_said_for_the_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two far groups of a few rows and five components: what each run finds wrong with it comes out in words."""
+    x = torch.tensor([0.0, 0.1, 0.2, 8.0, 8.1, 8.25]).double()[:, None]
+    few = {
+        **QUICK,
+        "num_draws": 20,
+        "num_warmup": 5,
+        "evidence": {"num_replicates": 2, "num_chains": 2, "num_moves": 1},
+    }
+    found = compare([candidate(gaussian_diagonal, 5, x, "five")], x, seed=0, max_steps=2, **few)
+    for words in (
+        "starts of EM failed",
+        "have no row",
+        "worth too little: R-hat of",
+        "standard error of the log evidence",
+    ):
+        assert any(sentence.startswith("five: ") and words in sentence for sentence in found.warnings), words
+    alone = torch.cat([tiny(), torch.tensor([[40.0]]).double()])
+    own = gaussian_diagonal.weakly_informative_prior(tiny(), 1)
+    found = compare([Candidate(gaussian_diagonal, 1, own, "one")], alone, seed=0, **QUICK)
+    assert found.rows[0].num_high_pareto_k == 1
+    assert any(sentence.startswith("one: 1 of 8 rows have a Pareto k above") for sentence in found.warnings)
+
+
+def test_em_that_has_not_converged_is_said(real_data: dict[str, Tensor]) -> None:
+    x = real_data["faithful"][::4]
+    found = compare([candidate(gaussian_full, 2, x, "two")], x, seed=0, max_steps=2, **QUICK)
+    assert any("two: the best start has not converged after 2 steps" in sentence for sentence in found.warnings)
+    good = compare([candidate(gaussian_full, 2, x, "two")], x, seed=0, **QUICK)
+    assert not any("converged" in sentence for sentence in good.warnings)
+
+
+def test_what_fails_for_one_candidate_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, real = tiny(), comparison.log_evidence
+
+    def fails_for_two(model: Any, *args: Any, **settings: Any) -> Evidence:
+        if model.keywords["num_components"] == 2:
+            raise RuntimeError("the particles do not move")
+        return real(model, *args, **settings)
+
+    monkeypatch.setattr(comparison, "log_evidence", fails_for_two)
+    found = compare([candidate(gaussian_diagonal, size, x, f"K = {size}") for size in (1, 2)], x, seed=0, **QUICK)
+    assert "K = 2: the evidence failed: the particles do not move" in found.warnings
+    first, second = found.rows
+    assert second.log_evidence is None
+    assert second.probability is None
+    assert second.elpd_loo is not None
+    assert first.probability == 1
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert "K = 2" in str(found)
+    found.plot()
+
+
+@pytest.mark.parametrize("run", ["em_restarts", "gibbs", "log_evidence"])
+def test_an_interrupt_keeps_what_is_done(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, real, calls = tiny(), getattr(comparison, run), []
+
+    def interrupted(*args: Any, **settings: Any) -> Any:
+        calls.append(run)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **settings)
+
+    monkeypatch.setattr(comparison, run, interrupted)
+    candidates = [candidate(gaussian_diagonal, size, x, f"K = {size}") for size in (1, 2, 3)]
+    found = compare(candidates, x, seed=0, **QUICK)
+    assert found.interrupted
+    assert [row.name for row in found.rows] == ["K = 1"]
+    assert found.warnings[0] == "interrupted, which leaves out K = 2, K = 3"
+    calls[:] = [run]
+    with pytest.raises(KeyboardInterrupt):
+        compare(candidates, x, seed=0, **QUICK)
+
+
+def test_a_chain_cut_short_by_an_interrupt_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gibbs`` returns what it has, with a warning, which would be a row of a few draws."""
+    x, real = tiny(), comparison.gibbs
+
+    def cut(*args: Any, **settings: Any) -> Any:
+        if settings["num_components"] == 1:
+            return real(*args, **settings)
+        warnings.warn("interrupted after 7 of 250 draws from each chain, which are returned", stacklevel=2)
+        return real(*args, **{**settings, "num_draws": 7})
+
+    monkeypatch.setattr(comparison, "gibbs", cut)
+    found = compare([candidate(gaussian_diagonal, size, x, f"K = {size}") for size in (1, 2)], x, seed=0, **QUICK)
+    assert [row.name for row in found.rows] == ["K = 1"]
+    assert found.interrupted
+
+
+def test_bridge_sampling_from_the_chains_gives_the_same_evidence(of_tiny: tuple[Tensor, Comparison]) -> None:
+    x, found = of_tiny
+    other = compare(found.candidates, x, seed=4, **{**QUICK, "evidence": {"method": "bridge"}})
+    for row, chosen in zip(other.rows, found.candidates, strict=True):
+        exact = exact_log_evidence(chosen.family, x, chosen.prior, num_components=chosen.num_components)
+        assert row.log_evidence is not None
+        assert row.log_evidence_standard_error is not None
+        assert abs(row.log_evidence - exact.item()) < 4 * row.log_evidence_standard_error
+
+
+def test_every_family_is_compared(case: Case) -> None:
+    x = case.data(5, 30)
+    size = case.num_components(2)
+    prior = case.prior(2, 2) if not hasattr(case.family, "weakly_informative_prior") else None
+    prior = prior or case.family.weakly_informative_prior(x, size)
+    few = {**QUICK, "num_draws": 50, "evidence": {"num_replicates": 2, "num_chains": 4, "num_moves": 2}}
+    (row,) = compare([Candidate(case.family, size, prior, case.name)], x, seed=0, num_starts=3, **few).rows
+    needed = set(row._fields) - {"num_empty_components"}
+    assert [name for name in sorted(needed) if getattr(row, name) is None] == []
