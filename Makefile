@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: verify test test-all lint types pdf notebooks mutants power bench clean
+.PHONY: verify test test-all lint types pdf notebooks mutants power calibration bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -49,6 +49,11 @@ power: $(VENV)/installed
 	mkdir -p build
 	$(BIN)/python benchmarks/power.py --json build/power.json
 
+# Samplers on data from the prior, 1,000 times for each family, and planted faults by what sees them.
+calibration: $(VENV)/installed
+	mkdir -p build
+	$(BIN)/python benchmarks/calibration.py --json build/calibration.json
+
 # Ratios to scikit-learn and other peers, each in one run; SIZE_ROWS=100000000 needs 13 GB of disk.
 SIZE_ROWS ?= 20000000
 bench: $(VENV)/installed
@@ -59,6 +64,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/acceleration.py --json build/acceleration.json
 	$(BIN)/python benchmarks/lloyd.py --json build/lloyd.json
 	$(BIN)/python benchmarks/distributed.py --json build/distributed.json
+	$(BIN)/python benchmarks/samplers.py --json build/samplers.json
 	$(BIN)/python benchmarks/size.py --rows $(SIZE_ROWS) --folder build/size --json build/size.json
 
 clean:

@@ -130,7 +130,8 @@ study.plot()
 rows = []
 for factor in (1 / 3, 1.0, 3.0):
     widened = [
-        candidate._replace(prior=candidate.prior._replace(rate=candidate.prior.rate * factor)) for candidate in candidates
+        candidate._replace(prior=candidate.prior._replace(rate=candidate.prior.rate * factor))
+        for candidate in candidates
     ]
     evidences = {
         candidate.num_components: log_evidence(
@@ -175,7 +176,8 @@ chosen = torch.arange(0, 1000, 20)
 densities = torch.stack(
     [
         gaussian_diagonal.log_joint(
-            gaussian_diagonal.Params(*(draws.params[name][chain, draw] for name in gaussian_diagonal.Params._fields)), grid
+            gaussian_diagonal.Params(*(draws.params[name][chain, draw] for name in gaussian_diagonal.Params._fields)),
+            grid,
         ).logsumexp(1)
         for chain in range(4)
         for draw in chosen

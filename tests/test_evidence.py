@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 NUM_SEEDS = 50
 RARE = 1e-4
 """How often a right estimate may fail one of the tests here over all seeds."""
-SMALL = {"num_replicates": 32, "num_chains": 8, "num_moves": 7}
+SMALL: dict[str, Any] = {"num_replicates": 32, "num_chains": 8, "num_moves": 7}
 
 
 def seeded(seed: int) -> torch.Generator:
