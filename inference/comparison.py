@@ -247,7 +247,12 @@ def compare(
     chosen = None if probabilities is None else {name: probabilities[name] for name in evidences}
     posterior = posterior_probabilities(evidences, chosen) if evidences else {}
     elpds = {study.name: study.elpd for study in studies if study.elpd is not None}
-    ranking = stats.compare(elpds) if len(elpds) > 1 else None
+    ranking = None
+    if len(elpds) > 1:
+        with warnings.catch_warnings():
+            # arviz-stats 0.8 sorts a table of its own in place, which pandas 3.1 announces to drop
+            warnings.filterwarnings("ignore", "The inplace keyword in DataFrame.sort_values", DeprecationWarning)
+            ranking = stats.compare(elpds)
     rows = []
     for study in studies:
         row = study.row
@@ -331,9 +336,15 @@ def _check(candidates: Sequence[Candidate], x: Any) -> Tensor:
                 "improper. Give a proper one, such as family.weakly_informative_prior(x, num_components)"
             )
         try:
-            check_prior(candidate.family, candidate.prior, example_params(candidate.family, size, rows)[0])
+            params, _ = example_params(candidate.family, size, rows)
+            prior = check_prior(candidate.family, candidate.prior, params)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{candidate.name}: {error}") from error
+        if not candidate.family.log_prior(params, prior).isfinite():
+            raise ValueError(
+                f"{candidate.name}: the prior is improper, for it has no density inside its support: the evidence is not "
+                "defined; is a strength 0?"
+            )
         kinds[data_support(candidate.family, rows.shape[1]).is_discrete] = candidate.name
     if len(kinds) > 1:
         raise ValueError(
@@ -452,7 +463,8 @@ def _sample(
             {name: value[:, ::thinning] for name, value in draws.sample_stats.items()},
             draws.attributes | {"thinning": thinning, "num_draws": num_draws},
         )
-        tree = to_datatree(draws, posterior, seed=0, family=family, num_predictive=0, num_prior=0)
+        moments_of = family if draws.params.keys() == set(family.Params._fields) else None
+        tree = to_datatree(draws, posterior, seed=0, family=moments_of, num_predictive=0, num_prior=0)
         found, complaints = _diagnostics(tree)
         if not complaints or 4 * thinning > runs.sampling["max_thinning"]:
             return draws, tree, found, complaints

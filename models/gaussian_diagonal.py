@@ -282,4 +282,4 @@ def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
     """
     loc, covariance, shrinkage = data_scale(x, num_components)
     rate = covariance.diagonal() * shrinkage / 2
-    return Prior(loc.new_ones(num_components), loc, shrinkage, torch.full_like(rate, 1.5), rate)
+    return Prior(loc.new_ones(num_components), loc, loc.new_tensor(0.01), torch.full_like(rate, 1.5), rate)

@@ -415,4 +415,4 @@ def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
     """
     loc, covariance, shrinkage = data_scale(x, num_components)
     df = loc.new_tensor(x.shape[1] + 2)
-    return Prior(loc.new_ones(num_components), loc, shrinkage, df, covariance * shrinkage)
+    return Prior(loc.new_ones(num_components), loc, loc.new_tensor(0.01), df, covariance * shrinkage)

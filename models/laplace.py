@@ -275,7 +275,7 @@ def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
     """Return a proper prior on the scale of rows x (N, D), as ``DataScale`` says, deviations in the place of variances.
 
     Mean scales are the mean absolute deviations from the medians over K^(1 / D), with the smallest whole shape for
-    which there is a mean; the locations scatter about the medians by those deviations.
+    which there is a mean; the locations scatter about the medians ten times as far as the rows of a component.
 
     Raises:
         ValueError: as ``data_scale``.
@@ -283,4 +283,4 @@ def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
     _, _, shrinkage = data_scale(x, num_components)
     loc = x.median(0).values
     rate = (x - loc).abs().mean(0) * shrinkage.sqrt()
-    return Prior(loc.new_ones(num_components), loc, shrinkage.sqrt(), torch.full_like(rate, 2), rate)
+    return Prior(loc.new_ones(num_components), loc, loc.new_tensor(0.1), torch.full_like(rate, 2), rate)

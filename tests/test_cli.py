@@ -479,3 +479,117 @@ def test_a_subject_that_is_none_is_bad_input(subjects: Path, reference: str, wor
     assert words in " ".join(found.stderr.split())
     both = run("verify", f"{subjects}:right", "--problem", "P3")
     assert both.exit_code == 2
+
+
+QUICK_COMPARISON = ("--starts", 3, "--chains", 2, "--draws", 60, "--moves", 4)
+
+
+@pytest.fixture
+def eruptions(tmp_path: Path) -> Path:
+    """The durations of every fourth eruption of Old Faithful."""
+    table = pyarrow.csv.read_csv(DATA / "faithful.csv")
+    file = tmp_path / "eruptions.csv"
+    pyarrow.csv.write_csv(table.select(table.column_names[:1]).take(list(range(0, len(table), 4))), file)
+    return file
+
+
+def test_candidates_are_compared_on_a_table_and_in_json(eruptions: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "comparison.svg"
+    command = ("compare", eruptions, "-k", "1-2", "--family", "gaussian_diagonal", "--family", "laplace", "--seed", 2)
+    shown = run(*command, *QUICK_COMPARISON, "--plot", picture)
+    assert shown.exit_code == 0, shown.output
+    assert picture.read_text().count("gaussian_diagonal K = 2") == 1
+    document = json.loads(run(*command, *QUICK_COMPARISON, "--json").stdout)
+    names = [f"{family} K = {size}" for family in ("gaussian_diagonal", "laplace") for size in (1, 2)]
+    assert [row["name"] for row in document["candidates"]] == names
+    for row in document["candidates"]:
+        line = next(line for line in shown.stdout.splitlines() if line.startswith(row["name"]))
+        assert f"{row['log_likelihood']:.2f}" in line
+        assert f"{row['log_evidence']:.2f} ± {row['log_evidence_standard_error']:.2f}" in line
+        assert f"prior of {row['name']}: concentration 1, " in shown.stdout
+        fitted = run("fit", eruptions, "--family", row["name"].split()[0], "-k", row["num_components"], "--json")
+        assert row["log_likelihood"] == pytest.approx(json.loads(fitted.stdout)["log_lik"], rel=1e-8)
+    assert "laplace K = 2: 4 of 4" in " ".join(shown.stderr.split())
+    assert document["candidates"][1]["probability"] > 0.5  # two kinds of eruption, seen by the eye
+    for sentence in document["warnings"]:
+        assert sentence[:60] in " ".join(shown.stdout.split())
+
+
+def test_a_prior_from_a_file_is_the_one_used(eruptions: Path, tmp_path: Path) -> None:
+    own = {"concentration": 2, "loc": [-3], "strength": 1, "shape": [2], "rate": [0.5]}
+    file = write(tmp_path / "prior.json", {"gaussian_diagonal": own})
+    command = ("compare", eruptions, "-k", 1, "-k", 2, "--family", "gaussian_diagonal", "--prior", file, "--json")
+    result = run(*command, *QUICK_COMPARISON)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [row["prior"] for row in document["candidates"]] == [
+        {**own, "concentration": [2.0] * size} for size in (1, 2)
+    ]
+    other = json.loads(run(*command[:-3], "--json", *QUICK_COMPARISON).stdout)
+    for row, default in zip(document["candidates"], other["candidates"], strict=True):
+        assert abs(row["log_evidence"] - default["log_evidence"]) > 1  # the prior matters, and is the one used
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("-k", "2-1", "--family", "laplace"), "-k 2-1 counts down: write 1-2"),
+        (("-k", "one", "--family", "laplace"), "-k takes a number"),
+        (("-k", "0-2", "--family", "laplace"), "must be at least 1"),
+        (("-k", "99", "--family", "laplace"), "need at least as many rows"),
+        (("-k", "1", "--family", "poisson"), "there is no family 'poisson'"),
+        (("-k", "1", "--family", "bernoulli"), "outside the support of this family"),
+        (("-k", "1,2", "--family", "gaussian_sum"), "the data do not scale a prior of gaussian_sum"),
+        (("-k", "1", "--family", "gaussian_isotropic"), "needs its setting variance"),
+        (("-k", "1", "--family", "laplace", "--plot", "table.txt"), "to .png, .pdf or .svg"),
+        (("-k", "1", "--family", "laplace", "--plot", "nowhere/table.png"), "there is no folder nowhere"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused_in_words(
+    arguments: tuple[str, ...], words: str, eruptions: Path
+) -> None:
+    result = run("compare", eruptions, *arguments)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"laplace": {}}, "names laplace, and the families are gaussian_diagonal"),
+        ({"gaussian_diagonal": {"loc": [3]}}, "must be an object with the fields concentration, loc, strength"),
+        ({"gaussian_diagonal": None}, "must be an object with the fields"),
+        (
+            {"gaussian_diagonal": {"concentration": 1, "loc": [3], "strength": 0, "shape": [2], "rate": [1]}},
+            "gaussian_diagonal K = 1: the prior is improper",
+        ),
+    ],
+)
+def test_a_prior_that_is_none_is_refused_in_words(given: Any, words: str, eruptions: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "prior.json", given)
+    result = run("compare", eruptions, "-k", 1, "--family", "gaussian_diagonal", "--prior", file)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+
+
+def test_an_interrupted_comparison_shows_what_is_done(eruptions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = cli.comparison.log_evidence, []
+
+    def interrupted(*args: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **settings)
+
+    monkeypatch.setattr(cli.comparison, "log_evidence", interrupted)
+    result = run("compare", eruptions, "-k", "1-3", "--family", "laplace", *QUICK_COMPARISON)
+    assert result.exit_code == 130
+    assert "laplace K = 1 " in result.stdout
+    assert "interrupted, which leaves out laplace K = 2, laplace K = 3" in " ".join(result.stdout.split())
+
+
+def test_without_arviz_the_command_says_how_to_get_it(eruptions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "arviz_stats", None)
+    result = run("compare", eruptions, "-k", 1, "--family", "laplace")
+    assert result.exit_code == 2
+    assert "ArviZ is not installed: pip install 'mixproof[compare]'" in " ".join(result.stderr.split())
