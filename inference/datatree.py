@@ -235,10 +235,10 @@ def _predict(
 
 
 def _draw_prior(posterior: LogPosterior, num_draws: int, seed: int) -> dict[str, Tensor] | None:
-    """Return draws (1, num_draws, *shape) of the prior by site, or None of an improper one."""
+    """Return draws (1, num_draws, *shape) of the prior by site, or None of one that cannot be drawn from."""
     try:
         return posterior.constrain(posterior.draw_prior(num_draws, seed=seed)[None])
-    except NotImplementedError:
+    except ValueError:
         return None
 
 
