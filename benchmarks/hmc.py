@@ -49,7 +49,8 @@ def ours(name: str, **settings: Any) -> tuple[dict[str, Any], float]:
 
     x, prior = problem()
     model = partial(gaussian_diagonal.model, num_components=NUM_COMPONENTS, prior=prior)
-    draws = {"hmc": hmc, "nuts": nuts}[name](model, x, seed=1, **settings)
+    samplers: dict[str, Callable[..., Any]] = {"hmc": hmc, "nuts": nuts}
+    draws = samplers[name](model, x, seed=1, **settings)
     return {site: value.numpy() for site, value in draws.params.items()}, 0.0
 
 

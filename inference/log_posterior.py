@@ -67,7 +67,8 @@ class LogPosterior:
         with torch.no_grad():
             log_joint_table(model, self.program, example, *args)  # says in words what a graph could not
         self.size = len(self.coordinates.inverse(example))
-        self._plates = {frame.name for frame in trace.nodes[self.program.latents[0]]["cond_indep_stack"]}
+        plates = {frame.name for frame in trace.nodes[self.program.latents[0]]["cond_indep_stack"]}
+        self.factors = [name for name, site in trace.nodes.items() if _is_factor(site, plates)]
         self._graphs: dict[Any, Callable[..., Any]] = {}
         self._by_point = False
 
@@ -138,9 +139,9 @@ class LogPosterior:
                 ``pyro.factor`` or an observation outside the rows, so that the program does not draw from it.
         """
         draws = self.draw_sites(num_draws, seed=seed)
-        if factors := [name for name, site in self._nodes.items() if self._is_factor(name, site)]:
+        if self.factors:
             raise ValueError(
-                f"the prior includes the density of {', '.join(factors)}, which the program does not draw from: "
+                f"the prior includes the density of {', '.join(self.factors)}, which the program does not draw from: "
                 "put it into the distributions of the parameters"
             )
         return draws
@@ -154,8 +155,8 @@ class LogPosterior:
 
         def draw(_: Tensor) -> Tensor:
             with _ProperSites():
-                self._nodes: Any = poutine.trace(self.model).get_trace(*self.args).nodes
-            return self.coordinates.inverse({name: self._nodes[name]["value"] for name in self.program.supports})
+                nodes: Any = poutine.trace(self.model).get_trace(*self.args).nodes
+            return self.coordinates.inverse({name: nodes[name]["value"] for name in self.program.supports})
 
         with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*self.args), seeded(seed):
             draw(torch.zeros(()))
@@ -166,12 +167,6 @@ class LogPosterior:
                     return torch.func.vmap(draw, randomness="different")(numbers)
             except RuntimeError:  # it branches on what it draws, or torch has no such draw for batches
                 return torch.stack([draw(number) for number in numbers])
-
-    def _is_factor(self, name: str, site: Mapping[str, Any]) -> bool:
-        if site["type"] != "sample" or not site["is_observed"] or site["infer"].get("_deterministic"):
-            return False
-        plates = {frame.name for frame in site["cond_indep_stack"]}
-        return name not in self.program.supports and not plates & self._plates
 
 
 class _ProperSites(Messenger):
@@ -202,6 +197,13 @@ def _drawn(distribution: Any) -> Tensor:
     uniform = torch.rand_like(shape).clamp(min=torch.finfo(shape.dtype).tiny)
     gamma = torch._standard_gamma(shape + 1)
     return (gamma.log() + uniform.log() / shape).softmax(-1)
+
+
+def _is_factor(site: Mapping[str, Any], plates: set[str]) -> bool:
+    """Whether a site adds to the density outside the plates of the rows without being drawn."""
+    if site["type"] != "sample" or not site["is_observed"] or site["infer"].get("_deterministic"):
+        return False
+    return type(site["fn"]).__name__ != "_Subsample" and not plates & {frame.name for frame in site["cond_indep_stack"]}
 
 
 def _is_parameter(site: Mapping[str, Any]) -> bool:

@@ -92,11 +92,14 @@ def test_families_agree_with_their_formulas(case: Case) -> None:
         likelihood = case.family.log_joint(params, x).logsumexp(-1).sum()
         return case.family.log_prior(params, prior) + posterior.coordinates.log_jacobian(point), likelihood
 
+    def tempered(power: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda point: parts(point)[0] + power * parts(point)[1]
+
     by_hand = [parts(point) for point in u]
     assert_close(found.log_prior, torch.stack([each[0] for each in by_hand]).detach())
     assert_close(found.log_likelihood, torch.stack([each[1] for each in by_hand]).detach())
     for point, power, slope in zip(u, temperature, found.gradient, strict=True):
-        expected = by_autograd(lambda v, power=power: parts(v)[0] + power * parts(v)[1], point[None])[0]
+        expected = by_autograd(tempered(power), point[None])[0]
         assert_close(slope, expected)
     jacobian = torch.stack([jacobian_by_autograd(posterior, point) for point in u])
     assert_close(posterior.log_jacobian(u), jacobian)
