@@ -265,6 +265,9 @@ def compare(
     starts: Annotated[int, typer.Option(min=1, help="Starts of EM by k-means++; the best fit is kept.")] = 10,
     chains: Annotated[int, typer.Option(min=1, help="Chains of the Gibbs sampler.")] = 8,
     draws: Annotated[int, typer.Option(min=4, help="Draws kept of each chain, after as many that are not.")] = 500,
+    max_thinning: Annotated[
+        int, typer.Option(min=1, help="Chains that do not agree run up to so many times as long, and are thinned.")
+    ] = 16,
     moves: Annotated[int, typer.Option(min=1, help="Moves of each particle a temperature, for the evidence.")] = 15,
     plot: Annotated[Path | None, typer.Option(help="Draw the table there: .png, .pdf or .svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -289,6 +292,7 @@ def compare(
             num_chains=chains,
             num_draws=draws,
             num_warmup=draws,
+            max_thinning=max_thinning,
             evidence={"num_moves": moves},
             progress=True,
         )

@@ -342,8 +342,8 @@ def _check(candidates: Sequence[Candidate], x: Any) -> Tensor:
             raise type(error)(f"{candidate.name}: {error}") from error
         if not candidate.family.log_prior(params, prior).isfinite():
             raise ValueError(
-                f"{candidate.name}: the prior is improper, for it has no density inside its support: the evidence is not "
-                "defined; is a strength 0?"
+                f"{candidate.name}: the prior is improper, for it has no density inside its support, and the evidence "
+                "is not defined: is a strength 0?"
             )
         kinds[data_support(candidate.family, rows.shape[1]).is_discrete] = candidate.name
     if len(kinds) > 1:

@@ -481,7 +481,7 @@ def test_a_subject_that_is_none_is_bad_input(subjects: Path, reference: str, wor
     assert both.exit_code == 2
 
 
-QUICK_COMPARISON = ("--starts", 3, "--chains", 2, "--draws", 60, "--moves", 4)
+QUICK_COMPARISON = ("--starts", 3, "--chains", 2, "--draws", 60, "--moves", 4, "--max-thinning", 1)
 
 
 @pytest.fixture
