@@ -61,7 +61,31 @@ def capture(function: Callable[..., Any], *examples: Tensor) -> Callable[..., An
         warnings.filterwarnings("ignore", message="There is a performance drop")  # it is paid once
         graph = make_fx(torch.func.functionalize(plain))(*examples)
         graph.graph.eliminate_dead_code()
-        return _Rewriter(graph, examples).run()
+        rewritten = _Rewriter(graph, examples).run()
+        if _agree(rewritten(*examples), graph, examples):
+            return rewritten
+    warnings.warn(
+        "a captured graph came out wrong where repeated work was taken out of it, and is used as it was traced, which "
+        "is slower: please report this as a bug of mixproof",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return graph
+
+
+def _agree(found: Any, graph: fx.GraphModule, examples: Sequence[Tensor]) -> bool:
+    """Return whether results are those of a graph on its examples, to half of the digits of their type."""
+    try:
+        expected = graph(*examples)
+    except torch.linalg.LinAlgError:  # a matrix has no Cholesky factor, for which the rewritten graph has NaNs
+        return True
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        tolerance = math.sqrt(torch.finfo(b.dtype).eps)
+        size = b.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()
+        return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+
+    return all(close(a, b) for a, b in zip(tree_flatten(found)[0], tree_flatten(expected)[0], strict=True))
 
 
 class _Rewriter:

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.inference import log_posterior
+from mixproof.inference import captured_graph, log_posterior
 from mixproof.inference.captured_graph import capture
 from mixproof.inference.enumeration import log_joint_table
 from mixproof.inference.log_posterior import LogPosterior
@@ -348,3 +348,17 @@ def test_a_graph_keeps_differences_of_large_numbers() -> None:
 
     expected = torch.tensor([0.0, -50.5], dtype=torch.float64)
     assert (capture(function, m)(m) - expected).abs().max() <= 101 * 1.5e-8 * math.sqrt(101)
+
+
+def test_a_graph_that_came_out_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted fault: a rewriter that forgets the scale of each product."""
+    build = captured_graph.Product
+
+    def forgetful(shape: tuple[int, ...], scale: float, parts: Any) -> Any:
+        return build(shape, 1.0, parts)
+
+    monkeypatch.setattr(captured_graph, "Product", forgetful)
+    x = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="came out wrong"):
+        graph = capture(lambda x: (3 * x).sum(), x)
+    assert graph(x + 1) == (3 * (x + 1)).sum()
