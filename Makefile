@@ -18,10 +18,10 @@ verify: $(VENV)/installed
 	$(BIN)/mixproof verify --seed 0 --json build/report.json --html build/report.html
 
 test: lint types
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -n auto --dist worksteal -m 'not slow'
 
 test-all: lint types
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

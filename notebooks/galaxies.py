@@ -151,9 +151,10 @@ pd.DataFrame(rows).set_index("rate")
 # %% [markdown]
 # ## The groups themselves
 #
-# We look at the groups of one $K$, the one with most posterior probability in the table. Gibbs sampling with
-# tempered replicas lets the chains swap labels as they should, so that a summary of "group 1" mixes all groups.
-# Asked for it, `summary` warns; aligned draws are what it can be asked of. The density of the data needs no labels.
+# We look at the groups of one $K$, the one with most posterior probability in the table. Tempered replicas help the
+# chains from mode to mode; how often neighbours swap is printed, and R-hat says how far the summaries are to be
+# trusted. Draws that do not agree on labels cannot be asked for "group 1": `summary` would warn. Aligned draws can,
+# and the density of the data needs no labels.
 
 # %%
 best = max(study.rows, key=lambda row: row.probability)
@@ -197,3 +198,12 @@ axes.fill_between(grid[:, 0], lower, upper, alpha=0.4)
 axes.plot(grid[:, 0], middle)
 axes.set(xlabel="velocity, 1000 km/s", ylabel="density", title=f"{best.name}: median and 90 % of the posterior")
 plt.show()
+
+# %% [markdown]
+# ## What we may say
+#
+# One or two groups are out of the question. Beyond that the data narrow $K$ to four, five or six, and no further: with
+# the published prior $K = 5$ has a probability of 0.42, and none has more. A prior that expects groups a third as wide
+# in variance makes it four, one that expects them three times as wide makes it six. Leave-one-out prediction does not
+# tell the last two apart, and a criterion that asks for separate groups, ICL, sees three. So "how many groups?" is
+# answered only together with "how wide is a group?", and whoever publishes one number should publish the prior with it.

@@ -42,10 +42,10 @@ def seeded(seed: int) -> torch.Generator:
 
 def check_z_scores(z: Tensor) -> None:
     """Assert that z-scores (Z,) of right estimates have mean 0 and unit spread."""
-    z = z.numpy()
-    assert abs(z.mean()) * math.sqrt(len(z)) < scipy.stats.norm.isf(RARE / 2)
+    values = z.numpy()
+    assert abs(values.mean()) * math.sqrt(len(z)) < scipy.stats.norm.isf(RARE / 2)
     low, high = scipy.stats.chi2.ppf([RARE / 2, 1 - RARE / 2], len(z) - 1)
-    assert low < z.var(ddof=1) * (len(z) - 1) < high
+    assert low < values.var(ddof=1) * (len(z) - 1) < high
 
 
 def refuted(z: Tensor) -> bool:
@@ -349,12 +349,13 @@ def test_failures_are_said_in_words(tiny: Tiny, monkeypatch: pytest.MonkeyPatch)
 
     row = tiny.x[:, 0]
     flat = partial(gaussian_diagonal.model, num_components=2)
-    for model, data, words in [
+    cases: list[tuple[Any, Tensor, str]] = [
         (flat, tiny.x, '"weights" is improper'),
         (with_param, row, '"scale" is a pyro.param'),
         (half_observed, row, '"summary" is observed outside'),
         (impossible, row, "likelihood is positive at 0 of"),
-    ]:
+    ]
+    for model, data, words in cases:
         with pytest.raises(ValueError, match=words):
             log_evidence(model, data, seed=1, **SMALL)
     with pytest.raises(ValueError, match="num_moves must be at least 1"):

@@ -64,6 +64,7 @@ def test_all_notebooks_are_here() -> None:
         "verify_your_own_em",
         "mend_a_printed_formula",
         "compare_models",
+        "galaxies",
         "generate",
     }
     assert names <= {source.stem for source in SOURCES}
@@ -89,7 +90,13 @@ def test_committed_outputs(source: Path) -> None:
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
 
 
-@NOTEBOOKS
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(source, id=source.stem, marks=pytest.mark.slow if source.stem == "galaxies" else ())
+        for source in SOURCES
+    ],
+)
 def test_fresh_run(source: Path) -> None:
     """Run all cells; what comes out is of the committed kinds, and nothing goes to stderr."""
 
