@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mixproof.inference import comparison, tables
 from mixproof.inference.dataset import Dataset, read_at_once, sample_rows, share
@@ -430,7 +431,11 @@ def _processes(device: str) -> Iterator[tuple[Group, torch.device]]:
     target = _device(local)
     if target.type == "cuda":
         torch.cuda.set_device(target)
-    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun may keep its store over a restart, and the processes would connect to those that died
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if target.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     yield dist.group.WORLD, target
     dist.destroy_process_group()  # not after an error: that would wait for those who failed
 

@@ -191,7 +191,7 @@ def test_the_number_of_components_that_made_the_data_is_found() -> None:
     found = compare(candidates, x, seed=0, **QUICK)
     few, right, many = (row.probability or 0.0 for row in found.rows)
     assert few < 1e-6
-    assert right > 10 * many
+    assert right > 3 * many  # 6 by long runs of both methods
     assert min(found.rows, key=lambda row: row.bic or math.inf).name == "3"
 
 
@@ -418,7 +418,7 @@ def test_every_family_is_compared(case: Case) -> None:
     size = case.num_components(2)
     prior = case.prior(2, 2) if not hasattr(case.family, "weakly_informative_prior") else None
     prior = prior or case.family.weakly_informative_prior(x, size)
-    few = {**QUICK, "num_draws": 50, "evidence": {"num_replicates": 2, "num_chains": 4, "num_moves": 2}}
+    few = {**QUICK, "num_draws": 50}
     (row,) = compare([Candidate(case.family, size, prior, case.name)], x, seed=0, num_starts=3, **few).rows
     needed = set(row._fields) - {"num_empty_components"}
     assert [name for name in sorted(needed) if getattr(row, name) is None] == []
