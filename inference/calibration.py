@@ -131,9 +131,8 @@ def calibrate(
         progress: whether a bar on stderr shows the simulations.
 
     Raises:
-        NotImplementedError: a prior is improper and cannot be drawn from.
-        ValueError: the program is not as above, the engine leaves a site out or returns numbers that are not finite, or
-            there are fewer draws than ``num_ranks`` asks for.
+        ValueError: a prior is improper, the program is not as above otherwise, the engine leaves a site out or returns
+            numbers that are not finite, or there are fewer draws than ``num_ranks`` asks for.
 
     Warns:
         The draws are worth too few independent ones to judge by, or the run was interrupted: it then keeps the

@@ -60,9 +60,8 @@ def joint_distribution_test(
         A report of two checks for each quantity of ``Quantities``: the mean share and its spread, with their p-values.
 
     Raises:
-        NotImplementedError: a prior is improper and cannot be drawn from.
-        ValueError: there are too few chains or steps, the program is not as above, or the transition returns numbers
-            that are not finite.
+        ValueError: a prior is improper, there are too few chains or steps, the program is not as above, or the
+            transition returns numbers that are not finite.
     """
     if num_chains < 20 or num_steps < 1 or num_reference < 1:
         sizes = f"{num_chains} chains, {num_steps} steps and {num_reference} reference draws"

@@ -52,9 +52,8 @@ def simulate(
         params: values for all parameter sites; None to draw them.
 
     Raises:
-        NotImplementedError: a prior is improper and cannot be drawn from.
-        ValueError: a parameter is a ``pyro.param``, which has no prior, or the program does not observe one tensor of
-            the shape of x.
+        ValueError: a prior is improper and cannot be drawn from, a parameter is a ``pyro.param``, which has no prior,
+            or the program does not observe one tensor of the shape of x.
     """
     program = poutine.uncondition(model)
     if params is not None:
@@ -63,7 +62,7 @@ def simulate(
         try:
             trace: Any = poutine.trace(program).get_trace(x)
         except NotImplementedError as error:
-            raise NotImplementedError(
+            raise ValueError(
                 "a prior of the program is improper, or has no sampler, and no parameters can be drawn from it: give "
                 f"every parameter a proper prior ({str(error).splitlines()[0]})"
             ) from error
@@ -98,7 +97,7 @@ class Quantities:
         further: quantities by name, beside those above.
 
     Raises:
-        NotImplementedError, ValueError: as ``simulate`` and ``mixproof.inference.enumeration.inspect``.
+        ValueError: as ``simulate`` and ``mixproof.inference.enumeration.inspect``.
     """
 
     def __init__(

@@ -377,5 +377,5 @@ def test_programs_and_settings_that_do_not_fit_are_told() -> None:
 
 def test_improper_priors_cannot_be_drawn_from(case: Case) -> None:
     x = torch.zeros(4, 2, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="improper"):
+    with pytest.raises(ValueError, match="improper"):
         calibrate(case.program(2), independent, x, num_simulations=2, seed=SEED)
