@@ -40,11 +40,12 @@ in float64, in a log density and, relatively, in a covariance. Otherwise the pas
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 SMALL = 2**14  # numbers in a table of rows, components and features, below which preparing costs more than it saves
 
@@ -85,7 +86,7 @@ def expectation(
         return _pass(_Plain(family, params), x, row_weights, len(x))
     center = family.moments(params)[0]
     # With more features than this, products with K factors are less work.
-    most = 3 * params[0].shape[0] * x.shape[1] if hasattr(family, "prepare") else math.inf
+    most = 2 * params[0].shape[0] * x.shape[1] if hasattr(family, "prepare") else math.inf
     if hasattr(family, "features") and len(family.features(center[None], center)) <= most:
         moments = Moments(family, params, center)
         if moments.exact:
@@ -176,7 +177,7 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
     floor = 0.92 * math.log(torch.finfo(x.dtype).tiny)  # subnormal numbers are twenty times slower
     space = Workspace(x)
     log_lik = torch.zeros((), dtype=torch.float64, device=x.device)
-    total: tuple[Tensor, ...] = ()
+    total: list[list[Tensor]] = []
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk]
         lanes = rows.unflatten(0, (num_lanes if len(rows) % num_lanes == 0 else 1, -1))
@@ -194,9 +195,42 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
             log_density.mul_(weights)
             resp.mul_(weights / normaliser)
         log_lik += log_density.sum(dtype=torch.float64)
-        sums = tuple(part.sum(0, dtype=torch.float64) for part in form.sums(lanes, resp, space))
-        total = tuple(a.add_(b) for a, b in zip(total, sums, strict=True)) if total else sums
-    return Expectation(log_lik, form.statistics(total))
+        sums = _sums(form, lanes, resp, space)
+        total = tree_map(Tensor.add_, total, sums) if total else sums
+    groups = total[0] if len(total) == 1 else map(torch.cat, zip(*total, strict=True))
+    return Expectation(log_lik, form.statistics(tuple(groups)))
+
+
+def _sums(form: Any, x: Tensor, resp: Tensor, space: Workspace) -> list[list[Tensor]]:
+    """Return the sums over a chunk of rows x (L, n, D) under responsibilities (L, K, n), by group of components."""
+    if not hasattr(form, "sums_of"):
+        return [[part.sum(0, dtype=torch.float64) for part in form.sums(x, resp, space)]]
+    if x.device.type != "cpu":  # the host would have to wait for the number of a component's rows
+        return [[part.double() for part in form.sums_of(slice(None), x, resp[0], space)]]
+    return [
+        [part.sum(0, True, dtype=torch.float64) for part in form.sums_of(slice(k, k + 1), rows, own, space)]
+        for k, (rows, own) in enumerate(_own_rows(x, resp, space))
+    ]
+
+
+def _own_rows(x: Tensor, resp: Tensor, space: Workspace) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each component its rows (L, m, D) and their responsibilities (L, m).
+
+    In many dimensions most rows belong to one component, and most responsibilities are zero or next to it. If half of
+    the rows or more have less than eps^3 of a component's largest responsibility r, they are left out. Let d be such a
+    row's deviation, and m = d^T Sigma^-1 d. To the scatter, which is of the order of N_k Sigma, it would add no more
+    than eps^3 r m Sigma. If m < 1 / eps, n such rows are n eps^2 of the scatter, which is less than rounding. If m is
+    larger, the log density is off by more than one, so that their responsibilities mean nothing.
+    """
+    rows, table = x.flatten(0, 1), resp.movedim(1, 0).flatten(1)
+    counts = ~(table <= torch.finfo(table.dtype).eps ** 3 * table.amax(1, keepdim=True))  # a NaN counts
+    for k, size in enumerate(counts.sum(1).tolist()):
+        if 2 * size > len(rows):
+            yield x, resp[:, k]
+        else:
+            index = counts[k].nonzero()[:, 0]
+            own = torch.index_select(rows, 0, index, out=space("own", size, rows.shape[1]))
+            yield own[None], table[k].index_select(0, index)[None]
 
 
 def _in_one_piece(family: Any, params: Any, x: Tensor, row_weights: Tensor | None) -> Expectation:

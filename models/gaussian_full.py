@@ -224,18 +224,16 @@ def statistics_of(moments: Tensor, params: Params, center: Tensor) -> Stats:
 class _Whitened:
     """A pass in deviations: loses to a center far away what rounding the data there loses, and no more.
 
-    Whitened deviations come from one product with all factors; in the scatters only one side is about the center.
+    Factors are triangular and scatters symmetric: of both, bands of rows or columns leave out most of one half.
     """
 
     def __init__(self, params: Params, center: Tensor):
         self.params, self.center = params, center
-        self.locs = params.locs - center
-        self.columns = self.locs.mT.contiguous()[..., None]  # (D, K, 1)
-        num_components, size = self.locs.shape
+        num_components, size = params.locs.shape
         self.width = num_components * size
-        self.bands = _bands(size, 16)
+        self.bands, self.blocks = _bands(size, 16), _bands(size, 64)
         whitening, self.constant = _whitening(params)
-        affine = torch.cat([-whitening @ self.locs[..., None], whitening], -1)
+        affine = torch.cat([-whitening @ (params.locs - center)[..., None], whitening], -1)
         self.factors = [affine[:, start:end, : end + 1].flatten(0, 1) for start, end in self.bands]
 
     def table(self, x: Tensor, space: Callable[..., Tensor]) -> Tensor:
@@ -251,34 +249,24 @@ class _Whitened:
             table.sub_(whitened.square_().view(num_lanes, num_components, end - start, num_rows).sum(2), alpha=0.5)
         return table
 
-    def sums(self, x: Tensor, resp: Tensor, space: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        """Return the sums of r and, from each band's diagonal on, of r (x - loc)(x - center)^T.
-
-        The first band has the sums of r (x - loc) before its other columns.
-        """
-        num_lanes, num_rows, size = x.shape
-        centred = space("centred", num_lanes, 1 + size, num_rows)
-        weighted = space("weighted", num_lanes, size, len(self.constant), num_rows)
-        torch.sub(centred[:, 1:, None], self.columns, out=weighted).mul_(resp[:, None])
-        scatters = (
-            torch.bmm(weighted[:, start:].flatten(1, 2), centred[:, start + (start > 0) : end + 1].mT)
-            for start, end in self.bands
-        )
-        return resp.sum(-1), *scatters
+    def sums_of(
+        self, components: slice, x: Tensor, resp: Tensor, space: Callable[..., Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Return the sums of r, of r (x - loc) and, from each band's diagonal on, of r (x - loc)(x - loc)^T."""
+        roots = resp.sqrt()
+        deviations = space("deviations", *resp.shape, x.shape[-1])
+        torch.sub(x, self.params.locs[components, None], out=deviations).mul_(roots[..., None])
+        scatters = (torch.bmm(deviations[..., start:].mT, deviations[..., start:end]) for start, end in self.blocks)
+        return resp.sum(-1), torch.bmm(roots[:, None], deviations)[:, 0], *scatters
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Stats:
-        """Return the sufficient statistics from the sums over all rows."""
-        counts, *bands = sums
-        num_components, size = self.locs.shape
-        shifts, bands[0] = bands[0][:, 0].view(size, num_components).mT, bands[0][:, 1:]
-        scatters = counts.new_empty(num_components, size, size)
-        for (start, end), band in zip(self.bands, bands, strict=True):
-            below = band.unflatten(0, (size - start, num_components)).movedim(1, 0)  # (K, size - start, width)
-            below = below - shifts[:, start:, None] * self.locs[:, None, start:end]
-            scatters[:, start:, start:end] = below
-            scatters[:, start:end, start:] = below.mT
-        shifted = shifts + counts[:, None] * self.params.locs
-        return Stats(counts, shifted, shifts, (scatters + scatters.mT) / 2)
+        """Return the sufficient statistics from the sums over all rows, components first."""
+        counts, shifts, *bands = sums
+        scatters = counts.new_empty(*shifts.shape, shifts.shape[-1])
+        for (start, end), band in zip(self.blocks, bands, strict=True):
+            scatters[:, start:, start:end] = band
+            scatters[:, start:end, start:] = band.mT
+        return Stats(counts, shifts + counts[:, None] * self.params.locs, shifts, (scatters + scatters.mT) / 2)
 
 
 def prepare(params: Params, center: Tensor) -> _Whitened:
