@@ -45,8 +45,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+WIDE = 64  # features from which on a product costs more than taking the rows of a component out
 SMALL = 2**14  # numbers in a table of rows, components and features, below which preparing costs more than it saves
 
 
@@ -177,7 +178,7 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
     floor = 0.92 * math.log(torch.finfo(x.dtype).tiny)  # subnormal numbers are twenty times slower
     space = Workspace(x)
     log_lik = torch.zeros((), dtype=torch.float64, device=x.device)
-    total: list[list[Tensor]] = []
+    total: list[Tensor] = []
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk]
         lanes = rows.unflatten(0, (num_lanes if len(rows) % num_lanes == 0 else 1, -1))
@@ -195,26 +196,28 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
             log_density.mul_(weights)
             resp.mul_(weights / normaliser)
         log_lik += log_density.sum(dtype=torch.float64)
-        sums = _sums(form, lanes, resp, space)
-        total = tree_map(Tensor.add_, total, sums) if total else sums
-    groups = total[0] if len(total) == 1 else map(torch.cat, zip(*total, strict=True))
-    return Expectation(log_lik, form.statistics(tuple(groups)))
+        for k, sums in _sums(form, lanes, resp, space):
+            total = total or [a.new_zeros(a.shape if k is ... else (resp.shape[1], *a.shape)) for a in sums]
+            for a, b in zip(total, sums, strict=True):
+                a[k].add_(b)
+    return Expectation(log_lik, form.statistics(tuple(total)))
 
 
-def _sums(form: Any, x: Tensor, resp: Tensor, space: Workspace) -> list[list[Tensor]]:
-    """Return the sums over a chunk of rows x (L, n, D) under responsibilities (L, K, n), by group of components."""
-    if not hasattr(form, "sums_of"):
-        return [[part.sum(0, dtype=torch.float64) for part in form.sums(x, resp, space)]]
-    if x.device.type != "cpu":  # the host would have to wait for the number of a component's rows
-        return [[part.double() for part in form.sums_of(slice(None), x, resp[0], space)]]
-    return [
-        [part.sum(0, True, dtype=torch.float64) for part in form.sums_of(slice(k, k + 1), rows, own, space)]
-        for k, (rows, own) in enumerate(_own_rows(x, resp, space))
-    ]
+def _sums(form: Any, x: Tensor, resp: Tensor, space: Workspace) -> Iterator[tuple[Any, list[Tensor]]]:
+    """Yield components and their sums over a chunk of rows x (L, n, D) under responsibilities (L, K, n)."""
+    own = _own(resp) if hasattr(form, "sums_of") and x.device.type == "cpu" and x.shape[-1] >= WIDE else None
+    if own is None:
+        yield ..., [part.sum(0, dtype=torch.float64) for part in form.sums(x, resp, space)]
+        return
+    x, resp = x.flatten(0, 1), resp.transpose(0, 1).flatten(1)
+    for k, counts in enumerate(own):
+        index = counts.nonzero()[:, 0]
+        rows = torch.index_select(x, 0, index, out=space("rows", len(index), x.shape[1]))
+        yield k, [part.double() for part in form.sums_of(k, rows, resp[k, index], space)]
 
 
-def _own_rows(x: Tensor, resp: Tensor, space: Workspace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each component its rows (L, m, D) and their responsibilities (L, m).
+def _own(resp: Tensor) -> Tensor | None:
+    """Return which rows (K, L n) count in which component, or None if taking them out does not pay.
 
     In many dimensions most rows belong to one component, and most responsibilities are zero or next to it. If half of
     the rows or more have less than eps^3 of a component's largest responsibility r, they are left out. Let d be such a
@@ -222,15 +225,9 @@ def _own_rows(x: Tensor, resp: Tensor, space: Workspace) -> Iterator[tuple[Tenso
     than eps^3 r m Sigma. If m < 1 / eps, n such rows are n eps^2 of the scatter, which is less than rounding. If m is
     larger, the log density is off by more than one, so that their responsibilities mean nothing.
     """
-    rows, table = x.flatten(0, 1), resp.movedim(1, 0).flatten(1)
-    counts = ~(table <= torch.finfo(table.dtype).eps ** 3 * table.amax(1, keepdim=True))  # a NaN counts
-    for k, size in enumerate(counts.sum(1).tolist()):
-        if 2 * size > len(rows):
-            yield x, resp[:, k]
-        else:
-            index = counts[k].nonzero()[:, 0]
-            own = torch.index_select(rows, 0, index, out=space("own", size, rows.shape[1]))
-            yield own[None], table[k].index_select(0, index)[None]
+    table = resp.transpose(0, 1).flatten(1)
+    own = ~(table <= torch.finfo(table.dtype).eps ** 3 * table.amax(1, keepdim=True))  # a NaN counts
+    return own if 2 * int(own.sum()) < own.numel() else None
 
 
 def _in_one_piece(family: Any, params: Any, x: Tensor, row_weights: Tensor | None) -> Expectation:

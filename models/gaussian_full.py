@@ -224,17 +224,20 @@ def statistics_of(moments: Tensor, params: Params, center: Tensor) -> Stats:
 class _Whitened:
     """A pass in deviations: loses to a center far away what rounding the data there loses, and no more.
 
-    Factors are triangular and scatters symmetric: of both, bands of rows or columns leave out most of one half.
+    Whitened deviations come from one product with all factors; in the scatters only one side is about the center. Bands
+    of the factors' rows and of the scatters' columns leave out most of what is zero or known by symmetry.
     """
 
     def __init__(self, params: Params, center: Tensor):
         self.params, self.center = params, center
-        num_components, size = params.locs.shape
+        self.locs = params.locs - center
+        self.columns = self.locs.mT.contiguous()[..., None]  # (D, K, 1)
+        num_components, size = self.locs.shape
         self.width = num_components * size
-        self.bands, self.blocks = _bands(size, 16), _bands(size, 64)
+        self.rows, self.bands = _bands(size, 16), _bands(size, 32)
         whitening, self.constant = _whitening(params)
-        affine = torch.cat([-whitening @ (params.locs - center)[..., None], whitening], -1)
-        self.factors = [affine[:, start:end, : end + 1].flatten(0, 1) for start, end in self.bands]
+        affine = torch.cat([-whitening @ self.locs[..., None], whitening], -1)
+        self.factors = [affine[:, start:end, : end + 1].flatten(0, 1) for start, end in self.rows]
 
     def table(self, x: Tensor, space: Callable[..., Tensor]) -> Tensor:
         """Return log p(x_n, z_n = k), shape (L, K, n), for rows x (L, n, D)."""
@@ -243,30 +246,42 @@ class _Whitened:
         centred[:, 0] = 1
         torch.sub(x.mT, self.center[:, None], out=centred[:, 1:])
         table = space("table", num_lanes, num_components, num_rows).copy_(self.constant[:, None])
-        for (start, end), factors in zip(self.bands, self.factors, strict=True):
+        for (start, end), factors in zip(self.rows, self.factors, strict=True):
             whitened = space("whitened", num_lanes, len(factors), num_rows)
             torch.bmm(factors.expand(num_lanes, -1, -1), centred[:, : end + 1], out=whitened)
             table.sub_(whitened.square_().view(num_lanes, num_components, end - start, num_rows).sum(2), alpha=0.5)
         return table
 
-    def sums_of(
-        self, components: slice, x: Tensor, resp: Tensor, space: Callable[..., Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Return the sums of r, of r (x - loc) and, from each band's diagonal on, of r (x - loc)(x - loc)^T."""
-        roots = resp.sqrt()
-        deviations = space("deviations", *resp.shape, x.shape[-1])
-        torch.sub(x, self.params.locs[components, None], out=deviations).mul_(roots[..., None])
-        scatters = (torch.bmm(deviations[..., start:].mT, deviations[..., start:end]) for start, end in self.blocks)
-        return resp.sum(-1), torch.bmm(roots[:, None], deviations)[:, 0], *scatters
+    def sums(self, x: Tensor, resp: Tensor, space: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        """Return the sums of r, of r (x - loc) and, from each band's diagonal on, of r (x - loc)(x - center)^T."""
+        (num_lanes, num_components, num_rows), size = resp.shape, x.shape[-1]
+        centred = space("centred", num_lanes, 1 + size, num_rows)
+        weighted = space("weighted", num_lanes, size, num_components, num_rows)
+        torch.sub(centred[:, 1:, None], self.columns, out=weighted).mul_(resp[:, None])
+        first, *others = (
+            torch.bmm(weighted[:, start:].flatten(1, 2), centred[:, start + (start > 0) : end + 1].mT)
+            .unflatten(1, (-1, num_components))
+            .transpose(1, 2)
+            for start, end in self.bands
+        )
+        return resp.sum(-1), first[..., 0], first[..., 1:], *others
+
+    def sums_of(self, k: int, x: Tensor, resp: Tensor, space: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        """Return these sums of component k for rows x (m, D) and responsibilities (m,)."""
+        centred = torch.sub(x, self.center, out=space("its centred", *x.shape))
+        weighted = torch.sub(centred, self.locs[k], out=space("its weighted", *x.shape)).mul_(resp[:, None])
+        return resp.sum(), weighted.sum(0), *(weighted[:, start:].mT @ centred[:, start:end] for start, end in self.bands)
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Stats:
-        """Return the sufficient statistics from the sums over all rows, components first."""
+        """Return the sufficient statistics from the sums over all rows."""
         counts, shifts, *bands = sums
         scatters = counts.new_empty(*shifts.shape, shifts.shape[-1])
-        for (start, end), band in zip(self.blocks, bands, strict=True):
-            scatters[:, start:, start:end] = band
-            scatters[:, start:end, start:] = band.mT
-        return Stats(counts, shifts + counts[:, None] * self.params.locs, shifts, (scatters + scatters.mT) / 2)
+        for (start, end), band in zip(self.bands, bands, strict=True):
+            below = band - shifts[:, start:, None] * self.locs[:, None, start:end]
+            scatters[:, start:, start:end] = below
+            scatters[:, start:end, start:] = below.mT
+        shifted = shifts + counts[:, None] * self.params.locs
+        return Stats(counts, shifted, shifts, (scatters + scatters.mT) / 2)
 
 
 def prepare(params: Params, center: Tensor) -> _Whitened:
