@@ -40,7 +40,6 @@ in float64, in a log density and, relatively, in a covariance. Otherwise the pas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -178,7 +177,7 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
     floor = 0.92 * math.log(torch.finfo(x.dtype).tiny)  # subnormal numbers are twenty times slower
     space = Workspace(x)
     log_lik = torch.zeros((), dtype=torch.float64, device=x.device)
-    total: list[Tensor] = []
+    total: tuple[Tensor, ...] = ()
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk]
         lanes = rows.unflatten(0, (num_lanes if len(rows) % num_lanes == 0 else 1, -1))
@@ -196,38 +195,30 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
             log_density.mul_(weights)
             resp.mul_(weights / normaliser)
         log_lik += log_density.sum(dtype=torch.float64)
-        for k, sums in _sums(form, lanes, resp, space):
-            total = total or [a.new_zeros(a.shape if k is ... else (resp.shape[1], *a.shape)) for a in sums]
-            for a, b in zip(total, sums, strict=True):
-                a[k].add_(b)
-    return Expectation(log_lik, form.statistics(tuple(total)))
+        sums = tuple(part.sum(0, dtype=torch.float64) for part in _sums(form, lanes, resp, space))
+        total = tuple(a.add_(b) for a, b in zip(total, sums, strict=True)) if total else sums
+    return Expectation(log_lik, form.statistics(total))
 
 
-def _sums(form: Any, x: Tensor, resp: Tensor, space: Workspace) -> Iterator[tuple[Any, list[Tensor]]]:
-    """Yield components and their sums over a chunk of rows x (L, n, D) under responsibilities (L, K, n)."""
-    own = _own(resp) if hasattr(form, "sums_of") and x.device.type == "cpu" and x.shape[-1] >= WIDE else None
-    if own is None:
-        yield ..., [part.sum(0, dtype=torch.float64) for part in form.sums(x, resp, space)]
-        return
-    x, resp = x.flatten(0, 1), resp.transpose(0, 1).flatten(1)
-    for k, counts in enumerate(own):
-        index = counts.nonzero()[:, 0]
-        rows = torch.index_select(x, 0, index, out=space("rows", len(index), x.shape[1]))
-        yield k, [part.double() for part in form.sums_of(k, rows, resp[k, index], space)]
-
-
-def _own(resp: Tensor) -> Tensor | None:
-    """Return which rows (K, L n) count in which component, or None if taking them out does not pay.
+def _sums(form: Any, x: Tensor, resp: Tensor, space: Workspace) -> tuple[Tensor, ...]:
+    """Return the sums of a chunk of rows x (L, n, D) under responsibilities (L, K, n), by lane.
 
     In many dimensions most rows belong to one component, and most responsibilities are zero or next to it. If half of
-    the rows or more have less than eps^3 of a component's largest responsibility r, they are left out. Let d be such a
-    row's deviation, and m = d^T Sigma^-1 d. To the scatter, which is of the order of N_k Sigma, it would add no more
-    than eps^3 r m Sigma. If m < 1 / eps, n such rows are n eps^2 of the scatter, which is less than rounding. If m is
-    larger, the log density is off by more than one, so that their responsibilities mean nothing.
+    them or more are less than eps^3 of their component's largest, r, they are left out. Let d be the deviation of such
+    a row, and m = d^T Sigma^-1 d. To the scatter, of the order of N_k Sigma, it would add no more than eps^3 r m Sigma.
+    If m < 1 / eps, n such rows are n eps^2 of the scatter, which is less than rounding. If m is larger, the log density
+    is off by more than one, and the responsibility means nothing.
     """
+    # A host would have to wait for a GPU to know how many rows are left.
+    if not hasattr(form, "sums_of") or x.device.type != "cpu" or x.shape[-1] < WIDE:
+        return form.sums(x, resp, space)
     table = resp.transpose(0, 1).flatten(1)
     own = ~(table <= torch.finfo(table.dtype).eps ** 3 * table.amax(1, keepdim=True))  # a NaN counts
-    return own if 2 * int(own.sum()) < own.numel() else None
+    if 2 * int(own.sum()) >= own.numel():
+        return form.sums(x, resp, space)
+    components, rows = own.nonzero(as_tuple=True)
+    its = torch.index_select(x.flatten(0, 1), 0, rows, out=space("own", len(rows), x.shape[-1]))
+    return form.sums_of(components, its, table[own], space)
 
 
 def _in_one_piece(family: Any, params: Any, x: Tensor, row_weights: Tensor | None) -> Expectation:

@@ -253,7 +253,10 @@ class _Whitened:
         return table
 
     def sums(self, x: Tensor, resp: Tensor, space: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        """Return the sums of r, of r (x - loc) and, from each band's diagonal on, of r (x - loc)(x - center)^T."""
+        """Return the sums of r, of r (x - loc) and, from each band's diagonal on, of r (x - loc)(x - center)^T.
+
+        Their shapes are (L, K, ...).
+        """
         (num_lanes, num_components, num_rows), size = resp.shape, x.shape[-1]
         centred = space("centred", num_lanes, 1 + size, num_rows)
         weighted = space("weighted", num_lanes, size, num_components, num_rows)
@@ -266,11 +269,20 @@ class _Whitened:
         )
         return resp.sum(-1), first[..., 0], first[..., 1:], *others
 
-    def sums_of(self, k: int, x: Tensor, resp: Tensor, space: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        """Return these sums of component k for rows x (m, D) and responsibilities (m,)."""
-        centred = torch.sub(x, self.center, out=space("its centred", *x.shape))
-        weighted = torch.sub(centred, self.locs[k], out=space("its weighted", *x.shape)).mul_(resp[:, None])
-        return resp.sum(), weighted.sum(0), *(weighted[:, start:].mT @ centred[:, start:end] for start, end in self.bands)
+    def sums_of(
+        self, components: Tensor, x: Tensor, resp: Tensor, space: Callable[..., Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Return these sums over rows x (m, D) that are sorted by the component (m,) to which resp (m,) belongs."""
+        num_components, size = self.locs.shape
+        sizes = components.bincount(minlength=num_components).tolist()
+        centred = torch.sub(x, self.center, out=space("own centred", *x.shape))
+        weighted = torch.index_select(self.locs, 0, components, out=space("own weighted", *x.shape))
+        torch.sub(centred, weighted, out=weighted).mul_(resp[:, None])
+        scatters = space("scatters", 1, num_components, size, size)
+        for scatter, left, right in zip(scatters[0], weighted.split(sizes), centred.split(sizes), strict=True):
+            torch.mm(left.mT, right, out=scatter)
+        counts, shifts = (torch.stack([part.sum(0) for part in every.split(sizes)])[None] for every in (resp, weighted))
+        return counts, shifts, *(scatters[..., start:, start:end] for start, end in self.bands)
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Stats:
         """Return the sufficient statistics from the sums over all rows."""
