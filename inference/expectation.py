@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+MANY = 2**21  # numbers in rows taken out, for which a product of their own is as fast as any
 WIDE = 64  # features from which on a product costs more than taking the rows of a component out
 SMALL = 2**14  # numbers in a table of rows, components and features, below which preparing costs more than it saves
 
@@ -177,7 +178,10 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
     floor = 0.92 * math.log(torch.finfo(x.dtype).tiny)  # subnormal numbers are twenty times slower
     space = Workspace(x)
     log_lik = torch.zeros((), dtype=torch.float64, device=x.device)
-    total: tuple[Tensor, ...] = ()
+    total: list[Tensor] = []
+    # The host would have to wait for a GPU to know how many responsibilities count.
+    selective = hasattr(form, "sums_of") and x.device.type == "cpu" and x.shape[1] >= WIDE
+    own: list[tuple[Tensor, ...]] = []  # components, rows and responsibilities that count and are not summed up yet
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk]
         lanes = rows.unflatten(0, (num_lanes if len(rows) % num_lanes == 0 else 1, -1))
@@ -195,30 +199,50 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
             log_density.mul_(weights)
             resp.mul_(weights / normaliser)
         log_lik += log_density.sum(dtype=torch.float64)
-        sums = tuple(part.sum(0, dtype=torch.float64) for part in _sums(form, lanes, resp, space))
-        total = tuple(a.add_(b) for a, b in zip(total, sums, strict=True)) if total else sums
-    return Expectation(log_lik, form.statistics(total))
+        counting = _own(resp) if selective else None
+        if counting is None:
+            total = _added(total, form.sums(lanes, resp, space))
+        else:
+            components, its, values = counting
+            own.append((components, its + start, values))
+        if own and (start + chunk >= len(x) or sum(len(part[0]) for part in own) * x.shape[1] >= MANY):
+            total = _added(total, _sums_of(form, x, own, space))
+            own = []
+    return Expectation(log_lik, form.statistics(tuple(total)))
 
 
-def _sums(form: Any, x: Tensor, resp: Tensor, space: Workspace) -> tuple[Tensor, ...]:
-    """Return the sums of a chunk of rows x (L, n, D) under responsibilities (L, K, n), by lane.
+def _own(resp: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return components, rows and responsibilities of those (L, K, n) that count, or None if they are half or more.
 
-    In many dimensions most rows belong to one component, and most responsibilities are zero or next to it. If half of
-    them or more are less than eps^3 of their component's largest, r, they are left out. Let d be the deviation of such
-    a row, and m = d^T Sigma^-1 d. To the scatter, of the order of N_k Sigma, it would add no more than eps^3 r m Sigma.
-    If m < 1 / eps, n such rows are n eps^2 of the scatter, which is less than rounding. If m is larger, the log density
-    is off by more than one, and the responsibility means nothing.
+    In many dimensions most rows belong to one component, and most responsibilities are zero or next to it. What is less
+    than eps^3 of the largest of its component, r, is left out. Let d be the deviation of such a row, and let
+    m = d^T Sigma^-1 d. To the scatter, of the order of N_k Sigma, it would add no more than eps^3 r m Sigma. If
+    m < 1 / eps, n such rows are n eps^2 of the scatter, which is less than rounding. If m is larger, the log density is
+    off by more than one, and the responsibility means nothing.
     """
-    # A host would have to wait for a GPU to know how many rows are left.
-    if not hasattr(form, "sums_of") or x.device.type != "cpu" or x.shape[-1] < WIDE:
-        return form.sums(x, resp, space)
     table = resp.transpose(0, 1).flatten(1)
     own = ~(table <= torch.finfo(table.dtype).eps ** 3 * table.amax(1, keepdim=True))  # a NaN counts
     if 2 * int(own.sum()) >= own.numel():
-        return form.sums(x, resp, space)
+        return None
     components, rows = own.nonzero(as_tuple=True)
-    its = torch.index_select(x.flatten(0, 1), 0, rows, out=space("own", len(rows), x.shape[-1]))
-    return form.sums_of(components, its, table[own], space)
+    return components, rows, table[own]
+
+
+def _sums_of(form: Any, x: Tensor, own: list[tuple[Tensor, ...]], space: Workspace) -> tuple[Tensor, ...]:
+    """Return the sums over the rows of x (N, D) that count."""
+    components, rows, resp = map(torch.cat, zip(*own, strict=True))
+    components, order = components.sort(stable=True)
+    own_rows = torch.index_select(x, 0, rows[order], out=space("own rows", len(rows), x.shape[1]))
+    return form.sums_of(components, own_rows, resp[order], space)
+
+
+def _added(total: list[Tensor], sums: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the total in float64 with the sums of each lane added to it."""
+    total = total or [part.new_zeros(part.shape[1:], dtype=torch.float64) for part in sums]
+    for whole, lanes in zip(total, sums, strict=True):
+        for lane in lanes:
+            whole.add_(lane)
+    return total
 
 
 def _in_one_piece(family: Any, params: Any, x: Tensor, row_weights: Tensor | None) -> Expectation:

@@ -272,17 +272,19 @@ class _Whitened:
     def sums_of(
         self, components: Tensor, x: Tensor, resp: Tensor, space: Callable[..., Tensor]
     ) -> tuple[Tensor, ...]:
-        """Return these sums over rows x (m, D) that are sorted by the component (m,) to which resp (m,) belongs."""
+        """Return these sums for rows x (m, D) and responsibilities (m,), sorted by the components (m,) that they are of."""
         num_components, size = self.locs.shape
         sizes = components.bincount(minlength=num_components).tolist()
-        centred = torch.sub(x, self.center, out=space("own centred", *x.shape))
-        weighted = torch.index_select(self.locs, 0, components, out=space("own weighted", *x.shape))
-        torch.sub(centred, weighted, out=weighted).mul_(resp[:, None])
-        scatters = space("scatters", 1, num_components, size, size)
-        for scatter, left, right in zip(scatters[0], weighted.split(sizes), centred.split(sizes), strict=True):
-            torch.mm(left.mT, right, out=scatter)
-        counts, shifts = (torch.stack([part.sum(0) for part in every.split(sizes)])[None] for every in (resp, weighted))
-        return counts, shifts, *(scatters[..., start:, start:end] for start, end in self.bands)
+        counts, sums = [], space("sums", 1, num_components, size, 1 + size)
+        for k, (rows, its) in enumerate(zip(x.split(sizes), resp.split(sizes), strict=True)):
+            centred, weighted = space("own centred", len(rows), 1 + size), space("own weighted", len(rows), size)
+            centred[:, 0] = 1
+            torch.sub(rows, self.center, out=centred[:, 1:])
+            torch.sub(centred[:, 1:], self.locs[k], out=weighted).mul_(its[:, None])
+            torch.mm(weighted.mT, centred, out=sums[0, k])
+            counts.append(its.sum())
+        scatters = (sums[..., start:, 1 + start : 1 + end] for start, end in self.bands)
+        return torch.stack(counts)[None], sums[..., 0], *scatters
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Stats:
         """Return the sufficient statistics from the sums over all rows."""
