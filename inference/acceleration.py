@@ -1,27 +1,28 @@
-r"""Anderson acceleration of EM, of type I and within a trust region: the same limit in a fraction of the passes.
+r"""Anderson acceleration of EM along its own path: the same limit in a fraction of the passes.
 
-Near its limit EM is a linear iteration, u -> g(u) with g(u) - u = f(u) ~ (J - I)(u - u*), and slow where components
-overlap, for then J has an eigenvalue near 1. From the points that were visited last and their steps f, the method
-learns the action of I - J on the space that these points span, and solves for the fixed point u* there. It is
+EM is slow where components overlap: its steps are many, short and alike. From the points u that were visited last and
+EM's steps there, f(u) = g(u) - u, the method learns the Jacobian J of g on the space that these points span, as in
 Anderson acceleration of type I (Fang and Saad 2009, Two classes of multisecant methods for nonlinear acceleration,
-Numerical Linear Algebra with Applications 16, section 2.3; for EM it is the quasi-Newton method QN1 of Jamshidian and
-Jennrich 1997, JRSS B 59, section 3, on a subspace). With Q an orthonormal basis of that space,
+Numerical Linear Algebra with Applications 16, section 2.3). With Q an orthonormal basis of that space, the model of EM
+near u is g(u + d) = u + f + J Q Q^T d. By it, T steps of EM lead from u to u + d, where EM's next step is e:
 
 .. math::
-    A = -Q^T (J - I) Q, \qquad (A + \mu I) y = Q^T f, \qquad d = f + J Q y,
+    B = Q^T J Q, \qquad d = f + J Q \sum_{t=0}^{T-2} B^t Q^T f, \qquad e = J Q B^{T-1} Q^T f.
 
-and u + d is the candidate. The shift mu >= 0 makes A + mu I positive definite, so that d leads away from a saddle as EM
-itself does, and keeps d within a radius in units of the EM step ||f||, as in a trust-region Newton method (Nocedal and
-Wright 2006, Numerical Optimization, section 4.3). The radius doubles after a success and halves after a refusal; mu to
-infinity is plain EM. Type II (DAAREM, Henderson and Varadhan 2019) and SQUAREM (Varadhan and Roland 2008) were measured
-beside it and need more passes; ``benchmarks/acceleration.py`` prints how many this one needs.
+T = 1 is EM; T to infinity is the fixed point of the model, the candidate of Anderson acceleration and of quasi-Newton
+methods (for EM, Jamshidian and Jennrich 1997, JRSS B 59, section 3). Here T doubles where EM's step at the candidate is
+about what the model said, and halves where the candidate is refused: the method follows EM's path in steps as long as
+the path allows, as projective integration follows a flow (Gear and Kevrekidis 2003, Projective methods for stiff
+differential equations, SIAM Journal on Scientific Computing 24). So it leaves a saddle on EM's side, and need not wait
+for EM's last, linear phase. No method that skips passes can promise to end where EM does: basins have edges.
+``benchmarks/acceleration.py`` prints how many passes it takes, and how often it ends elsewhere.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -33,18 +34,17 @@ from mixproof.inference.validation import feasible, num_components
 
 MEMORY = 5
 """How many earlier points the method looks back on; more of them reach back to where EM was another linear map."""
-LINEAR_PHASE = 0.1
-"""In nats. A step that gains more is not of the linear phase: EM goes on alone, as such steps choose the basin."""
-FIRST_RADIUS = 2.0
-LEAST_RADIUS = 1.2
-"""Both in lengths of the EM step at the point."""
+STRAIGHT = 0.5
+"""EM's step at a candidate may differ from the model's by this share of the step before, for T to go up."""
+GROWTH = 2.0
+"""No candidate lies where the model's step is longer than this multiple of EM's: no model reaches far from a saddle."""
 TOWARDS_BOUNDARY = 0.5
 """The largest share of the way to the edge of a support that a candidate goes beyond EM's own step: EM cannot leave it,
 and a probability extrapolated to 0 would be a false limit (the fraction-to-the-boundary rule of interior points)."""
 
 
 class Anderson:
-    """Proposes where EM will end, from where it has been; told how that went, it learns and grows bolder or more timid.
+    """Proposes where EM will be, from where it has been; told how that went, it looks farther ahead or less far.
 
     After each pass at a point that EM stands on, ``propose`` gives a candidate or None. After a pass at the candidate,
     ``accept`` says whether EM goes there. Where there is no candidate or it is refused, EM takes its own step, which
@@ -60,9 +60,8 @@ class Anderson:
         self._coordinates = _Coordinates(family, params)
         self._points: list[tuple[Tensor, Tensor]] = []  # (u, f), the current one last
         self._objective = -math.inf
-        self._radius = FIRST_RADIUS
-        self._length = 0.0  # of the last candidate's step, in EM steps
-        self._bounded = False  # whether the radius cut it short
+        self._farthest = 1  # T is 1 + 2^k, and this the largest k to try
+        self._ahead = _Ahead(torch.zeros(0), torch.zeros(0), 0)
 
     def propose(self, params: Any, image: Any, objective: float) -> Any:
         """Return a candidate for the next point, ``Params`` inside their supports, or None for EM's own step.
@@ -72,38 +71,40 @@ class Anderson:
             image: where EM's own step leads from there.
             objective: the log likelihood, plus the log prior, at ``params``.
         """
-        gain, self._objective = objective - self._objective, objective
+        self._objective = objective
         u, g = self._coordinates(params), self._coordinates(image)
         f = g - u
         self._points = [*self._points, (u, f)][-1 - MEMORY :]
-        if not gain < LINEAR_PHASE or len(self._points) < 3 or not torch.isfinite(f).all() or not f.any():
+        ahead = self._look_ahead(u, f) if len(self._points) > 2 and f.isfinite().all() and f.any() else None
+        if ahead is None:
             return None
-        step = self._step(u, f)
-        if step is None:
-            return None
-        candidate = self._coordinates.inverse(self._coordinates.inside(u + step, g), image)
+        self._ahead = ahead
+        candidate = self._coordinates.inverse(self._coordinates.inside(u + ahead.way, g), image)
         finite = all(torch.isfinite(value).all() for value in candidate)
         return candidate if finite else None
 
     def accept(self, candidate: Any, image: Any, objective: float) -> bool:
-        """Return whether EM goes to the candidate: the objective there is not lower, and not higher by a leap.
+        """Return whether EM goes to the last candidate, which is where the objective is not lower.
 
         Args:
             candidate: what ``propose`` gave.
             image: where EM's own step leads from there; of no matter where the objective is not finite.
             objective: the log likelihood, plus the log prior, at the candidate.
         """
-        if 0 <= objective - self._objective < LINEAR_PHASE:
-            self._radius *= 2 if self._bounded else 1
-            return True
-        self._radius = max(LEAST_RADIUS, min(self._radius, self._length) / 2)
+        accepted = self._objective <= objective < math.inf
         if math.isfinite(objective):
             u = self._coordinates(candidate)
-            self._points.insert(-1, (u, self._coordinates(image) - u))
-        return False
+            step, before = self._coordinates(image) - u, self._points[-1][1]
+            if accepted and (step - self._ahead.step).norm() <= STRAIGHT * before.norm():
+                self._farthest = max(self._farthest, self._ahead.doublings + 1)
+            if not accepted:
+                self._points.insert(-1, (u, step))
+        if not accepted:
+            self._farthest = max(0, self._ahead.doublings - 1)
+        return accepted
 
-    def _step(self, u: Tensor, f: Tensor) -> Tensor | None:
-        """Return the step d (P,) from u (P,), or None where it would turn back on EM's own step f (P,)."""
+    def _look_ahead(self, u: Tensor, f: Tensor) -> _Ahead | None:
+        """Return where the model sees EM from u (P,) with EM's step f (P,), or None where it would turn back on f."""
         earlier = [(v - u, h - f) for v, h in self._points[:-1] if not torch.equal(v, u)]
         if not earlier:
             return None
@@ -114,27 +115,16 @@ class Anderson:
         left, singular, right = torch.linalg.svd(moves / lengths, full_matrices=False)
         kept = singular > math.sqrt(torch.finfo(u.dtype).eps) * singular[0]
         basis = left[:, kept]  # Q
-        change = (changes / lengths) @ right[kept].mT / singular[kept]  # (J - I) Q
-        matrix, projected = -basis.mT @ change, basis.mT @ f
-        identity = torch.eye(len(projected), dtype=u.dtype)
-        # the eigenvalues of I - J are real; a negative one is a direction in which EM moves away from a saddle
-        convex = matrix + max(0.0, -2 * torch.linalg.eigvals(matrix).real.min().item()) * identity
-
-        def shifted(shift: float) -> Tensor:
-            y, info = torch.linalg.solve_ex(convex + shift * identity, projected)
-            return f + (basis + change) @ y if info == 0 else torch.full_like(f, math.inf)
-
-        radius = self._radius * f.norm()
-        step = shifted(0.0)
-        self._bounded = not step.norm() <= radius
-        if self._bounded:
-            low, high = 1e-20, 1e6  # I - J has eigenvalues of size 1 and below
-            for _ in range(60):
-                middle = math.sqrt(low * high)
-                low, high = (low, middle) if shifted(middle).norm() <= radius else (middle, high)
-            step = shifted(high)
-        self._length = (step.norm() / f.norm()).item()
-        return step if step @ f > 0 else None
+        image = basis + (changes / lengths) @ right[kept].mT / singular[kept]  # J Q
+        power, projected = basis.mT @ image, basis.mT @ f
+        found, total = None, projected  # B^(2^k), and the sum of B^t Q^T f over t < 2^k
+        for doublings in range(self._farthest + 1):
+            step = image @ (power @ projected)
+            if not step.norm() <= GROWTH * f.norm():
+                break
+            found = _Ahead(f + image @ total, step, doublings)
+            total, power = total + power @ total, power @ power
+        return found if found is not None and found.way @ f > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next proposals depend on, as a flat dict of tensors and numbers."""
@@ -147,18 +137,25 @@ class Anderson:
             "steps": empty if steps is None else steps,
             "loc": self._coordinates.loc,
             "scale": self._coordinates.scale,
-            "objective": self._objective,
-            "radius": self._radius,
-            "length": self._length,
-            "bounded": int(self._bounded),
+            "farthest": self._farthest,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned."""
         self._points = list(zip(state["points"], state["steps"], strict=True))
         self._coordinates.loc, self._coordinates.scale = state["loc"], state["scale"]
-        self._objective, self._radius = float(state["objective"]), float(state["radius"])
-        self._length, self._bounded = float(state["length"]), bool(state["bounded"])
+        self._farthest = int(state["farthest"])
+
+
+class _Ahead(NamedTuple):
+    """What the model of EM says of T = 1 + 2^k of its steps."""
+
+    way: Tensor
+    """(P,), where they lead."""
+    step: Tensor
+    """(P,), EM's own step there."""
+    doublings: int
+    """k."""
 
 
 class _Coordinates:
