@@ -10,12 +10,13 @@ near u is g(u + d) = u + f + J Q Q^T d. By it, T steps of EM lead from u to u + 
     B = Q^T J Q, \qquad d = f + J Q \sum_{t=0}^{T-2} B^t Q^T f, \qquad e = J Q B^{T-1} Q^T f.
 
 T = 1 is EM; T to infinity is the fixed point of the model, the candidate of Anderson acceleration and of quasi-Newton
-methods (for EM, Jamshidian and Jennrich 1997, JRSS B 59, section 3). Here T doubles where EM's step at the candidate is
-about what the model said, and halves where the candidate is refused: the method follows EM's path in steps as long as
-the path allows, as projective integration follows a flow (Gear and Kevrekidis 2003, Projective methods for stiff
-differential equations, SIAM Journal on Scientific Computing 24). So it leaves a saddle on EM's side, and need not wait
-for EM's last, linear phase. No method that skips passes can promise to end where EM does: basins have edges.
-``benchmarks/acceleration.py`` prints how many passes it takes, and how often it ends elsewhere.
+methods (for EM, Jamshidian and Jennrich 1997, JRSS B 59, section 3). Here T doubles where EM's step turned out about as
+the model said, and halves where the candidate is refused: the method follows EM's path in steps as long as the path
+allows, as projective integration follows a flow (Gear and Kevrekidis 2003, Projective methods for stiff differential
+equations, SIAM Journal on Scientific Computing 24). So it leaves a saddle on EM's side, and need not wait for a linear
+phase. A candidate at which the model was wrong by more than a nat is refused, as EM might have gone elsewhere.
+That is no promise to end where EM ends: EM may turn at any pass, and only a run of EM itself tells where. How many
+passes it takes, and how often it ends elsewhere, is printed by ``benchmarks/acceleration.py``.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ from mixproof.inference.validation import feasible, num_components
 
 MEMORY = 5
 """How many earlier points the method looks back on; more of them reach back to where EM was another linear map."""
-STRAIGHT = 0.5
-"""EM's step at a candidate may differ from the model's by this share of the step before, for T to go up."""
+FARTHER = 0.5
+"""The model's error of EM's step at a point, in lengths of the step before, up to which to look farther next time."""
+NATS = 1.0
+"""The largest error of the model that a candidate may have: its square, in units of the step before, times the gain, as
+what a step gains goes with its square. Basins of EM are told apart by steps of nats."""
 GROWTH = 2.0
 """No candidate lies where the model's step is longer than this multiple of EM's: no model reaches far from a saddle."""
 TOWARDS_BOUNDARY = 0.5
@@ -60,8 +64,9 @@ class Anderson:
         self._coordinates = _Coordinates(family, params)
         self._points: list[tuple[Tensor, Tensor]] = []  # (u, f), the current one last
         self._objective = -math.inf
-        self._farthest = 1  # T is 1 + 2^k, and this the largest k to try
-        self._ahead = _Ahead(torch.zeros(0), torch.zeros(0), 0)
+        self._level = 0  # how far to look: 0 is EM's own step, and k is T = 1 + 2^(k - 1) of them
+        self._own: _Ahead | None = None  # of EM's own step from the point it stands on, where it may go next
+        self._ahead: _Ahead | None = None  # of the last candidate
 
     def propose(self, params: Any, image: Any, objective: float) -> Any:
         """Return a candidate for the next point, ``Params`` inside their supports, or None for EM's own step.
@@ -71,60 +76,71 @@ class Anderson:
             image: where EM's own step leads from there.
             objective: the log likelihood, plus the log prior, at ``params``.
         """
-        self._objective = objective
         u, g = self._coordinates(params), self._coordinates(image)
         f = g - u
+        if self._own is not None:
+            self._agrees(self._own, f, objective - self._objective)
+        self._objective = objective
         self._points = [*self._points, (u, f)][-1 - MEMORY :]
-        ahead = self._look_ahead(u, f) if len(self._points) > 2 and f.isfinite().all() and f.any() else None
-        if ahead is None:
+        self._own, self._ahead = self._look_ahead(u, f)
+        if self._ahead is None:
             return None
-        self._ahead = ahead
-        candidate = self._coordinates.inverse(self._coordinates.inside(u + ahead.way, g), image)
+        candidate = self._coordinates.inverse(self._coordinates.inside(u + self._ahead.way, g), image)
         finite = all(torch.isfinite(value).all() for value in candidate)
         return candidate if finite else None
 
     def accept(self, candidate: Any, image: Any, objective: float) -> bool:
-        """Return whether EM goes to the last candidate, which is where the objective is not lower.
+        """Return whether EM goes to the candidate: the objective there is not lower, and EM's step as the model said.
 
         Args:
             candidate: what ``propose`` gave.
             image: where EM's own step leads from there; of no matter where the objective is not finite.
             objective: the log likelihood, plus the log prior, at the candidate.
         """
-        accepted = self._objective <= objective < math.inf
+        assert self._ahead is not None
+        accepted = False
         if math.isfinite(objective):
             u = self._coordinates(candidate)
-            step, before = self._coordinates(image) - u, self._points[-1][1]
-            if accepted and (step - self._ahead.step).norm() <= STRAIGHT * before.norm():
-                self._farthest = max(self._farthest, self._ahead.doublings + 1)
-            if not accepted:
-                self._points.insert(-1, (u, step))
-        if not accepted:
-            self._farthest = max(0, self._ahead.doublings - 1)
+            f = self._coordinates(image) - u
+            accepted = self._agrees(self._ahead, f, objective - self._objective) and objective >= self._objective
+            if not accepted and f.isfinite().all():
+                self._points.insert(-1, (u, f))
+        if accepted:
+            self._own = None
+        else:
+            self._level = self._ahead.level - 1
         return accepted
 
-    def _look_ahead(self, u: Tensor, f: Tensor) -> _Ahead | None:
-        """Return where the model sees EM from u (P,) with EM's step f (P,), or None where it would turn back on f."""
+    def _agrees(self, ahead: _Ahead, f: Tensor, gain: float) -> bool:
+        """Return whether EM's step f (P,) at a point is what the model said; if nearly so, look farther from now on."""
+        error = ((f - ahead.step).norm() / self._points[-1][1].norm()).item()
+        agrees = gain * error**2 <= NATS
+        if agrees and error <= FARTHER:
+            self._level = max(self._level, ahead.level + 1)
+        return agrees
+
+    def _look_ahead(self, u: Tensor, f: Tensor) -> tuple[_Ahead | None, _Ahead | None]:
+        """Return what the model says of EM's step f (P,) from u (P,), and of as many as it sees ahead, or None."""
         earlier = [(v - u, h - f) for v, h in self._points[:-1] if not torch.equal(v, u)]
-        if not earlier:
-            return None
+        if not earlier or not f.any():
+            return None, None
         moves, changes = (torch.stack(columns, 1) for columns in zip(*earlier, strict=True))
         if not (torch.isfinite(moves).all() and torch.isfinite(changes).all()):
-            return None
+            return None, None
         lengths = moves.norm(dim=0)
         left, singular, right = torch.linalg.svd(moves / lengths, full_matrices=False)
         kept = singular > math.sqrt(torch.finfo(u.dtype).eps) * singular[0]
         basis = left[:, kept]  # Q
         image = basis + (changes / lengths) @ right[kept].mT / singular[kept]  # J Q
         power, projected = basis.mT @ image, basis.mT @ f
-        found, total = None, projected  # B^(2^k), and the sum of B^t Q^T f over t < 2^k
-        for doublings in range(self._farthest + 1):
+        own, ahead, total = _Ahead(f, image @ projected, 0), None, projected
+        for level in range(1, self._level + 1):  # power is B^(T - 1), and total the sum of B^t Q^T f over t < T - 1
             step = image @ (power @ projected)
             if not step.norm() <= GROWTH * f.norm():
                 break
-            found = _Ahead(f + image @ total, step, doublings)
+            ahead = _Ahead(f + image @ total, step, level)
             total, power = total + power @ total, power @ power
-        return found if found is not None and found.way @ f > 0 else None
+        return own, ahead if ahead is not None and ahead.way @ f > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next proposals depend on, as a flat dict of tensors and numbers."""
@@ -137,25 +153,29 @@ class Anderson:
             "steps": empty if steps is None else steps,
             "loc": self._coordinates.loc,
             "scale": self._coordinates.scale,
-            "farthest": self._farthest,
+            "objective": self._objective,
+            "level": self._level,
+            "own_step": torch.zeros(0, dtype=torch.float64) if self._own is None else self._own.step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned."""
         self._points = list(zip(state["points"], state["steps"], strict=True))
         self._coordinates.loc, self._coordinates.scale = state["loc"], state["scale"]
-        self._farthest = int(state["farthest"])
+        self._objective, self._level = float(state["objective"]), int(state["level"])
+        step = state["own_step"]
+        self._own = _Ahead(self._points[-1][1], step, 0) if step.numel() else None
 
 
 class _Ahead(NamedTuple):
-    """What the model of EM says of T = 1 + 2^k of its steps."""
+    """What the model says of some steps of EM."""
 
     way: Tensor
     """(P,), where they lead."""
     step: Tensor
-    """(P,), EM's own step there."""
-    doublings: int
-    """k."""
+    """(P,), EM's own step from there."""
+    level: int
+    """0 for one step, k for 1 + 2^(k - 1)."""
 
 
 class _Coordinates:

@@ -75,8 +75,8 @@ def linear_em(jacobian: Tensor, num_steps: int) -> tuple[list[tuple[Tensor, Tens
     return points, points[-1][1]
 
 
-@pytest.mark.parametrize("doublings", [0, 1, 2, 5])
-def test_it_sees_linear_em_as_many_steps_ahead_as_it_looks(doublings: int) -> None:
+@pytest.mark.parametrize(("level", "num_steps"), [(1, 2), (2, 3), (3, 5), (6, 33)])
+def test_it_sees_linear_em_as_many_steps_ahead_as_it_looks(level: int, num_steps: int) -> None:
     """Against the steps made one by one, on a map with a slow, a fast and a turning direction.
 
     The five points span the space, whose Gram matrix has a condition number of about 1e6: that many roundings are lost.
@@ -85,14 +85,16 @@ def test_it_sees_linear_em_as_many_steps_ahead_as_it_looks(doublings: int) -> No
     task = TASKS["1.5 sd apart, tied, K = 2"]
     accelerator = Anderson(task.family, bench.start(task, 1))
     accelerator._points, f = linear_em(jacobian, 5)
-    accelerator._farthest = doublings
+    accelerator._level = level
     (u, _), way = accelerator._points[-1], torch.zeros(3).double()
-    ahead = accelerator._look_ahead(u, f)
-    for _ in range(1 + 2**doublings):
+    own, ahead = accelerator._look_ahead(u, f)
+    tolerance = 1e6 * torch.finfo(torch.float64).eps * f.norm() * num_steps
+    assert own is not None
+    assert (own.step - jacobian @ f).norm() <= tolerance
+    for _ in range(num_steps):
         way, f = way + f, jacobian @ f
     assert ahead is not None
-    assert ahead.doublings == doublings
-    tolerance = 1e6 * torch.finfo(torch.float64).eps * way.norm()
+    assert ahead.level == level
     assert (ahead.way - way).norm() <= tolerance
     assert (ahead.step - f).norm() <= tolerance
 
@@ -103,10 +105,10 @@ def test_it_leaves_a_saddle_as_em_does_and_not_at_a_leap() -> None:
     task = TASKS["1.5 sd apart, tied, K = 2"]
     accelerator = Anderson(task.family, bench.start(task, 1))
     accelerator._points, f = linear_em(jacobian, 5)
-    accelerator._farthest = 30
-    ahead = accelerator._look_ahead(accelerator._points[-1][0], f)
+    accelerator._level = 30
+    _, ahead = accelerator._look_ahead(accelerator._points[-1][0], f)
     assert ahead is not None
-    assert ahead.doublings == 1
+    assert ahead.level == 2
     assert ahead.way[0] / f[0] == pytest.approx(1 + 1.2 + 1.2**2)
     assert ahead.step[0] / f[0] == pytest.approx(1.2**3)
 
@@ -200,15 +202,31 @@ def test_units_of_the_data_do_not_matter() -> None:
     assert other.trace == pytest.approx([value - shift for value in found.trace], rel=1e-9)
 
 
-def test_a_candidate_that_lowers_the_objective_is_refused() -> None:
-    task = TASKS["1.5 sd apart, diagonal, K = 2"]
+def first_candidate(task: Any) -> tuple[Anderson, Any, Any, float]:
+    """Return an accelerator and its first candidate, the image there, and the objective before."""
     params = bench.start(task, 1)
     accelerator = Anderson(task.family, params)
-    objective, image = bench.one_pass(task, params)
-    assert accelerator.propose(params, image, objective) is None
-    for worse in (objective - 1e-6, -math.inf, math.nan, math.inf):
-        assert not accelerator.accept(image, image, worse)
-    assert accelerator.accept(image, image, objective)
+    while True:
+        objective, image = bench.one_pass(task, params)
+        candidate = accelerator.propose(params, image, objective)
+        if candidate is not None:
+            return accelerator, candidate, bench.one_pass(task, candidate)[1], objective
+        params = image
+
+
+@pytest.mark.parametrize("change", [-1e-6, -math.inf, math.nan, math.inf])
+def test_a_candidate_that_lowers_the_objective_is_refused(change: float) -> None:
+    accelerator, candidate, image, objective = first_candidate(TASKS["1.5 sd apart, diagonal, K = 2"])
+    assert not accelerator.accept(candidate, image, objective + change)
+
+
+def test_a_candidate_at_which_em_is_not_as_expected_is_refused() -> None:
+    """The candidate that is accepted for what it is, with an image a standard deviation off and a gain of nats."""
+    task = TASKS["1.5 sd apart, diagonal, K = 2"]
+    for shift in (0.0, 1.0):
+        accelerator, candidate, image, objective = first_candidate(task)
+        shifted = image._replace(locs=image.locs + shift)
+        assert accelerator.accept(candidate, shifted, objective + 5.0) == (shift == 0)
 
 
 def test_parameters_at_an_edge_are_no_obstacle() -> None:
