@@ -114,7 +114,7 @@ class Anderson:
     def _agrees(self, ahead: _Ahead, f: Tensor, gain: float) -> bool:
         """Return whether EM's step f (P,) at a point is what the model said; if nearly so, look farther from now on."""
         error = ((f - ahead.step).norm() / self._points[-1][1].norm()).item()
-        agrees = gain * error**2 <= NATS
+        agrees = gain * error * error <= NATS
         if agrees and error <= FARTHER:
             self._level = max(self._level, ahead.level + 1)
         return agrees

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixproof.inference import acceleration
 from mixproof.inference.acceleration import Anderson, _Coordinates
 
 if TYPE_CHECKING:
@@ -162,6 +163,28 @@ def test_every_family_ends_no_lower_than_em(case: Case, kind: str) -> None:
     plain = bench.climb(task, params, max_passes=1000)
     accelerated = fast(task, params, max_passes=1000)
     assert accelerated.trace[-1] >= plain.trace[-1] - 1e-6 * abs(plain.trace[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [("iris, full, K = 4, prior", 18), ("iris, full, K = 4, prior", 46), ("galaxies, tied, K = 6", 20)],
+)
+def test_without_a_bound_on_the_model_s_error_it_ends_lower(
+    name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TASKS[name]
+    params = bench.start(task, seed)
+    goal, bounded = bench.climb(task, params).trace[-1], fast(task, params).trace[-1]
+    monkeypatch.setattr(acceleration, "NATS", math.inf)
+    assert fast(task, params).trace[-1] < goal - 1
+    assert abs(bounded - goal) <= 1e-10 * abs(goal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_it_ends_no_lower_than_em_from_many_starts(name: str) -> None:
+    runs = [bench.compare(TASKS[name], seed) for seed in range(8)]
+    assert bench.summary([run for run in runs if run is not None])["lower"] == 0
 
 
 def test_a_resumed_run_has_the_identical_trace() -> None:
