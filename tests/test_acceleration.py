@@ -165,26 +165,23 @@ def test_every_family_ends_no_lower_than_em(case: Case, kind: str) -> None:
     assert accelerated.trace[-1] >= plain.trace[-1] - 1e-6 * abs(plain.trace[-1])
 
 
-@pytest.mark.parametrize(
-    ("name", "seed"),
-    [("iris, full, K = 4, prior", 18), ("iris, full, K = 4, prior", 46), ("galaxies, tied, K = 6", 20)],
-)
-def test_without_a_bound_on_the_model_s_error_it_ends_lower(
-    name: str, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = TASKS[name]
-    params = bench.start(task, seed)
-    goal, bounded = bench.climb(task, params).trace[-1], fast(task, params).trace[-1]
+def num_lower(name: str, num_starts: int) -> int:
+    runs = [bench.compare(TASKS[name], seed) for seed in range(num_starts)]
+    return int(bench.summary([run for run in runs if run is not None])["lower"])
+
+
+@pytest.mark.slow
+def test_without_a_bound_on_the_model_s_error_it_ends_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "iris, full, K = 4, prior"
+    assert num_lower(name, 48) == 0
     monkeypatch.setattr(acceleration, "NATS", math.inf)
-    assert fast(task, params).trace[-1] < goal - 1
-    assert abs(bounded - goal) <= 1e-10 * abs(goal)
+    assert num_lower(name, 48) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_it_ends_no_lower_than_em_from_many_starts(name: str) -> None:
-    runs = [bench.compare(TASKS[name], seed) for seed in range(8)]
-    assert bench.summary([run for run in runs if run is not None])["lower"] == 0
+    assert num_lower(name, 8) == 0
 
 
 def test_a_resumed_run_has_the_identical_trace() -> None:
