@@ -1,27 +1,29 @@
-r"""Anderson acceleration of EM, of type I and within a trust region: the same limit in a fraction of the passes.
+r"""Anderson acceleration of EM along its own path: the same limit in a fraction of the passes.
 
-Near its limit EM is a linear iteration, u -> g(u) with g(u) - u = f(u) ~ (J - I)(u - u*), and slow where components
-overlap, for then J has an eigenvalue near 1. From the points that were visited last and their steps f, the method
-learns the action of I - J on the space that these points span, and solves for the fixed point u* there. It is
+EM is slow where components overlap: its steps are many, short and alike. From the points u that were visited last and
+EM's steps there, f(u) = g(u) - u, the method learns the Jacobian J of g on the space that these points span, as in
 Anderson acceleration of type I (Fang and Saad 2009, Two classes of multisecant methods for nonlinear acceleration,
-Numerical Linear Algebra with Applications 16, section 2.3; for EM it is the quasi-Newton method QN1 of Jamshidian and
-Jennrich 1997, JRSS B 59, section 3, on a subspace). With Q an orthonormal basis of that space,
+Numerical Linear Algebra with Applications 16, section 2.3). With Q an orthonormal basis of that space, the model of EM
+near u is g(u + d) = u + f + J Q Q^T d. By it, T steps of EM lead from u to u + d, where EM's next step is e:
 
 .. math::
-    A = -Q^T (J - I) Q, \qquad (A + \mu I) y = Q^T f, \qquad d = f + J Q y,
+    B = Q^T J Q, \qquad d = f + J Q \sum_{t=0}^{T-2} B^t Q^T f, \qquad e = J Q B^{T-1} Q^T f.
 
-and u + d is the candidate. The shift mu >= 0 makes A + mu I positive definite, so that d leads away from a saddle as EM
-itself does, and keeps d within a radius in units of the EM step ||f||, as in a trust-region Newton method (Nocedal and
-Wright 2006, Numerical Optimization, section 4.3). The radius doubles after a success and halves after a refusal; mu to
-infinity is plain EM. Type II (DAAREM, Henderson and Varadhan 2019) and SQUAREM (Varadhan and Roland 2008) were measured
-beside it and need more passes; ``benchmarks/acceleration.py`` prints how many this one needs.
+T = 1 is EM; T to infinity is the fixed point of the model, the candidate of Anderson acceleration and of quasi-Newton
+methods (for EM, Jamshidian and Jennrich 1997, JRSS B 59, section 3). Here T doubles where EM's step turned out about as
+the model said, and halves where the candidate is refused: the method follows EM's path in steps as long as the path
+allows, as projective integration follows a flow (Gear and Kevrekidis 2003, Projective methods for stiff differential
+equations, SIAM Journal on Scientific Computing 24). So it leaves a saddle on EM's side, and need not wait for a linear
+phase. A candidate at which the model was wrong by more than a nat is refused, as EM might have gone elsewhere.
+That is no promise to end where EM ends: EM may turn at any pass, and only a run of EM itself tells where. How many
+passes it takes, and how often it ends elsewhere, is printed by ``benchmarks/acceleration.py``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -33,18 +35,20 @@ from mixproof.inference.validation import feasible, num_components
 
 MEMORY = 5
 """How many earlier points the method looks back on; more of them reach back to where EM was another linear map."""
-LINEAR_PHASE = 0.1
-"""In nats. A step that gains more is not of the linear phase: EM goes on alone, as such steps choose the basin."""
-FIRST_RADIUS = 2.0
-LEAST_RADIUS = 1.2
-"""Both in lengths of the EM step at the point."""
+FARTHER = 0.5
+"""The model's error of EM's step at a point, in lengths of the step before, up to which to look farther next time."""
+NATS = 1.0
+"""The largest error of the model that a candidate may have: its square, in units of the step before, times the gain, as
+what a step gains goes with its square. Basins of EM are told apart by steps of nats."""
+GROWTH = 2.0
+"""No candidate lies where the model's step is longer than this multiple of EM's: no model reaches far from a saddle."""
 TOWARDS_BOUNDARY = 0.5
 """The largest share of the way to the edge of a support that a candidate goes beyond EM's own step: EM cannot leave it,
 and a probability extrapolated to 0 would be a false limit (the fraction-to-the-boundary rule of interior points)."""
 
 
 class Anderson:
-    """Proposes where EM will end, from where it has been; told how that went, it learns and grows bolder or more timid.
+    """Proposes where EM will be, from where it has been; told how that went, it looks farther ahead or less far.
 
     After each pass at a point that EM stands on, ``propose`` gives a candidate or None. After a pass at the candidate,
     ``accept`` says whether EM goes there. Where there is no candidate or it is refused, EM takes its own step, which
@@ -60,9 +64,9 @@ class Anderson:
         self._coordinates = _Coordinates(family, params)
         self._points: list[tuple[Tensor, Tensor]] = []  # (u, f), the current one last
         self._objective = -math.inf
-        self._radius = FIRST_RADIUS
-        self._length = 0.0  # of the last candidate's step, in EM steps
-        self._bounded = False  # whether the radius cut it short
+        self._level = 0  # how far to look: 0 is EM's own step, and k is T = 1 + 2^(k - 1) of them
+        self._own: _Ahead | None = None  # of EM's own step from the point it stands on, where it may go next
+        self._ahead: _Ahead | None = None  # of the last candidate
 
     def propose(self, params: Any, image: Any, objective: float) -> Any:
         """Return a candidate for the next point, ``Params`` inside their supports, or None for EM's own step.
@@ -72,69 +76,71 @@ class Anderson:
             image: where EM's own step leads from there.
             objective: the log likelihood, plus the log prior, at ``params``.
         """
-        gain, self._objective = objective - self._objective, objective
         u, g = self._coordinates(params), self._coordinates(image)
         f = g - u
+        if self._own is not None:
+            self._agrees(self._own, f, objective - self._objective)
+        self._objective = objective
         self._points = [*self._points, (u, f)][-1 - MEMORY :]
-        if not gain < LINEAR_PHASE or len(self._points) < 3 or not torch.isfinite(f).all() or not f.any():
+        self._own, self._ahead = self._look_ahead(u, f)
+        if self._ahead is None:
             return None
-        step = self._step(u, f)
-        if step is None:
-            return None
-        candidate = self._coordinates.inverse(self._coordinates.inside(u + step, g), image)
+        candidate = self._coordinates.inverse(self._coordinates.inside(u + self._ahead.way, g), image)
         finite = all(torch.isfinite(value).all() for value in candidate)
         return candidate if finite else None
 
     def accept(self, candidate: Any, image: Any, objective: float) -> bool:
-        """Return whether EM goes to the candidate: the objective there is not lower, and not higher by a leap.
+        """Return whether EM goes to the candidate: the objective there is not lower, and EM's step as the model said.
 
         Args:
             candidate: what ``propose`` gave.
             image: where EM's own step leads from there; of no matter where the objective is not finite.
             objective: the log likelihood, plus the log prior, at the candidate.
         """
-        if 0 <= objective - self._objective < LINEAR_PHASE:
-            self._radius *= 2 if self._bounded else 1
-            return True
-        self._radius = max(LEAST_RADIUS, min(self._radius, self._length) / 2)
+        assert self._ahead is not None
+        accepted = False
         if math.isfinite(objective):
             u = self._coordinates(candidate)
-            self._points.insert(-1, (u, self._coordinates(image) - u))
-        return False
+            f = self._coordinates(image) - u
+            accepted = self._agrees(self._ahead, f, objective - self._objective) and objective >= self._objective
+            if not accepted and f.isfinite().all():
+                self._points.insert(-1, (u, f))
+        if accepted:
+            self._own = None
+        else:
+            self._level = self._ahead.level - 1
+        return accepted
 
-    def _step(self, u: Tensor, f: Tensor) -> Tensor | None:
-        """Return the step d (P,) from u (P,), or None where it would turn back on EM's own step f (P,)."""
+    def _agrees(self, ahead: _Ahead, f: Tensor, gain: float) -> bool:
+        """Return whether EM's step f (P,) at a point is what the model said; if nearly so, look farther from now on."""
+        error = ((f - ahead.step).norm() / self._points[-1][1].norm()).item()
+        agrees = gain * error * error <= NATS
+        if agrees and error <= FARTHER:
+            self._level = max(self._level, ahead.level + 1)
+        return agrees
+
+    def _look_ahead(self, u: Tensor, f: Tensor) -> tuple[_Ahead | None, _Ahead | None]:
+        """Return what the model says of EM's step f (P,) from u (P,), and of as many as it sees ahead, or None."""
         earlier = [(v - u, h - f) for v, h in self._points[:-1] if not torch.equal(v, u)]
-        if not earlier:
-            return None
+        if not earlier or not f.any():
+            return None, None
         moves, changes = (torch.stack(columns, 1) for columns in zip(*earlier, strict=True))
         if not (torch.isfinite(moves).all() and torch.isfinite(changes).all()):
-            return None
+            return None, None
         lengths = moves.norm(dim=0)
         left, singular, right = torch.linalg.svd(moves / lengths, full_matrices=False)
         kept = singular > math.sqrt(torch.finfo(u.dtype).eps) * singular[0]
         basis = left[:, kept]  # Q
-        change = (changes / lengths) @ right[kept].mT / singular[kept]  # (J - I) Q
-        matrix, projected = -basis.mT @ change, basis.mT @ f
-        identity = torch.eye(len(projected), dtype=u.dtype)
-        # the eigenvalues of I - J are real; a negative one is a direction in which EM moves away from a saddle
-        convex = matrix + max(0.0, -2 * torch.linalg.eigvals(matrix).real.min().item()) * identity
-
-        def shifted(shift: float) -> Tensor:
-            y, info = torch.linalg.solve_ex(convex + shift * identity, projected)
-            return f + (basis + change) @ y if info == 0 else torch.full_like(f, math.inf)
-
-        radius = self._radius * f.norm()
-        step = shifted(0.0)
-        self._bounded = not step.norm() <= radius
-        if self._bounded:
-            low, high = 1e-20, 1e6  # I - J has eigenvalues of size 1 and below
-            for _ in range(60):
-                middle = math.sqrt(low * high)
-                low, high = (low, middle) if shifted(middle).norm() <= radius else (middle, high)
-            step = shifted(high)
-        self._length = (step.norm() / f.norm()).item()
-        return step if step @ f > 0 else None
+        image = basis + (changes / lengths) @ right[kept].mT / singular[kept]  # J Q
+        power, projected = basis.mT @ image, basis.mT @ f
+        own, ahead, total = _Ahead(f, image @ projected, 0), None, projected
+        for level in range(1, self._level + 1):  # power is B^(T - 1), and total the sum of B^t Q^T f over t < T - 1
+            step = image @ (power @ projected)
+            if not step.norm() <= GROWTH * f.norm():
+                break
+            ahead = _Ahead(f + image @ total, step, level)
+            total, power = total + power @ total, power @ power
+        return own, ahead if ahead is not None and ahead.way @ f > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next proposals depend on, as a flat dict of tensors and numbers."""
@@ -148,17 +154,28 @@ class Anderson:
             "loc": self._coordinates.loc,
             "scale": self._coordinates.scale,
             "objective": self._objective,
-            "radius": self._radius,
-            "length": self._length,
-            "bounded": int(self._bounded),
+            "level": self._level,
+            "own_step": torch.zeros(0, dtype=torch.float64) if self._own is None else self._own.step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned."""
         self._points = list(zip(state["points"], state["steps"], strict=True))
         self._coordinates.loc, self._coordinates.scale = state["loc"], state["scale"]
-        self._objective, self._radius = float(state["objective"]), float(state["radius"])
-        self._length, self._bounded = float(state["length"]), bool(state["bounded"])
+        self._objective, self._level = float(state["objective"]), int(state["level"])
+        step = state["own_step"]
+        self._own = _Ahead(self._points[-1][1], step, 0) if step.numel() else None
+
+
+class _Ahead(NamedTuple):
+    """What the model says of some steps of EM."""
+
+    way: Tensor
+    """(P,), where they lead."""
+    step: Tensor
+    """(P,), EM's own step from there."""
+    level: int
+    """0 for one step, k for 1 + 2^(k - 1)."""
 
 
 class _Coordinates:

@@ -68,8 +68,9 @@ def em(
             counts each once.
         max_steps: the largest number of steps, at least 1.
         rtol: the relative change of the log likelihood at which to stop, not negative.
-        accelerate: ``"anderson"`` tries where EM is going rather than where it goes next, and takes EM's own step where
-            that is not better; a step is a pass over the data, whether what it tried was taken or not.
+        accelerate: ``"anderson"`` tries where EM will be some steps ahead, and takes EM's own step where that is lower
+            or does not look like EM's path; a step is a pass over the data, whether what it tried was taken or not. It
+            may still end at another maximum than EM.
         missing: whether NaN in x marks an entry that is missing at random; the likelihood is that of the others.
         device: where to compute; None computes where x lies.
         group: the ``torch.distributed`` processes that work together, each with its own rows as x (see ``share``),
