@@ -224,7 +224,8 @@ def family_cases() -> dict[str, tuple[Any, Any, Any]]:
     noise = gaussian_full.Params(real([0.3, 0.7]), real([[0.0, 0.0], [1.0, 0.0]]), torch.stack([eye / 2, eye / 4]))
     inverse_gamma_prior = {"shape": real([3.0, 3.0]), "rate": real([2.0, 2.0])}
     scalar = {"shape": real(3.0), "rate": real(2.0)}
-    isotropic = gaussian_isotropic.GaussianIsotropic(0.7)
+    beta = {"ones": real([1.5, 1.5]), "zeros": real([1.5, 1.5])}
+    isotropic, uniform_weights = gaussian_isotropic.GaussianIsotropic(0.7), bernoulli.UniformWeights()
     return {
         "gaussian_full": (gaussian_full, 2, full),
         "gaussian_diagonal": (
@@ -235,7 +236,8 @@ def family_cases() -> dict[str, tuple[Any, Any, Any]]:
         "gaussian_spherical": (gaussian_spherical, 2, gaussian_spherical.Prior(concentration, **normal, **scalar)),
         "gaussian_tied": (gaussian_tied, 2, gaussian_tied.Prior(concentration, **normal, df=real(6.0), scale=4 * eye)),
         "gaussian_isotropic": (isotropic, 2, isotropic.Prior(concentration, **normal)),
-        "bernoulli": (bernoulli, 2, bernoulli.Prior(concentration, real([1.5, 1.5]), real([1.5, 1.5]))),
+        "bernoulli": (bernoulli, 2, bernoulli.Prior(concentration, **beta)),
+        "uniform_weights": (uniform_weights, 2, uniform_weights.Prior(**beta)),
         "laplace": (laplace, 2, laplace.Prior(concentration, **normal, **inverse_gamma_prior)),
         "gaussian_sum": (gaussian_sum, (2, 2), gaussian_sum.Prior(full, full)),
         "known_noise": (gaussian_sum.KnownNoise(noise), 2, full),
@@ -261,10 +263,11 @@ def gibbs_engine(family: Any, num_components: Any, prior: Any) -> Engine:
 
 def hmc_engine(family: Any, num_components: Any, prior: Any) -> Engine:
     model = partial(family.model, num_components=num_components, prior=prior)
-    return lambda x, seed: hmc(model, x, num_chains=16, num_warmup=150, num_draws=30, seed=seed)
+    return lambda x, seed: hmc(model, x, batched=True, num_chains=len(x), num_warmup=200, num_draws=200, seed=seed)
 
 
-ENGINES = {"gibbs": gibbs_engine, "hmc": hmc_engine}
+ENGINES = {"gibbs": (gibbs_engine, False), "hmc": (hmc_engine, True)}
+"""Each with whether it takes many data sets at once."""
 
 
 def calibrate_engine(engine: str, name: str, num_simulations: int, seed: int, *, num_data: int = 8) -> Calibration:
@@ -272,8 +275,16 @@ def calibrate_engine(engine: str, name: str, num_simulations: int, seed: int, *,
     family, num_components, prior = family_cases()[name]
     model = partial(family.model, num_components=num_components, prior=prior)
     x = torch.zeros(num_data, 2, dtype=torch.float64)
-    run = ENGINES[engine](family, num_components, prior)
-    return calibrate(model, run, x, num_simulations=num_simulations, seed=seed, false_alarm=FALSE_ALARM)
+    run, batched = ENGINES[engine]
+    return calibrate(
+        model,
+        run(family, num_components, prior),
+        x,
+        num_simulations=num_simulations,
+        seed=seed,
+        batch_size=num_simulations if batched else None,
+        false_alarm=FALSE_ALARM,
+    )
 
 
 def print_faults(seed: int) -> dict[str, Any]:
