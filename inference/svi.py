@@ -188,23 +188,24 @@ def normal_approximation(
     adam = torch.optim.Adam(free[name], lr=learning_rate)
     decay = torch.optim.lr_scheduler.ExponentialLR(adam, (final_learning_rate / learning_rate) ** (1 / num_steps))
     generator = torch.Generator(loc.device).manual_seed(seed)
-    shape = (num_laws, NUM_PARTICLES, loc.shape[1])
     losses = []
     for step in range(num_steps):
-        noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
-        u = loc[:, None].expand(shape).flatten(0, 1)
-        entropy = torch.zeros_like(loc[:, 0])
-        if name != "AutoLaplace":
-            u = u + (noise @ factor().mT).flatten(0, 1)
+        if name == "AutoLaplace":
+            u, entropy, density = loc[:, None], torch.zeros_like(loc[:, 0]), posterior
+        else:
+            shape = (num_laws, NUM_PARTICLES, loc.shape[1])
+            noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
+            u, density = loc[:, None] + noise @ factor().mT, at_particles
             entropy = (log_scale + (1 + math.log(2 * math.pi)) / 2).sum(1)
-        evaluation = at_particles(u.detach(), one)
-        height = (evaluation.log_prior + evaluation.log_likelihood).unflatten(0, (num_laws, -1)).mean(1)
+        flat = u.flatten(0, 1)
+        evaluation = density(flat.detach(), one[: len(flat)])
+        height = (evaluation.log_prior + evaluation.log_likelihood).unflatten(0, u.shape[:2]).mean(1)
         losses.append(-height - entropy.detach())
         if not torch.isfinite(losses[-1]).all():
             raise ValueError(f"the loss is not finite at step {step}: lower the learning rate")
         adam.zero_grad()
-        # the log density's slope is known: as a constant, it makes the derivative by the law's parameters
-        (-(evaluation.gradient * u).sum() / NUM_PARTICLES - entropy.sum()).backward()
+        # the slope at each point is known: as a constant, it makes the derivative by the law's parameters
+        (-(evaluation.gradient * flat).sum() / u.shape[1] - entropy.sum()).backward()
         adam.step()
         decay.step()
     loc = loc.detach()

@@ -6,12 +6,10 @@ and of a mixture by the sum over all allocations.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyro
@@ -26,24 +24,9 @@ from mixproof.inference.draws import Draws
 from mixproof.inference.exact_evidence import exact_log_evidence
 from mixproof.inference.verification.uniformity import simultaneous_band
 from mixproof.models import gaussian_spherical
+from tests.conftest import Case, load_script
 
-if TYPE_CHECKING:
-    from tests.conftest import Case
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_calibration", ROOT / "benchmarks" / "calibration.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = _load()
+bench = load_script("benchmarks/calibration.py")
 SEED = 3
 
 

@@ -308,6 +308,21 @@ def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:
         hmc(share_of_two, X, **{"num_chains": 2, "num_draws": 5, "num_warmup": 20, "seed": 0, **setting})
 
 
+@pytest.mark.parametrize("model", [conjugate, share_of_two], ids=lambda model: model.__name__)
+def test_pyros_sampler_draws_the_same_from_a_trace(model: Any) -> None:
+    """A few steps, before rounding grows; the latents summed out, and lp by another route."""
+    settings: Any = {"num_chains": 1, "num_draws": 5, "num_warmup": 5, "seed": 3}
+    plain, traced = (nuts(model, X, **settings, jit_compile=jit_compile) for jit_compile in (False, True))
+    posterior = LogPosterior(model, X)
+    u = posterior.unconstrain({name: value[0] for name, value in traced.params.items()})
+    parts = posterior(u, torch.ones_like(u[:, 0]))
+    lp = parts.log_prior + parts.log_likelihood - posterior.log_jacobian(u)
+    assert (traced.sample_stats["lp"][0] - lp).abs().max() < 1e-10
+    for name, value in plain.params.items():
+        assert (traced.params[name] - value).abs().max() < 1e-8
+        assert len(value.unique()) > 1
+
+
 # Published draws
 
 
