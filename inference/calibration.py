@@ -172,7 +172,7 @@ def calibrate(
             checkpoints.save(file, identity, _Done.joined(found).tensors())
 
     starts = range(len(found[0].effective_sizes) if found else 0, num_simulations, size)
-    bar = {"console": Console(stderr=True), "disable": not progress, "description": "simulations"}
+    bar: dict[str, Any] = {"console": Console(stderr=True), "disable": not progress, "description": "simulations"}
     try:
         for calls, first in enumerate(
             track(starts, total=num_simulations / size, completed=starts.start // size, **bar), 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -119,7 +120,7 @@ class LogPosterior:
         points = (u.detach(), torch.ones_like(u[:, 0]), *self.batch)
 
         def of_gradient(point: Tensor, *others: Tensor) -> Tensor:
-            return torch.func.jacrev(torch.func.grad(lambda v: self._at(v, *others)[0]))(point)
+            return torch.func.jacrev(torch.func.grad(partial(self._height, others)))(point)
 
         try:
             with pyro.validation_enabled(False), warnings.catch_warnings():
@@ -127,17 +128,18 @@ class LogPosterior:
                 return torch.func.vmap(of_gradient)(*points)
         except RuntimeError:  # the program branches on values, as ``__call__`` says
             with torch.enable_grad():
-                return torch.stack(
-                    [
-                        torch.autograd.functional.hessian(lambda v, others=others: self._at(v, *others)[0], point)
-                        for point, *others in zip(*points, strict=True)
-                    ]
-                )
+                found = []
+                for point, *others in zip(*points, strict=True):
+                    found.append(torch.autograd.functional.hessian(partial(self._height, others), point))
+                return torch.stack(found)
 
     def _at(self, u: Tensor, temperature: Tensor, *args: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         found = log_joint_table(self.model, self.program, self.coordinates(u), *(args or self.args), same_scales=True)
         log_prior = found.log_prior + self.coordinates.log_jacobian(u)
         return log_prior + temperature * found.log_likelihood, (log_prior, found.log_likelihood)
+
+    def _height(self, others: Sequence[Tensor], u: Tensor) -> Tensor:
+        return self._at(u, *others)[0]
 
     def _one_by_one(self, u: Tensor, temperature: Tensor) -> Evaluation:
         found = []

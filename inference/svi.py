@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -21,7 +21,7 @@ from torch import Tensor
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import bind, default_dtype_of
 from mixproof.inference.hmc import initial_points
-from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.log_posterior import Evaluation, LogPosterior
 from mixproof.inference.random_state import seeded
 from mixproof.inference.validation import feasible
 
@@ -79,14 +79,21 @@ def svi(
         ValueError: ``num_steps`` is below 1, the loss is not finite, Pyro refuses the pair of model and guide, or a
             guide given by name does not fit the program or comes with an optimiser.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
     if isinstance(guide, str):
         if optimiser is not None:
             raise ValueError(f"{guide} is fitted by Adam, and takes no optimiser: give a Pyro guide to choose one")
-        rates = {"learning_rate": learning_rate, "final_learning_rate": final_learning_rate}
-        law = normal_approximation(model, guide, *args, num_steps=num_steps, seed=seed, **rates)
+        law = normal_approximation(
+            model,
+            guide,
+            *args,
+            num_steps=num_steps,
+            seed=seed,
+            learning_rate=learning_rate,
+            final_learning_rate=final_learning_rate,
+        )
         return Variational(_guide(model, guide, law, *args), law.losses[:, 0])
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
     decay = (final_learning_rate / learning_rate) ** (1 / num_steps)
     losses = []
     with pyro.get_param_store().scope(), default_dtype_of(*args):
@@ -165,19 +172,20 @@ def normal_approximation(
     """
     if name not in _GUIDES:
         raise ValueError(f"there is no guide named {name}: give {', '.join(_GUIDES)}, or a Pyro guide")
-    posterior = LogPosterior(model, *args, batched=batched)
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    posterior = at_particles = LogPosterior(model, *args, batched=batched)
     if posterior.param_sites:
         raise ValueError(
             f"{name} has no place for the param sites {', '.join(posterior.param_sites)}: give a Pyro guide"
         )
+    if batched:
+        at_particles = LogPosterior(model, *(data.repeat_interleave(NUM_PARTICLES, 0) for data in args), batched=True)
     num_laws = len(args[0]) if batched else 1
-    particles = [values.repeat_interleave(NUM_PARTICLES, 0) for values in args] if batched else args
-    at_particles = LogPosterior(model, *particles, batched=batched)
-    starts = initial_points(at_particles, num_laws * NUM_PARTICLES, seed=seed)
-    one = torch.ones_like(starts[:, 0])
-    evaluation = at_particles(starts, one)
-    best = (evaluation.log_prior + evaluation.log_likelihood).unflatten(0, (num_laws, -1)).argmax(1)
-    loc = starts.unflatten(0, (num_laws, -1))[torch.arange(num_laws), best].requires_grad_()
+    starts = initial_points(at_particles, num_laws * NUM_PARTICLES, seed=seed).unflatten(0, (num_laws, -1))
+    one = starts.new_ones(num_laws * NUM_PARTICLES)
+    best = _mean_height(at_particles(starts.flatten(0, 1), one), (num_laws, NUM_PARTICLES, 1)).argmax(1)
+    loc = starts[torch.arange(num_laws), best].requires_grad_()
     log_scale = torch.full_like(loc, math.log(INITIAL_SCALE)).requires_grad_()
     below = torch.zeros(*loc.shape, loc.shape[1]).to(loc).requires_grad_()
     free = {"AutoNormal": [loc, log_scale], "AutoMultivariateNormal": [loc, log_scale, below], "AutoLaplace": [loc]}
@@ -199,8 +207,7 @@ def normal_approximation(
             entropy = (log_scale + (1 + math.log(2 * math.pi)) / 2).sum(1)
         flat = u.flatten(0, 1)
         evaluation = density(flat.detach(), one[: len(flat)])
-        height = (evaluation.log_prior + evaluation.log_likelihood).unflatten(0, u.shape[:2]).mean(1)
-        losses.append(-height - entropy.detach())
+        losses.append(-_mean_height(evaluation, u.shape[:2]) - entropy.detach())
         if not torch.isfinite(losses[-1]).all():
             raise ValueError(f"the loss is not finite at step {step}: lower the learning rate")
         adam.zero_grad()
@@ -211,6 +218,11 @@ def normal_approximation(
     loc = loc.detach()
     scale_tril = _inverse_factor(-posterior.hessian(loc)) if name == "AutoLaplace" else factor().detach()
     return NormalApproximation(posterior, loc, scale_tril, torch.stack(losses))
+
+
+def _mean_height(evaluation: Evaluation, sizes: Sequence[int]) -> Tensor:
+    """Return the log posterior over the coordinates, spread to the sizes, averaged over the last of them."""
+    return (evaluation.log_prior + evaluation.log_likelihood).reshape(sizes).mean(-1)
 
 
 def _inverse_factor(curvature: Tensor) -> Tensor:

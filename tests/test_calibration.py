@@ -327,7 +327,8 @@ def test_interrupt_keeps_the_simulations_that_were_done() -> None:
 def test_a_run_that_was_interrupted_or_killed_goes_on_to_the_same_ranks(batch_size: int | None, tmp_path: Path) -> None:
     """Ties are broken at random, and in the same way, though the file knows names and no order."""
     calls: list[int] = []
-    stop_at, error = 0, KeyboardInterrupt
+    stop_at = 0
+    error: type[BaseException] = KeyboardInterrupt
 
     def engine(x: Tensor, seed: int) -> Draws:
         calls.append(seed)

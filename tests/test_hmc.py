@@ -216,6 +216,8 @@ def test_chains_with_data_of_their_own_follow_their_own_posteriors() -> None:
     assert max(scores.values()) < MAX_Z, scores
     exchanged = scores_of_data_sets(torch.stack([X / 4, 2 - X, X]))
     assert all(exchanged[f"mean of variance given data set {i}"] > MAX_Z for i in (0, 1))
+    with pytest.raises(ValueError, match="there are 3 data sets, and 2 points: one each"):
+        hmc(conjugate, X.reshape(3, 2), batched=True, num_chains=2, num_draws=5, num_warmup=20, seed=0)
 
 
 def test_same_seed_same_draws_and_resuming_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +296,6 @@ def test_chains_do_not_start_in_hopeless_modes() -> None:
         ({"num_chains": 0}, "num_chains must be at least 1, not 0"),
         ({"num_warmup": 5}, "num_warmup must be at least 20, not 5"),
         ({"target_acceptance": 1.0}, "target_acceptance must lie between 0 and 1"),
-        ({"batched": True}, "there are 6 data sets, and 2 points: one each"),
         ({"init": {"share": torch.tensor([0.5])}}, r"init\['share'\] has 1 rows, and there are 2 chains"),
         ({"init": {"w": torch.tensor([0.5])}}, "init must have the sites share, and has w"),
         (

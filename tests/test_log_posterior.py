@@ -292,7 +292,8 @@ def test_each_point_has_its_own_of_several_arguments_and_draws(monkeypatch: pyte
 
 def test_data_sets_that_do_not_fit_are_refused() -> None:
     x = X.reshape(3, 8)
-    for args in ((), (x, 2.0), (x, torch.tensor(1.0))):
+    different: list[tuple[Any, ...]] = [(), (x, 2.0), (x, torch.tensor(1.0))]
+    for args in different:
         with pytest.raises(ValueError, match="must be tensors with a leading dimension of data sets: bind the others"):
             LogPosterior(intervals, *args, batched=True)
     for args in ((x, x[:2]), (x[:0],)):
