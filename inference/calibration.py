@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.draws import Draws
 from mixproof.inference.quantities import Quantities, Quantity, simulate
 from mixproof.inference.verification.report import Check, Report, conclude
@@ -109,6 +111,8 @@ def calibrate(
     num_ranks: int | None = None,
     batch_size: int | None = None,
     false_alarm: float = 0.01,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 20,
     progress: bool = False,
 ) -> Calibration:
     """Check an engine's posterior draws on data that the program itself makes.
@@ -128,45 +132,70 @@ def calibrate(
         num_ranks: L + 1, in place of the number that the effective sizes call for.
         batch_size: B, for an engine that takes data (B, N, D) and returns one chain for each, all as long.
         false_alarm: the probability, at most, that a right engine is refuted: each of Q quantities takes a Q-th.
+        checkpoint: a file for the simulations that are done. If it exists, the run goes on from there to the same
+            ranks; it knows the sizes, the seed and the quantities of its run, and not its program or engine.
+        checkpoint_every: after how many calls of the engine to write it, at least 1; the end and Ctrl-C write it too.
         progress: whether a bar on stderr shows the simulations.
 
     Raises:
         ValueError: a prior is improper, the program is not as above otherwise, the engine leaves a site out or returns
-            numbers that are not finite, or there are fewer draws than ``num_ranks`` asks for.
+            numbers that are not finite, there are fewer draws than ``num_ranks`` asks for, or the checkpoint belongs to
+            another run.
+        OSError: the checkpoint cannot be read or written.
 
     Warns:
         The draws are worth too few independent ones to judge by, or the run was interrupted: it then keeps the
         simulations that were done.
     """
-    if num_simulations < 1:
-        raise ValueError(f"num_simulations must be at least 1, not {num_simulations}")
+    for name, number in {"num_simulations": num_simulations, "checkpoint_every": checkpoint_every}.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
     generator = torch.Generator().manual_seed(seed)
     simulation_seeds, engine_seeds = torch.randint(2**31, (2, num_simulations), generator=generator).tolist()
     compared = Quantities(model, x, seed=seed, further=quantities)
     size = batch_size or 1
-    starts = range(0, num_simulations, size)
-    found: list[dict[str, Tensor]] = []
-    worth: list[Tensor] = []
+    file = None if checkpoint is None else Path(checkpoint)
+    identity = {
+        "engine": "calibrate",
+        "shape": [*x.shape],
+        "dtype": str(x.dtype),
+        "num_simulations": num_simulations,
+        "batch_size": batch_size,
+        "seed": seed,
+        "quantities": sorted(quantities or {}),
+    }
+    known = None if file is None else checkpoints.load(file, identity)
+    found = [] if known is None else [_Done.restored(known)]
+
+    def keep() -> None:
+        if file is not None:
+            checkpoints.save(file, identity, _Done.joined(found).tensors())
+
+    starts = range(len(found[0].effective_sizes) if found else 0, num_simulations, size)
+    bar: dict[str, Any] = {"console": Console(stderr=True), "disable": not progress, "description": "simulations"}
     try:
-        for first in track(starts, console=Console(stderr=True), disable=not progress, description="simulations"):
+        for calls, first in enumerate(
+            track(starts, total=num_simulations / size, completed=starts.start // size, **bar), 1
+        ):
             made = [simulate(model, x, seed=s) for s in simulation_seeds[first : first + size]]
             data = torch.stack([one.x for one in made])
             draws = engine(data if batch_size else data[0], engine_seeds[first]).params
             truth = {name: torch.stack([one.params[name] for one in made]) for name in made[0].params}
             chains = _by_simulation(draws, truth, batch_size is not None)
             values = _evaluate(compared, truth, chains, data)
-            if found and len(values) and next(iter(values.values())).shape[1] != next(iter(found[0].values())).shape[1]:
+            if found and any(value.shape[1] != found[0].values[name].shape[1] for name, value in values.items()):
                 raise KeyboardInterrupt  # which the engine answered by what it had drawn so far
-            found.append(values)
             num_chains = next(iter(chains.values())).shape[1]
-            worth.append(_least_effective_size(values, num_chains))
+            found.append(_Done(values, _least_effective_size(values, num_chains)))
+            if calls % checkpoint_every == 0:
+                keep()
     except KeyboardInterrupt:
         if not found:
             raise
-        done = sum(map(len, worth))
-        warnings.warn(f"interrupted: {done} of {num_simulations} simulations were done and count", stacklevel=2)
-    values = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-    effective_sizes = torch.cat(worth)
+        num_done = sum(len(part.effective_sizes) for part in found)
+        warnings.warn(f"interrupted: {num_done} of {num_simulations} simulations were done and count", stacklevel=2)
+    keep()
+    values, effective_sizes = _Done.joined(found)
     num_draws = next(iter(values.values())).shape[1] - 1
     if num_ranks is None:
         num_ranks = _affordable_ranks(effective_sizes, num_draws)
@@ -176,6 +205,28 @@ def calibrate(
     checks = [_check(name, rank, num_ranks, 1 - false_alarm / len(ranks)) for name, rank in ranks.items()]
     subject = f"ranks in {len(effective_sizes)} simulations among {num_ranks - 1} thinned draws"
     return Calibration(ranks, num_ranks, effective_sizes, conclude(subject, checks, seed), false_alarm)
+
+
+class _Done(NamedTuple):
+    """Simulations that are done."""
+
+    values: dict[str, Tensor]  # (M, 1 + C S) by quantity, at the truth and then at the draws
+    effective_sizes: Tensor  # (M,)
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Done]) -> _Done:
+        values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
+        return cls(values, torch.cat([part.effective_sizes for part in parts]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all by names of one length at the start, which keep the order of the quantities in a file."""
+        numbered = {f"{number:06} {name}": value for number, (name, value) in enumerate(self.values.items())}
+        return numbered | {"effective sizes": self.effective_sizes}
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor]) -> _Done:
+        *numbered, sizes = sorted(tensors)
+        return cls({name[7:]: tensors[name] for name in numbered}, tensors[sizes])
 
 
 def _by_simulation(draws: Mapping[str, Tensor], truth: Mapping[str, Tensor], batched: bool) -> dict[str, Tensor]:

@@ -162,6 +162,7 @@ def hmc(
     num_warmup: int = 300,
     seed: int,
     init: Mapping[str, Tensor] | None = None,
+    batched: bool = False,
     target_acceptance: float = TARGET_ACCEPTANCE,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
@@ -181,6 +182,8 @@ def hmc(
         num_warmup: the draws before those, in which the sampler is tuned, at least 20; they are not kept.
         seed: seeds every random number.
         init: (C, *shape) by site, where the chains start, inside the supports; None as said above.
+        batched: whether the arguments are tensors (C, ...) that hold C data sets, of which each chain has its own. The
+            chains then differ in their posterior and share what the warm-up learns from all.
         target_acceptance: the mean acceptance probability to tune the step size for, between 0 and 1.
         checkpoint: a file for the state of the run. If it exists, the run goes on from there to the same draws.
         checkpoint_every: after how many draws to write it, at least 1.
@@ -202,12 +205,13 @@ def hmc(
             raise ValueError(f"{name} must be at least {bound}, not {value}")
     if not 0 < target_acceptance < 1:
         raise ValueError(f"target_acceptance must lie between 0 and 1, not {target_acceptance}")
-    posterior = LogPosterior(model, *args)
+    posterior = LogPosterior(model, *args, batched=batched)
     u = None if init is None else coordinates_of(posterior, init, num_chains)
     file = None if checkpoint is None else Path(checkpoint)
     identity = {
         "engine": "hmc",
         "data": checkpoints.digest(args),
+        "batched": batched,
         "init": checkpoints.digest(u),
         "num_chains": num_chains,
         "num_draws": num_draws,
@@ -264,6 +268,7 @@ def initial_points(posterior: LogPosterior, num_chains: int, *, seed: int) -> Te
 
     A chain that ends more than P + 10 nats lower than the highest goes to the place of one that does not: a mode so
     much lower would have to be e^10 times as large beyond what the fall within a mode explains (P / 2 on average).
+    Where each chain has a data set of its own, all stay.
     """
     candidates = posterior.draw_sites(NUM_CANDIDATES * num_chains, seed=seed)
     best, one = candidates[:num_chains], torch.ones(num_chains).to(candidates)
@@ -282,9 +287,13 @@ def initial_points(posterior: LogPosterior, num_chains: int, *, seed: int) -> Te
         square = 0.9 * square + 0.1 * gradient.square()
         rate = CLIMB_RATE * (1 - step / CLIMB_STEPS) * (1 - 0.9 ** (step + 1)) ** 0.5
         u = u + rate * gradient / (square.sqrt() + 1e-12)
+    able = torch.isfinite(height)
+    if not able.any() or (posterior.batch and not able.all()):
+        where = f" of data set {int((~able).nonzero()[0])}" if posterior.batch else ""
+        raise ValueError(f"every draw from the prior{where} has posterior density 0: give init")
+    if posterior.batch:  # of each data set the heights are its own
+        return best
     able = height > height.max() - posterior.size - 10
-    if not able.any():
-        raise ValueError("every draw from the prior has posterior density 0: give init")
     generator = torch.Generator().manual_seed(seed)
     others = able.nonzero()[:, 0]
     place = others[torch.randint(len(others), (num_chains,), generator=generator)]
@@ -410,7 +419,7 @@ class _Run:
             "num_chains": self.num_chains,
             "trajectory_length": float(self.tuning.log_length.exp()),
             "num_divergences": int(diverging.sum()),
-            "low_chains": low_chains(height, self.posterior.size),
+            "low_chains": [] if self.posterior.batch else low_chains(height, self.posterior.size),
         }
         return Draws(self.posterior.constrain(u), sample_stats, attributes)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -45,12 +46,18 @@ class LogPosterior:
     Args:
         model: a Pyro program with enumerated latents, each row independent of the others given the parameters.
         args: its positional arguments, the data among them.
+        batched: whether the arguments are tensors (C, ...) that hold C data sets, of which each point has its own: the
+            c-th of C points is then evaluated on the c-th. What concerns one point alone takes the first.
 
     Raises:
-        ValueError: as ``enumeration.inspect`` and ``enumeration.log_joint_table``, or there is no continuous parameter.
+        ValueError: as ``enumeration.inspect`` and ``enumeration.log_joint_table``, there is no continuous parameter,
+            or batched arguments are not tensors of one leading size.
     """
 
-    def __init__(self, model: Callable[..., Any], *args: Any):
+    def __init__(self, model: Callable[..., Any], *args: Any, batched: bool = False):
+        self.batch: tuple[Tensor, ...] = _data_sets(args) if batched else ()
+        if batched:
+            args = tuple(values[0] for values in args)
         with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args), InitMessenger(feasible):
             trace: Any = poutine.trace(model).get_trace(*args)
         example: dict[str, Any] = {
@@ -74,6 +81,8 @@ class LogPosterior:
 
     def __call__(self, u: Tensor, temperature: Tensor) -> Evaluation:
         """Return both parts and the slope at points u (C, P), the likelihood raised to powers (C,) between 0 and 1."""
+        if self.batch and len(u) != len(self.batch[0]):
+            raise ValueError(f"there are {len(self.batch[0])} data sets, and {len(u)} points: one each")
         if self._by_point:
             return self._one_by_one(u, temperature)
         key = (len(u), u.dtype, u.device)
@@ -81,7 +90,9 @@ class LogPosterior:
         if graph is None:
             try:
                 with torch.no_grad(), pyro.validation_enabled(False), default_dtype_of(*self.args, u):
-                    graph = capture(torch.func.vmap(torch.func.grad(self._at, has_aux=True)), u, temperature)
+                    graph = capture(
+                        torch.func.vmap(torch.func.grad(self._at, has_aux=True)), u, temperature, *self.batch
+                    )
             except RuntimeError as error:  # vmap and tracing refuse to branch on values
                 found = self._one_by_one(u, temperature)  # the program's own errors come from here
                 self._by_point = True
@@ -96,24 +107,46 @@ class LogPosterior:
                 del self._graphs[next(iter(self._graphs))]
         self._graphs[key] = graph
         with torch.no_grad():
-            gradient, (log_prior, log_likelihood) = graph(u, temperature)
+            gradient, (log_prior, log_likelihood) = graph(u, temperature, *self.batch)
         return Evaluation(gradient, log_prior, log_likelihood)
 
     def log_density(self, u: Tensor) -> Tensor:
         """Return log p(u, data), (), at one point u (P,), differentiable as often as one likes."""
         return self._at(u, u.new_ones(()))[0]
 
-    def _at(self, u: Tensor, temperature: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        found = log_joint_table(self.model, self.program, self.coordinates(u), *self.args, same_scales=True)
+    def hessian(self, u: Tensor) -> Tensor:
+        """Return the second derivatives (C, P, P) of log p(u | data) at points u (C, P)."""
+
+        points = (u.detach(), torch.ones_like(u[:, 0]), *self.batch)
+
+        def of_gradient(point: Tensor, *others: Tensor) -> Tensor:
+            return torch.func.jacrev(torch.func.grad(partial(self._height, others)))(point)
+
+        try:
+            with pyro.validation_enabled(False), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return torch.func.vmap(of_gradient)(*points)
+        except RuntimeError:  # the program branches on values, as ``__call__`` says
+            with torch.enable_grad():
+                found = []
+                for point, *others in zip(*points, strict=True):
+                    found.append(torch.autograd.functional.hessian(partial(self._height, others), point))
+                return torch.stack(found)
+
+    def _at(self, u: Tensor, temperature: Tensor, *args: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        found = log_joint_table(self.model, self.program, self.coordinates(u), *(args or self.args), same_scales=True)
         log_prior = found.log_prior + self.coordinates.log_jacobian(u)
         return log_prior + temperature * found.log_likelihood, (log_prior, found.log_likelihood)
 
+    def _height(self, others: Sequence[Tensor], u: Tensor) -> Tensor:
+        return self._at(u, *others)[0]
+
     def _one_by_one(self, u: Tensor, temperature: Tensor) -> Evaluation:
         found = []
-        for each, power in zip(u, temperature, strict=True):
+        for each, power, *args in zip(u, temperature, *self.batch, strict=True):
             point = each.detach().requires_grad_()
             with torch.enable_grad():
-                total, parts = self._at(point, power)
+                total, parts = self._at(point, power, *args)
                 (gradient,) = torch.autograd.grad(total, point)
             found.append((gradient, *(part.detach() for part in parts)))
         return Evaluation(*(torch.stack(each) for each in zip(*found, strict=True)))
@@ -149,24 +182,37 @@ class LogPosterior:
     def draw_sites(self, num_draws: int, *, seed: int) -> Tensor:
         """Return draws (num_draws, P) of the coordinates from the distributions of the sites, factors left out.
 
+        Of C data sets, each in turn is that of a draw.
+
         Raises:
             ValueError: a parameter has an improper prior.
         """
 
-        def draw(_: Tensor) -> Tensor:
+        def draw(_: Tensor, *args: Tensor) -> Tensor:
             with _ProperSites():
-                nodes: Any = poutine.trace(self.model).get_trace(*self.args).nodes
+                nodes: Any = poutine.trace(self.model).get_trace(*(args or self.args)).nodes
             return self.coordinates.inverse({name: nodes[name]["value"] for name in self.program.supports})
 
+        numbers = torch.arange(num_draws)
+        batch = [values[numbers % len(values)] for values in self.batch]
         with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*self.args), seeded(seed):
-            draw(torch.zeros(()))
-            numbers = torch.zeros(num_draws)
+            draw(numbers)
             try:
                 with pyro.validation_enabled(False), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="There is a performance drop")
-                    return torch.func.vmap(draw, randomness="different")(numbers)
+                    return torch.func.vmap(draw, randomness="different")(numbers, *batch)
             except RuntimeError:  # it branches on what it draws, or torch has no such draw for batches
-                return torch.stack([draw(number) for number in numbers])
+                return torch.stack([draw(*each) for each in zip(numbers, *batch, strict=True)])
+
+
+def _data_sets(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Return the arguments, each of which holds as many data sets."""
+    if not args or not all(isinstance(values, Tensor) and values.ndim > 0 for values in args):
+        raise ValueError("batched arguments must be tensors with a leading dimension of data sets: bind the others")
+    if len({len(values) for values in args}) > 1 or len(args[0]) == 0:
+        sizes = ", ".join(str(len(values)) for values in args)
+        raise ValueError(f"batched arguments must hold as many data sets each, at least one, not {sizes}")
+    return args
 
 
 class _ProperSites(Messenger):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,11 +29,13 @@ def nuts(
     init: Mapping[str, Tensor] | None = None,
     target_acceptance: float = 0.8,
     max_tree_depth: int = 10,
+    jit_compile: bool = False,
     progress: bool = False,
 ) -> Draws:
     """Draw from p(params | data) of a Pyro program with enumerated latents by ``pyro.infer.NUTS``, chain after chain.
 
-    The density, its enumeration and its changes of variables are Pyro's; only the starts and ``lp`` are computed here.
+    The density, its enumeration and its changes of variables are Pyro's; only the starts and the Jacobian of ``lp`` are
+    computed here.
 
     Args:
         model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
@@ -44,6 +47,8 @@ def nuts(
         init: (C, *shape) by site, where the chains start, inside the supports; None starts them where ``hmc`` does.
         target_acceptance: the mean acceptance probability to adapt the step size to, between 0 and 1.
         max_tree_depth: a trajectory has at most 2^max_tree_depth steps.
+        jit_compile: whether Pyro runs the density from a trace of it, which is wrong for a program that branches on the
+            values of its parameters, and faster for others once a second or so has gone into it.
         progress: whether Pyro shows its progress bar.
 
     Returns:
@@ -75,8 +80,10 @@ def nuts(
                 init_strategy=init_to_value(values={name: value[chain] for name, value in starts.items()}),
                 target_accept_prob=target_acceptance,
                 max_tree_depth=max_tree_depth,
+                jit_compile=jit_compile,
+                ignore_jit_warnings=True,
             )
-            record: list[tuple[float, int, float]] = []
+            record: list[tuple[float, int, float, float]] = []
             sampler = MCMC(
                 kernel,
                 num_samples=num_draws,
@@ -84,15 +91,18 @@ def nuts(
                 hook_fn=_recorder(record),
                 disable_progbar=not progress,
             )
-            sampler.run(*args)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="`torch.jit.trace", category=DeprecationWarning)
+                sampler.run(*args)
             chains.append({name: value.detach() for name, value in sampler.get_samples().items() if name in starts})
-            means, counts, step_sizes = torch.tensor(record, dtype=torch.float64).unbind(1)
+            means, counts, *others = torch.tensor(record, dtype=torch.float64).unbind(1)
             sums, none = means * torch.arange(1, num_draws + 1), means.new_zeros(1)
-            stats.append(torch.stack([sums.diff(prepend=none), counts.diff(prepend=none), step_sizes]))
+            stats.append(torch.stack([sums.diff(prepend=none), counts.diff(prepend=none), *others]))
     params = {name: torch.stack([chain[name] for chain in chains]) for name in starts}
-    acceptance_rate, diverging, step_size = torch.stack(stats, 1)
+    acceptance_rate, diverging, step_size, energy = torch.stack(stats, 1)
+    u = posterior.unconstrain({name: value.flatten(0, 1) for name, value in params.items()})
     sample_stats = {
-        "lp": _log_density(posterior, params),
+        "lp": -energy - posterior.log_jacobian(u).reshape(energy.shape),
         "acceptance_rate": acceptance_rate,
         "diverging": diverging.bool(),
         "step_size": step_size,
@@ -108,28 +118,16 @@ def nuts(
     return Draws(params, sample_stats, attributes)
 
 
-def _recorder(record: list[tuple[float, int, float]]) -> Callable[..., None]:
+def _recorder(record: list[tuple[float, int, float, float]]) -> Callable[..., None]:
     """Return a hook that keeps what Pyro's kernel knows after each draw.
 
     That is the mean acceptance probability and the number of divergences of the draws since the warm-up, from which
-    each one's follow, and the step size.
+    each one's follow, the step size, and minus the log density over the unconstrained coordinates.
     """
 
     def hook(kernel: Any, params: Any, stage: str, number: int) -> None:
         if stage.startswith("Sample"):
-            record.append((kernel._mean_accept_prob, len(kernel._divergences), float(kernel.step_size)))
+            energy = float(kernel._potential_energy_last)
+            record.append((kernel._mean_accept_prob, len(kernel._divergences), float(kernel.step_size), energy))
 
     return hook
-
-
-def _log_density(posterior: LogPosterior, params: Mapping[str, Tensor]) -> Tensor:
-    """Return log p(data, params), (C, S), the latents summed out."""
-    first = next(iter(params.values()))
-    u = posterior.unconstrain({name: value.flatten(0, 1) for name, value in params.items()})
-    values = [_total(posterior, chunk) for chunk in u.split(first.shape[1])]
-    return torch.stack(values) - posterior.log_jacobian(u).reshape(first.shape[:2])
-
-
-def _total(posterior: LogPosterior, u: Tensor) -> Tensor:
-    found = posterior(u, torch.ones_like(u[:, 0]))
-    return found.log_prior + found.log_likelihood

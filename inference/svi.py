@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO
-from pyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal
-from pyro.infer.autoguide.initialization import init_to_value
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam, PyroOptim
 from torch import Tensor
@@ -20,15 +21,17 @@ from torch import Tensor
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import bind, default_dtype_of
 from mixproof.inference.hmc import initial_points
-from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.log_posterior import Evaluation, LogPosterior
 from mixproof.inference.random_state import seeded
+from mixproof.inference.validation import feasible
 
-_GUIDES = {
+_GUIDES: dict[str, Any] = {
     "AutoNormal": AutoNormal,
     "AutoMultivariateNormal": AutoMultivariateNormal,
-    "AutoLaplace": AutoLaplaceApproximation,
+    "AutoLaplace": AutoMultivariateNormal,
 }
-NUM_STARTS = 8
+NUM_PARTICLES = 8
+INITIAL_SCALE = 0.1
 _NAMES = itertools.count()
 
 
@@ -59,9 +62,9 @@ def svi(
         model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
         guide: a Pyro guide that leaves the enumerated sites out, e.g.
             ``AutoDelta(pyro.poutine.block(model, hide=["z"]))``; or the name of one over the unconstrained coordinates
-            of every continuous site. ``"AutoNormal"`` has independent ones, ``"AutoMultivariateNormal"`` a covariance,
-            and ``"AutoLaplace"`` climbs to a mode and takes the curvature there. It starts where ``hmc`` starts,
-            since a unimodal guide fits one mode of a mixture and no average of them.
+            of every continuous site, which ``normal_approximation`` fits. ``"AutoNormal"`` has independent ones,
+            ``"AutoMultivariateNormal"`` a covariance, and ``"AutoLaplace"`` climbs to a mode and takes the curvature
+            there. It starts where ``hmc`` starts, since a unimodal guide fits one mode of a mixture and no average.
         args: the positional arguments of the program.
         num_steps: the number of gradient steps.
         seed: seeds Pyro's random draws for the run; the states of the global generators are put back afterwards.
@@ -74,13 +77,23 @@ def svi(
 
     Raises:
         ValueError: ``num_steps`` is below 1, the loss is not finite, Pyro refuses the pair of model and guide, or a
-            guide given by name does not fit the program.
+            guide given by name does not fit the program or comes with an optimiser.
     """
+    if isinstance(guide, str):
+        if optimiser is not None:
+            raise ValueError(f"{guide} is fitted by Adam, and takes no optimiser: give a Pyro guide to choose one")
+        law = normal_approximation(
+            model,
+            guide,
+            *args,
+            num_steps=num_steps,
+            seed=seed,
+            learning_rate=learning_rate,
+            final_learning_rate=final_learning_rate,
+        )
+        return Variational(_guide(model, guide, law, *args), law.losses[:, 0])
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
-    name = guide if isinstance(guide, str) else None
-    if name is not None:
-        guide, max_plate_nesting = _by_name(model, name, args, seed)
     decay = (final_learning_rate / learning_rate) ** (1 / num_steps)
     losses = []
     with pyro.get_param_store().scope(), default_dtype_of(*args):
@@ -101,52 +114,148 @@ def svi(
                         f"the loss is {losses[-1]} at step {step}: lower the learning rate, or start nearer"
                     )
         found = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
-        if name == "AutoLaplace":
-            guide = _around_the_mode(model, guide, *args)
     fitted = guide if isinstance(guide, PyroModule) else bind(guide, found)
     return Variational(fitted, torch.tensor(losses, dtype=torch.float64))
 
 
-def _by_name(model: Callable[..., Any], name: str, args: tuple[Any, ...], seed: int) -> tuple[Any, int]:
-    """Return an autoguide over the continuous sites that starts at a good place, and how deep the plates are nested."""
+class NormalApproximation(NamedTuple):
+    """Normal laws over the unconstrained coordinates of a program, one for each of C data sets."""
+
+    posterior: LogPosterior
+    """Whose coordinates they are."""
+    loc: Tensor
+    """(C, P), the means."""
+    scale_tril: Tensor
+    """(C, P, P), lower triangular with a positive diagonal: the covariances are scale_tril scale_tril'."""
+    losses: Tensor
+    """(num_steps, C), an estimate of -ELBO before each step; for ``AutoLaplace``, -log p(data, u)."""
+
+    def draws(self, num_draws: int, *, seed: int) -> Draws:
+        """Return independent draws, those from each law as one chain: params (C, S, *shape) by site."""
+        generator = torch.Generator(self.loc.device).manual_seed(seed)
+        size = (len(self.loc), num_draws, self.loc.shape[1])
+        noise = torch.randn(size, generator=generator, dtype=self.loc.dtype, device=self.loc.device)
+        u = self.loc[:, None] + noise @ self.scale_tril.mT
+        attributes = {"engine": "svi", "seed": seed, "num_draws": num_draws}
+        return Draws(self.posterior.constrain(u), {}, attributes)
+
+
+def normal_approximation(
+    model: Callable[..., Any],
+    name: str,
+    *args: Any,
+    num_steps: int,
+    seed: int,
+    learning_rate: float = 0.1,
+    final_learning_rate: float = 1e-4,
+    batched: bool = False,
+) -> NormalApproximation:
+    """Fit a normal law to a posterior over unconstrained coordinates, or to those of many data sets at once.
+
+    The ELBO is estimated from ``NUM_PARTICLES`` points of the captured log density, and climbed by Adam along its
+    derivative by the law's parameters through the points (Kucukelbir et al. 2017, Journal of Machine Learning Research
+    18(14), section 2). Each law starts at the highest of as many places from which ``hmc`` would start.
+
+    Args:
+        model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
+        name: as in ``svi``.
+        args: the positional arguments of the program.
+        num_steps: the number of gradient steps, at least 1.
+        seed: seeds every random number.
+        learning_rate: the step of Adam at the start, in unconstrained coordinates.
+        final_learning_rate: the step at the end; it decays geometrically in between.
+        batched: whether the arguments are tensors (C, ...) that hold C data sets; without, C = 1.
+
+    Raises:
+        ValueError: there is no guide of this name, the program has param sites or is not one that ``LogPosterior``
+            takes, a loss is not finite, or the log density does not curve down where ``AutoLaplace`` ended.
+    """
     if name not in _GUIDES:
         raise ValueError(f"there is no guide named {name}: give {', '.join(_GUIDES)}, or a Pyro guide")
-    posterior = LogPosterior(model, *args)
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    posterior = at_particles = LogPosterior(model, *args, batched=batched)
     if posterior.param_sites:
         raise ValueError(
             f"{name} has no place for the param sites {', '.join(posterior.param_sites)}: give a Pyro guide"
         )
-    start = posterior.constrain(initial_points(posterior, NUM_STARTS, seed=seed))
-    u = posterior.unconstrain(start)
-    evaluation = posterior(u, torch.ones_like(u[:, 0]))
-    best = int((evaluation.log_prior + evaluation.log_likelihood).argmax())
-    values = {site: value[best] for site, value in start.items()}
-    blocked = poutine.block(model, hide=list(posterior.program.latents))
-    with default_dtype_of(*args):
-        guide = _GUIDES[name](blocked, init_loc_fn=init_to_value(values=values))
-    return guide, posterior.program.max_plate_nesting
+    if batched:
+        at_particles = LogPosterior(model, *(data.repeat_interleave(NUM_PARTICLES, 0) for data in args), batched=True)
+    num_laws = len(args[0]) if batched else 1
+    starts = initial_points(at_particles, num_laws * NUM_PARTICLES, seed=seed).unflatten(0, (num_laws, -1))
+    one = starts.new_ones(num_laws * NUM_PARTICLES)
+    best = _mean_height(at_particles(starts.flatten(0, 1), one), (num_laws, NUM_PARTICLES, 1)).argmax(1)
+    loc = starts[torch.arange(num_laws), best].requires_grad_()
+    log_scale = torch.full_like(loc, math.log(INITIAL_SCALE)).requires_grad_()
+    below = torch.zeros(*loc.shape, loc.shape[1]).to(loc).requires_grad_()
+    free = {"AutoNormal": [loc, log_scale], "AutoMultivariateNormal": [loc, log_scale, below], "AutoLaplace": [loc]}
+
+    def factor() -> Tensor:
+        return log_scale.exp()[..., None] * (below.tril(-1) + torch.eye(loc.shape[1]).to(loc))
+
+    adam = torch.optim.Adam(free[name], lr=learning_rate)
+    decay = torch.optim.lr_scheduler.ExponentialLR(adam, (final_learning_rate / learning_rate) ** (1 / num_steps))
+    generator = torch.Generator(loc.device).manual_seed(seed)
+    losses = []
+    for step in range(num_steps):
+        if name == "AutoLaplace":
+            u, entropy, density = loc[:, None], torch.zeros_like(loc[:, 0]), posterior
+        else:
+            shape = (num_laws, NUM_PARTICLES, loc.shape[1])
+            noise = torch.randn(shape, generator=generator, dtype=loc.dtype, device=loc.device)
+            u, density = loc[:, None] + noise @ factor().mT, at_particles
+            entropy = (log_scale + (1 + math.log(2 * math.pi)) / 2).sum(1)
+        flat = u.flatten(0, 1)
+        evaluation = density(flat.detach(), one[: len(flat)])
+        losses.append(-_mean_height(evaluation, u.shape[:2]) - entropy.detach())
+        if not torch.isfinite(losses[-1]).all():
+            raise ValueError(f"the loss is not finite at step {step}: lower the learning rate")
+        adam.zero_grad()
+        # the slope at each point is known: as a constant, it makes the derivative by the law's parameters
+        (-(evaluation.gradient * flat).sum() / u.shape[1] - entropy.sum()).backward()
+        adam.step()
+        decay.step()
+    loc = loc.detach()
+    scale_tril = _inverse_factor(-posterior.hessian(loc)) if name == "AutoLaplace" else factor().detach()
+    return NormalApproximation(posterior, loc, scale_tril, torch.stack(losses))
 
 
-def _around_the_mode(model: Callable[..., Any], guide: Any, *args: Any) -> Any:
-    """Return the normal guide whose covariance is the inverse curvature of the log density where this one ended.
+def _mean_height(evaluation: Evaluation, sizes: Sequence[int]) -> Tensor:
+    """Return the log posterior over the coordinates, spread to the sizes, averaged over the last of them."""
+    return (evaluation.log_prior + evaluation.log_likelihood).reshape(sizes).mean(-1)
 
-    Pyro's own ``laplace_approximation`` draws the enumerated sites instead of summing them out.
-    """
-    posterior = LogPosterior(model, *args)
-    u = guide.loc.detach()
-    with torch.enable_grad():
-        curvature = torch.autograd.functional.hessian(lambda u: -posterior.log_density(u), u)
+
+def _inverse_factor(curvature: Tensor) -> Tensor:
+    """Return lower triangular L (C, P, P) with L L' the inverse of the curvature (C, P, P)."""
     factor, info = torch.linalg.cholesky_ex(curvature)
-    if info != 0:
+    if info.any():
         raise ValueError("the log density does not curve down where the climb ended: take more steps, or another guide")
-    scale_tril = torch.linalg.cholesky(torch.cholesky_inverse(factor))
-    normal = AutoMultivariateNormal(guide.model)
-    normal._setup_prototype(*args)
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor))
+
+
+def _guide(model: Callable[..., Any], name: str, law: NormalApproximation, *args: Any) -> Any:
+    """Return Pyro's guide of a name with the parameters of a law."""
+    posterior, loc, scale_tril = law.posterior, law.loc[0], law.scale_tril[0]
+    guide = _GUIDES[name](poutine.block(model, hide=list(posterior.program.latents)))
+    with pyro.get_param_store().scope(), default_dtype_of(*args), InitMessenger(feasible):
+        guide._setup_prototype(*args)
     scale = scale_tril.diagonal()
-    for name, value in {"loc": u, "scale": scale, "scale_tril": scale_tril / scale[:, None]}.items():
-        delattr(normal, name)
-        normal.register_buffer(name, value)
-    return normal
+    if name == "AutoNormal":
+        sizes = [shape.numel() for shape in posterior.coordinates.shapes.values()]
+        parts = zip(posterior.coordinates.shapes.items(), loc.split(sizes), scale.split(sizes), strict=True)
+        known = [
+            (f"{kind}.{site}", value.reshape(shape))
+            for (site, shape), *values in parts
+            for kind, value in zip(("locs", "scales"), values, strict=True)
+        ]
+    else:
+        known = [("loc", loc), ("scale", scale), ("scale_tril", scale_tril / scale[:, None])]
+    for path, value in known:
+        *owners, attribute = path.split(".")
+        owner = functools.reduce(getattr, owners, guide)
+        delattr(owner, attribute)
+        owner.register_buffer(attribute, value)
+    return guide
 
 
 def guide_draws(model: Callable[..., Any], fitted: Variational, *args: Any, num_draws: int, seed: int) -> Draws:

@@ -7,6 +7,7 @@ settings, and the shape comment beside each hyperparameter. A new family needs n
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import re
 import sys
@@ -214,6 +215,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("missing_case", able, ids=[case.name for case in able])
     if "kind" in metafunc.fixturenames:
         metafunc.parametrize("kind", ["flat", "prior"])
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_script(path: str) -> Any:
+    """Return a script of this repository, which is in no package, as a module."""
+    name = path.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

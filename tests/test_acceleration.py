@@ -5,12 +5,9 @@ The loop under test and its cases are those of ``benchmarks/acceleration.py``.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -18,24 +15,9 @@ from torch import Tensor
 
 from mixproof.inference import acceleration
 from mixproof.inference.acceleration import Anderson, _Coordinates
+from tests.conftest import Case, load_script
 
-if TYPE_CHECKING:
-    from tests.conftest import Case
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_acceleration", ROOT / "benchmarks" / "acceleration.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = _load()
+bench = load_script("benchmarks/acceleration.py")
 TASKS = bench.tasks()
 
 

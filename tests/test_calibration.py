@@ -6,12 +6,10 @@ and of a mixture by the sum over all allocations.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyro
@@ -26,24 +24,9 @@ from mixproof.inference.draws import Draws
 from mixproof.inference.exact_evidence import exact_log_evidence
 from mixproof.inference.verification.uniformity import simultaneous_band
 from mixproof.models import gaussian_spherical
+from tests.conftest import Case, load_script
 
-if TYPE_CHECKING:
-    from tests.conftest import Case
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_calibration", ROOT / "benchmarks" / "calibration.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = _load()
+bench = load_script("benchmarks/calibration.py")
 SEED = 3
 
 
@@ -340,6 +323,48 @@ def test_interrupt_keeps_the_simulations_that_were_done() -> None:
         location_calibration(engine, 100)
 
 
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_a_run_that_was_interrupted_or_killed_goes_on_to_the_same_ranks(batch_size: int | None, tmp_path: Path) -> None:
+    """Ties are broken at random, and in the same way, though the file knows names and no order."""
+    calls: list[int] = []
+    stop_at = 0
+    error: type[BaseException] = KeyboardInterrupt
+
+    def engine(x: Tensor, seed: int) -> Draws:
+        calls.append(seed)
+        if len(calls) == stop_at:
+            raise error
+        return independent(x if batch_size else x[None], seed)
+
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_ranks": 10,
+        "quantities": {"sign": lambda params, x: params["mean"].sign(), "a": lambda params, x: params["mean"] * 0},
+    }
+    run = partial(location_calibration, engine, 10, **settings)
+    whole, num_calls = run(), len(calls)
+    file = tmp_path / "state"
+    stop_at = num_calls + 3
+    with pytest.warns(UserWarning, match=f"interrupted: {2 * (batch_size or 1)} of 10"):
+        kept = run(checkpoint=file)
+    assert len(kept.effective_sizes) == 2 * (batch_size or 1)
+    calls.clear()
+    stop_at, error = 2, SystemError
+    with pytest.raises(SystemError):
+        run(checkpoint=file, checkpoint_every=1)
+    calls.clear()
+    stop_at = 0
+    found = run(checkpoint=file)
+    assert len(calls) == num_calls - 3
+    assert list(found.ranks) == list(whole.ranks)
+    assert all(torch.equal(found.ranks[name], whole.ranks[name]) for name in whole.ranks)
+    assert torch.equal(found.effective_sizes, whole.effective_sizes)
+    assert found.to_json() == run(checkpoint=file).to_json() == whole.to_json()
+    assert len(calls) == num_calls - 3  # nothing was left to do
+    with pytest.raises(ValueError, match="belongs to another run, which differs in seed"):
+        calibrate(location, engine, ROWS, num_simulations=10, seed=SEED + 1, checkpoint=file, **settings)
+
+
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
@@ -357,6 +382,8 @@ def test_engines_that_return_something_else_are_told(engine: Any, words: str) ->
 def test_programs_and_settings_that_do_not_fit_are_told() -> None:
     with pytest.raises(ValueError, match="num_simulations must be at least 1"):
         location_calibration(num_simulations=0)
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, not 0"):
+        location_calibration(num_simulations=5, checkpoint_every=0)
     with pytest.raises(ValueError, match="from 2 to 100, one more than the draws, not 101"):
         location_calibration(num_simulations=5, num_ranks=101)
     with pytest.raises(ValueError, match="undefined is not a number"):

@@ -197,6 +197,29 @@ def test_leapfrog_is_reversible_and_keeps_volume() -> None:
     assert (errors[0].abs().max() / errors[1].abs().max()) > 3
 
 
+def scores_of_data_sets(expected: Tensor) -> dict[str, float]:
+    """Return the scores of three data sets with ten chains each, one batch, against the moments given other three."""
+    data = torch.stack([X, X / 4, 2 - X])
+    draws = hmc(conjugate, data.repeat(10, 1), batched=True, num_chains=30, num_draws=300, num_warmup=100, seed=2)
+    assert draws.attributes["low_chains"] == []
+    return {
+        f"{name} given data set {i}": score
+        for i, x in enumerate(expected)
+        for name, score in z_scores(
+            Draws({name: value[i::3] for name, value in draws.params.items()}, {}, {}), conjugate_moments(x)
+        ).items()
+    }
+
+
+def test_chains_with_data_of_their_own_follow_their_own_posteriors() -> None:
+    scores = scores_of_data_sets(torch.stack([X, X / 4, 2 - X]))
+    assert max(scores.values()) < MAX_Z, scores
+    exchanged = scores_of_data_sets(torch.stack([X / 4, 2 - X, X]))
+    assert all(exchanged[f"mean of variance given data set {i}"] > MAX_Z for i in (0, 1))
+    with pytest.raises(ValueError, match="there are 3 data sets, and 2 points: one each"):
+        hmc(conjugate, X.reshape(3, 2), batched=True, num_chains=2, num_draws=5, num_warmup=20, seed=0)
+
+
 def test_same_seed_same_draws_and_resuming_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"num_chains": 3, "num_draws": 20, "num_warmup": 40, "seed": 4}
     whole = hmc(share_of_two, X, **settings)
@@ -226,6 +249,20 @@ def test_same_seed_same_draws_and_resuming_changes_nothing(tmp_path: Path, monke
             assert torch.equal(resumed.sample_stats[name], value)
     with pytest.raises(ValueError, match="belongs to another run, which differs in seed"):
         hmc(share_of_two, X, **{**settings, "seed": 5}, checkpoint=file)
+
+
+def test_a_data_set_without_a_start_is_named() -> None:
+    """The second data set lies outside the support that every draw from the prior gives it."""
+
+    def model(x: Tensor) -> None:
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(torch.ones(1)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Gamma(1.0, scale), obs=x)
+
+    data = torch.tensor([[1.0, 2.0], [math.nan, 1.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="every draw from the prior of data set 1 has posterior density 0"):
+        hmc(model, data, batched=True, num_chains=2, num_draws=5, num_warmup=20, seed=0)
 
 
 def test_low_chains_are_named() -> None:
@@ -270,6 +307,21 @@ def test_chains_do_not_start_in_hopeless_modes() -> None:
 def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         hmc(share_of_two, X, **{"num_chains": 2, "num_draws": 5, "num_warmup": 20, "seed": 0, **setting})
+
+
+@pytest.mark.parametrize("model", [conjugate, share_of_two], ids=lambda model: model.__name__)
+def test_pyros_sampler_draws_the_same_from_a_trace(model: Any) -> None:
+    """A few steps, before rounding grows; the latents summed out, and lp by another route."""
+    settings: Any = {"num_chains": 1, "num_draws": 5, "num_warmup": 5, "seed": 3}
+    plain, traced = (nuts(model, X, **settings, jit_compile=jit_compile) for jit_compile in (False, True))
+    posterior = LogPosterior(model, X)
+    u = posterior.unconstrain({name: value[0] for name, value in traced.params.items()})
+    parts = posterior(u, torch.ones_like(u[:, 0]))
+    lp = parts.log_prior + parts.log_likelihood - posterior.log_jacobian(u)
+    assert (traced.sample_stats["lp"][0] - lp).abs().max() < 1e-10
+    for name, value in plain.params.items():
+        assert (traced.params[name] - value).abs().max() < 1e-8
+        assert len(value.unique()) > 1
 
 
 # Published draws

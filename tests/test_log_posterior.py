@@ -220,6 +220,90 @@ def test_row_weights_count_rows_repeatedly() -> None:
         assert_close(mine, other)
 
 
+@pytest.mark.parametrize("program", [intervals, matrices, shifted_branch], ids=lambda program: program.__name__)
+def test_second_derivatives_are_those_of_each_point(program: Any) -> None:
+    """Against central differences of the slope, which err by the square of the step and by rounding over it."""
+    posterior, step = LogPosterior(program, X.reshape(-1)), 1e-4
+    u = points(posterior, 2) - 3 * (program is shifted_branch)
+    found = posterior.hessian(u)
+    for each, mine in zip(u, found, strict=True):
+        ends = torch.cat(
+            [
+                each + step * torch.eye(posterior.size, dtype=torch.float64),
+                each - step * torch.eye(posterior.size, dtype=torch.float64),
+            ]
+        )
+        up, down = by_autograd(posterior.log_density, ends).split(posterior.size)
+        assert_close(mine, (up - down) / (2 * step), 1e-6)
+
+
+def test_each_point_may_have_data_of_its_own(case: Case) -> None:
+    """Against one log posterior for each data set."""
+    data = torch.stack([case.data(seed, num_data=7) for seed in range(2)])
+    program = case.program(prior=case.prior(2))
+    together = LogPosterior(program, data, batched=True)
+    u = points(together, 2)
+    found = together(u, powers(2))
+    for i, x in enumerate(data):
+        alone = LogPosterior(program, x)(u[i : i + 1], powers(2)[i : i + 1])
+        for mine, other in zip(found, alone, strict=True):
+            assert_close(mine[i : i + 1], other)
+
+
+def test_each_point_has_its_own_of_several_arguments_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prior and the number of each row depend on the data set; of 6 draws, 0, 2, 4 are of the first."""
+
+    def model(x: Tensor, counts: Tensor) -> None:
+        locs = pyro.sample("locs", dist.Normal(x.mean().expand(2), 1e-6).to_event(1))
+        with poutine.scale(scale=counts):
+            mixture(torch.tensor([0.4, 0.6]), locs, torch.tensor(1.0), x)
+
+    x = X.reshape(-1)[:4]
+    data, counts = torch.stack([x, x + 50]), torch.tensor([[1.0, 3.0, 2.0, 4.0], [2.0, 1.0, 1.0, 1.0]]).double()
+    together = LogPosterior(model, data, counts, batched=True)
+
+    def check() -> None:
+        draws = together.draw_prior(6, seed=0)
+        assert (draws - data.mean(1).repeat(3)[:, None]).abs().max() < 1e-5
+        assert len(draws.unique()) == 12
+        found = together(draws[:2], powers(2))
+        for i in range(2):
+            alone = LogPosterior(model, data[i], counts[i])(draws[i : i + 1], powers(2)[i : i + 1])
+            assert_close(found.log_likelihood[i : i + 1], alone.log_likelihood)
+            assert_close(found.gradient[i : i + 1], alone.gradient)
+
+    check()
+    together = LogPosterior(model, data, counts, batched=True)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no vmap")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log_posterior, "capture", refuse)
+        patch.setattr(torch.func, "vmap", refuse)
+        draws = together.draw_prior(6, seed=0)
+        with pytest.warns(UserWarning, match="run point by point"):
+            found = together(draws[:2], powers(2))
+    expected = LogPosterior(model, data, counts, batched=True)(draws[:2], powers(2))
+    assert (draws - data.mean(1).repeat(3)[:, None]).abs().max() < 1e-5
+    for mine, other in zip(found, expected, strict=True):
+        assert_close(mine, other)
+
+
+def test_data_sets_that_do_not_fit_are_refused() -> None:
+    x = X.reshape(3, 8)
+    different: list[tuple[Any, ...]] = [(), (x, 2.0), (x, torch.tensor(1.0))]
+    for args in different:
+        with pytest.raises(ValueError, match="must be tensors with a leading dimension of data sets: bind the others"):
+            LogPosterior(intervals, *args, batched=True)
+    for args in ((x, x[:2]), (x[:0],)):
+        with pytest.raises(ValueError, match="must hold as many data sets each, at least one, not "):
+            LogPosterior(intervals, *args, batched=True)
+    posterior = LogPosterior(intervals, x, batched=True)
+    with pytest.raises(ValueError, match="there are 3 data sets, and 2 points: one each"):
+        posterior(points(posterior, 2), powers(2))
+
+
 def test_single_precision_stays_single() -> None:
     x = X.reshape(-1)
     single, double = LogPosterior(two_latents, x.float()), LogPosterior(two_latents, x)

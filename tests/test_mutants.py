@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 import time
@@ -16,20 +15,9 @@ import torch
 from torch import Tensor
 
 from mixproof.models import gaussian_full
+from tests.conftest import load_script
 
-
-def load(path: Path) -> Any:
-    """Return a script of the benchmarks folder, which is no package, as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
-
-
-view = load(Path(__file__).parents[1] / "benchmarks" / "mutants.py")
+view = load_script("benchmarks/mutants.py")
 
 # Tiny functions
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,8 @@ from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_iris, load_sample_image
 
+from tests.conftest import load_script
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(path.with_suffix(".py") for path in FOLDER.glob("*.ipynb"))
 NOTEBOOKS = pytest.mark.parametrize("source", SOURCES, ids=[source.stem for source in SOURCES])
@@ -28,18 +29,7 @@ MIXTURE = (
     np.array([[[1.0, 0.6], [0.6, 1.0]], [[0.5, 0.0], [0.0, 2.0]], [[1.5, -0.5], [-0.5, 0.5]]]),
 )
 
-
-def load(name: str) -> Any:
-    """Return a script of the notebooks folder, which is no package, as a module."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-execute = load("execute")
+execute = load_script("notebooks/execute.py")
 
 
 @pytest.fixture

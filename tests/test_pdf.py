@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,22 +14,10 @@ from pypdf import PdfReader
 
 from mixproof.inference.verification.claim import Outcome
 from mixproof.inference.verification.exercise_sheet import problems, verify_sheet
+from tests.conftest import load_script
 
-SCRIPT = Path(__file__).parents[1] / "notebooks" / "make_pdf.py"
 PROBLEMS = [problem for problem in problems() if problem.id.startswith("P")]
-
-
-def load(path: Path) -> Any:
-    """Return a script of the notebooks folder, which is no package, as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_pdf = load(SCRIPT)
+make_pdf = load_script("notebooks/make_pdf.py")
 NOTEBOOK = nbformat.read(make_pdf.NOTEBOOK, as_version=4)
 
 

@@ -8,11 +8,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.inference.log_posterior import LogPosterior
-from mixproof.inference.svi import guide_draws, svi
+from mixproof.inference.svi import guide_draws, normal_approximation, svi
 from mixproof.models.positive_definite import InverseWishart
 
 NAMES = ["AutoNormal", "AutoMultivariateNormal", "AutoLaplace"]
@@ -55,6 +58,49 @@ def test_a_normal_posterior_is_found(name: Any) -> None:
     assert torch.equal(again.params["locs"], draws.params["locs"])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_many_data_sets_are_fitted_at_once(name: Any) -> None:
+    """Each to its own posterior, known as above; the tolerances are those from above."""
+    data = torch.stack([X, X - 3, 2 * X])
+    law = normal_approximation(known, name, data, num_steps=500, seed=0, learning_rate=0.05, batched=True)
+    assert law.losses.shape == (500, 3)
+    for x, loc, factor in zip(data, law.loc, law.scale_tril, strict=True):
+        mean, covariance = posterior_of_known(x)
+        expected = torch.diag(1 / covariance.inverse().diagonal()) if name == "AutoNormal" else covariance
+        sd = covariance.diagonal().sqrt()
+        assert ((loc - mean).abs() / sd).max() < (1e-3 if name == "AutoLaplace" else 0.1)
+        scale = expected.diagonal().sqrt()
+        error = ((factor @ factor.mT - expected).abs() / (scale[:, None] * scale)).max()
+        assert error < (1e-9 if name == "AutoLaplace" else 0.2)
+    draws = law.draws(4000, seed=1).params["locs"]
+    assert draws.shape == (3, 4000, 2)
+    for values, loc, factor in zip(draws, law.loc, law.scale_tril, strict=True):
+        covariance = factor @ factor.mT
+        scale = covariance.diagonal().sqrt()
+        assert ((values.mean(0) - loc).abs() / scale).max() < 5 / 4000**0.5
+        assert ((values.T.cov() - covariance).abs() / (scale[:, None] * scale)).max() < 5 * (2 / 4000) ** 0.5
+
+
+def test_the_elbo_is_as_high_as_pyros_own() -> None:
+    """On a posterior that is not normal. Each is the mean of 300 estimates with the steps all but at rest."""
+
+    def model(x: Tensor) -> None:
+        scale = pyro.sample("scale", dist.HalfNormal(2.0))
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.stack([share, 1 - share])), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(torch.tensor([-1.0, 1.0])[z], scale), obs=x)
+
+    x = X[::6]
+    settings: Any = {"learning_rate": 0.05, "final_learning_rate": 1e-4, "seed": 0}
+    mine = svi(model, "AutoMultivariateNormal", x, num_steps=800, **settings).losses[-300:]
+    guide = AutoMultivariateNormal(poutine.block(model, hide=["z"]), init_scale=0.3)
+    pyros = svi(model, guide, x, num_steps=800, **settings).losses[-300:]
+    error = (mine.var() / 300 + pyros.var() / 300).sqrt()
+    assert abs(mine.mean() - pyros.mean()) < 5 * error
+    assert error < 0.05
+
+
 def matrices(x: Tensor) -> None:
     with pyro.plate("components", 2):
         covariances = pyro.sample("covariances", InverseWishart(torch.tensor(5.0), torch.eye(2)))
@@ -68,9 +114,16 @@ def matrices(x: Tensor) -> None:
 def test_positive_definite_sites_have_guides(name: Any) -> None:
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x[::2] += 3
-    fitted = svi(matrices, name, x, num_steps=150, seed=0, learning_rate=0.02)
+    settings: Any = {"num_steps": 150, "seed": 0, "learning_rate": 0.02}
+    fitted = svi(matrices, name, x, **settings)
     assert fitted.losses[-20:].mean() < fitted.losses[0] or name == "AutoLaplace"
     draws = guide_draws(matrices, fitted, x, num_draws=50, seed=0)
+    law = normal_approximation(matrices, name, x, **settings)
+    u = law.posterior.unconstrain({site: value[0] for site, value in draws.params.items()})
+    log_q = torch.distributions.MultivariateNormal(law.loc, scale_tril=law.scale_tril).log_prob(u)
+    assert (draws.sample_stats["log_q"][0] - log_q + law.posterior.log_jacobian(u)).abs().max() < 1e-8
+    for site, value in fitted.guide.median(x).items():
+        assert (value - law.posterior.constrain(law.loc)[site][0]).abs().max() < 1e-10
     assert draws.params["covariances"].shape == (1, 50, 2, 2, 2)
     assert (torch.linalg.eigvalsh(draws.params["covariances"]) > 0).all()
     assert torch.isfinite(draws.sample_stats["lp"]).all()
@@ -115,6 +168,10 @@ def test_what_has_no_guide_is_refused() -> None:
 
     with pytest.raises(ValueError, match="AutoNormal has no place for the param sites scale"):
         svi(with_param, "AutoNormal", X, num_steps=1, seed=0)
+    with pytest.raises(ValueError, match="AutoNormal is fitted by Adam, and takes no optimiser"):
+        svi(known, "AutoNormal", X, num_steps=1, seed=0, optimiser=PyroOptim(torch.optim.Rprop, {"lr": 0.01}))
+    with pytest.raises(ValueError, match="the loss is not finite at step 1: lower the learning rate"):
+        svi(known, "AutoNormal", X, num_steps=2, seed=0, learning_rate=1e200)
     fitted = svi(known, "AutoNormal", X, num_steps=1, seed=0)
     with pytest.raises(ValueError, match="num_draws must be at least 1, not 0"):
         guide_draws(known, fitted, X, num_draws=0, seed=0)
