@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -99,7 +99,9 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
             continue
         if name in params:
             supports[name] = site["fn"].support
-        elif not site["is_observed"] and site["fn"].has_enumerate_support:
+        elif not site["is_observed"] and site["fn"].support.is_discrete:
+            if not site["fn"].has_enumerate_support:
+                raise ValueError(f'site "{name}" is discrete with infinitely many values, and cannot be summed out')
             if site["infer"].get("enumerate") != "parallel":
                 raise ValueError(
                     f'site "{name}" is discrete and not marked for enumeration: give it '
@@ -181,8 +183,8 @@ def log_joint_table(
             look.
 
     Raises:
-        ValueError: an enumerated site is in no plate or in a sequential one, a plate is subsampled, or sites of one row
-            count differently often.
+        ValueError: an enumerated site is in no plate, in a sequential one or in others than the first, an observation
+            outside those plates depends on it, a plate is subsampled, or sites of one row count differently often.
     """
     first = -1 - program.max_plate_nesting
     with pyro.get_param_store().scope(), default_dtype_of(*args, *params.values()):
@@ -196,6 +198,7 @@ def log_joint_table(
         if frame.dim is None:
             raise ValueError(f'the plate {frame.name} is sequential: write "with pyro.plate(...)" for a loop over it')
     plates = {frame.name for frame in frames}
+    dims = [trace.nodes[name]["infer"]["_enumerate_dim"] for name in program.latents]
     table = latent = log_prior = torch.zeros(())
     scales = {}
     for name, site in trace.nodes.items():
@@ -205,8 +208,20 @@ def log_joint_table(
             if site["fn"].subsample_size not in (None, site["fn"].size):
                 raise ValueError(f"the plate {name} is subsampled, and the log joint density is of all rows")
             continue
+        if site["infer"].get("_deterministic"):
+            continue
         own = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-        if not own.keys() & plates:
+        if name in program.latents and own.keys() != plates:
+            raise ValueError(
+                f"the enumerated sites {program.latents[0]} and {name} lie in different plates, {_listed(plates)} and "
+                f"{_listed(own)}, and rows are not independent over both: put them in the same plates"
+            )
+        if not plates <= own.keys() and any(_size(site["log_prob"], dim) > 1 for dim in dims):
+            raise ValueError(
+                f"the site {name} depends on the enumerated site {program.latents[0]} and lies outside its plates "
+                f"{_listed(plates)}, so that rows are not independent: put it into them"
+            )
+        if not plates <= own.keys():
             log_prior = log_prior + site["log_prob"].sum()
             continue
         log_prob = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
@@ -232,6 +247,15 @@ def _row_weights(scales: Mapping[str, float | Tensor], rows: torch.Size, known_s
         if not known_same and not _same(scales[first], scales[other]):
             raise ValueError(f"the sites {first} and {other} of one row carry different scales: scale both alike")
     return torch.as_tensor(scales[first]).expand(rows).reshape(-1)
+
+
+def _listed(plates: Iterable[str]) -> str:
+    return ", ".join(sorted(plates)) or "none"
+
+
+def _size(values: Tensor, dim: int) -> int:
+    """Return the size of a negative dimension, 1 where it is absent."""
+    return values.shape[dim] if values.ndim >= -dim else 1
 
 
 def _same(left: float | Tensor, right: float | Tensor) -> bool:

@@ -396,6 +396,98 @@ def test_a_program_without_continuous_parameters_is_refused() -> None:
         LogPosterior(model, X.reshape(-1))
 
 
+# Rows that are not independent given the parameters
+
+
+def _bernoulli(name: str, probability: float) -> Tensor:
+    return pyro.sample(name, dist.Bernoulli(probability), infer={"enumerate": "parallel"})
+
+
+def latent_in_a_deeper_plate(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x), dim=-2):
+        z = _bernoulli("z", 0.3)
+        with pyro.plate("columns", x.shape[1], dim=-1):
+            pyro.sample("x", dist.Normal(loc + z + 2 * _bernoulli("w", 0.4), 1.0), obs=x)
+
+
+def latents_in_disjoint_plates(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    for name, values in (("z", x[:, 0]), ("w", x[:, 1])):
+        with pyro.plate(f"plate of {name}", len(x)):
+            pyro.sample(f"x of {name}", dist.Normal(loc + _bernoulli(name, 0.3), 1.0), obs=values)
+
+
+def latent_of_all_rows(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(loc + _bernoulli("z", 0.3), 1.0), obs=x[:, 0])
+    pyro.sample("y", dist.Normal(loc + 2 * _bernoulli("w", 0.4), 1.0), obs=x[0, 1])
+
+
+def observation_of_a_pair_of_rows(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        z = _bernoulli("z", 0.3)
+    pyro.sample("y", dist.Normal(loc + z[..., 0] - z[..., 1], 1.0), obs=x[0, 1])
+
+
+def observation_of_a_whole_row(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x), dim=-2):
+        with pyro.plate("columns", x.shape[1], dim=-1):
+            z = _bernoulli("z", 0.3)
+        pyro.sample("x", dist.Normal(loc + z.sum(-1, keepdim=True), 1.0), obs=x[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (latent_in_a_deeper_plate, "sites z and w lie in different plates, rows and columns, rows, and rows are not"),
+        (latents_in_disjoint_plates, "sites z and w lie in different plates, plate of z and plate of w"),
+        (latent_of_all_rows, "sites z and w lie in different plates, rows and none"),
+        (observation_of_a_pair_of_rows, "y depends on the enumerated site z and lies outside its plates rows"),
+        (observation_of_a_whole_row, "x depends on the enumerated site z and lies outside its plates columns, rows"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_rows_that_are_not_independent_are_refused(program: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LogPosterior(program, X)
+
+
+def test_an_observation_of_some_of_the_plates_alone_counts_once() -> None:
+    """Rows and columns have a latent for each entry; each row has a number more, which knows of no latent."""
+    numbers = torch.tensor([[0.3], [-1.0], [2.0]], dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x), dim=-2):
+            pyro.sample("y", dist.Normal(loc, 2.0), obs=numbers)
+            with pyro.plate("columns", x.shape[1], dim=-1):
+                pyro.sample("x", dist.Normal(loc + _bernoulli("z", 0.3), 1.0), obs=x)
+
+    x, loc = X[:3], torch.tensor(0.4, dtype=torch.float64)
+    posterior = LogPosterior(model, x)
+    found = posterior(loc.reshape(1, 1), powers(1))
+    mixed = torch.stack([dist.Normal(loc + z, 1.0).log_prob(x) for z in (0, 1)], -1) + torch.tensor([0.7, 0.3]).log()
+    outside = dist.Normal(0.0, 1.0).log_prob(loc) + dist.Normal(loc, 2.0).log_prob(numbers).sum()
+    assert_close(found.log_likelihood[0], mixed.logsumexp(-1).sum(), 1e-7)  # the shares are in single precision
+    assert_close(found.log_prior[0], outside)
+    assert posterior.factors == ["y"]
+
+
+def test_a_latent_of_infinitely_many_values_is_called_so() -> None:
+    def model(x: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Poisson(rate))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match='"k" is discrete with infinitely many values'):
+        LogPosterior(model, X.reshape(-1))
+
+
 # The graph
 
 
