@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.datatree import loo, to_datatree
 from mixproof.inference.draws import Draws
 from mixproof.inference.em import Fit, responsibilities
@@ -234,7 +235,13 @@ def compare(
     sampling: dict[str, Any] = {**chains, "max_thinning": max_thinning, "temperatures": temperatures}
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None:
-        folder.mkdir(exist_ok=True)
+        _claim(
+            folder,
+            candidates,
+            x,
+            {"seed": seed, "num_starts": num_starts, "max_steps": max_steps, **sampling},
+            evidence,
+        )
     runs = _Runs(num_starts, max_steps, sampling, dict(evidence or {}), progress, folder)
     seeds = torch.randint(2**31, (len(candidates),), generator=torch.Generator().manual_seed(seed)).tolist()
     studies: list[_Study] = []
@@ -289,6 +296,27 @@ def compare(
         seed,
         len(studies) < len(candidates),
     )
+
+
+def _claim(
+    folder: Path,
+    candidates: Sequence[Candidate],
+    x: Tensor,
+    settings: dict[str, Any],
+    evidence: Mapping[str, Any] | None,
+) -> None:
+    """Make a folder for the checkpoints of a comparison, or say in what the one that it is of differs."""
+    identity = settings | {
+        "x": checkpoints.digest(x),
+        "candidates": [
+            [each.name, checkpoints.identify(each.family), each.num_components, checkpoints.digest(each.prior)]
+            for each in candidates
+        ],
+        "evidence": {name: str(value) for name, value in (evidence or {}).items()},
+    }
+    folder.mkdir(exist_ok=True)
+    checkpoints.load(folder / "comparison", identity)
+    checkpoints.save(folder / "comparison", identity, {})
 
 
 class _Runs(NamedTuple):
