@@ -65,6 +65,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/lloyd.py --json build/lloyd.json
 	$(BIN)/python benchmarks/distributed.py --json build/distributed.json
 	$(BIN)/python benchmarks/samplers.py --json build/samplers.json
+	$(BIN)/python benchmarks/evidence.py --json build/evidence.json
 	$(BIN)/python benchmarks/size.py --rows $(SIZE_ROWS) --folder build/size --json build/size.json
 
 clean:

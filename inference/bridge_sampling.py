@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.relabelling import Relabelling
+from mixproof.inference.tempered_smc import systematic
 
 DEGREES_OF_FREEDOM = 5.0
 """Of the proposal, a t law: the posterior of a log scale or a log odds falls off exponentially, more slowly than a
@@ -91,13 +92,14 @@ def bridge_sampling(
     if num_chains * num_draws < 4 * (size + 1):
         raise ValueError(f"{num_chains * num_draws} draws are too few for {size} coordinates: give {4 * (size + 1)}")
     generator = torch.Generator().manual_seed(seed)
-    weights = u.new_ones(num_chains) if weights is None else weights / weights.mean()
+    weights = u.new_ones(num_chains) if weights is None else weights
     if num_chains >= 4:
         halves = [(u[0::2], weights[0::2]), (u[1::2], weights[1::2])]
     else:
         halves = [(u[:, : num_draws // 2], weights), (u[:, num_draws // 2 :], weights)]
+    halves = [(chains, shares / shares.mean()) for chains, shares in halves]
     bridges = [
-        _bridge(posterior, fitted[0].flatten(0, 1), *used, relabelling, generator)
+        _bridge(posterior, _in_shares(*fitted, generator), *used, relabelling, generator)
         for fitted, used in (halves, halves[::-1])
     ]
     return Bridge(
@@ -105,6 +107,14 @@ def bridge_sampling(
         math.sqrt(sum(bridge.standard_error**2 for bridge in bridges)) / 2,
         sum(bridge.effective_sample_size for bridge in bridges),
     )
+
+
+def _in_shares(u: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Return as many draws (C S, P) of chains (C, S, P) as there are, each chain's in its share, (C,) of mean 1."""
+    if (weights == 1).all():
+        return u.flatten(0, 1)
+    shares = weights[:, None].expand(u.shape[:2]).flatten() / u[..., 0].numel()
+    return u.flatten(0, 1)[systematic(shares[None], len(shares), generator)[0]]
 
 
 def _bridge(

@@ -45,6 +45,7 @@ ROWS_FOR_STARTS = 100_000
 MAX_ENTRIES_IN_MEMORY = 1 << 27
 """1 GiB in float64, of each process; more rows than that are read from disk in each step."""
 
+Method = Literal["smc", "bridge"]
 Seed = Annotated[
     int,
     typer.Option(min=0, max=2**32 - 1, help="Seeds every random point and draw; the same seed gives the same result."),
@@ -264,13 +265,34 @@ def compare(
     ] = None,
     settings: Annotated[Path | None, typer.Option(help="JSON with the settings of families that have any.")] = None,
     starts: Annotated[int, typer.Option(min=1, help="Starts of EM by k-means++; the best fit is kept.")] = 10,
-    chains: Annotated[int, typer.Option(min=1, help="Chains of the Gibbs sampler.")] = 8,
-    draws: Annotated[int, typer.Option(min=4, help="Draws kept of each chain, after as many that are not.")] = 500,
+    max_steps: Annotated[int, typer.Option(min=1, help="The largest number of EM steps from each start.")] = 2000,
+    chains: Annotated[int, typer.Option(min=1, help="Chains of the Gibbs sampler.")] = 32,
+    draws: Annotated[int, typer.Option(min=4, help="Draws kept of each chain.")] = 250,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Draws before them; as many by default.")] = None,
     max_thinning: Annotated[
         int, typer.Option(min=1, help="Chains that do not agree run up to so many times as long, and are thinned.")
     ] = 16,
-    moves: Annotated[int, typer.Option(min=1, help="Moves of each particle a temperature, for the evidence.")] = 15,
+    temperatures: Annotated[
+        str | None,
+        typer.Option(help="Powers of the likelihood for tempered chains, as 1,0.5,0.2, for those that change no mode."),
+    ] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            help="How the evidence is estimated: smc, sequential Monte Carlo alone; bridge, from the draws of the "
+            "Gibbs chains, which is blind to modes that they miss. By default a bridge from the particles of the former."
+        ),
+    ] = None,
+    replicates: Annotated[int, typer.Option(min=2, help="Replicates of the particles, for the evidence.")] = 32,
+    particles: Annotated[int | None, typer.Option(min=2, help="Particles of each replicate.")] = None,
+    moves: Annotated[int | None, typer.Option(min=1, help="Moves of each particle after a resampling.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the table there: .png, .pdf or .svg.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="A folder for the draws of each candidate, a netCDF file for ArviZ each.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A folder for the states of the runs; if it holds those of this, they go on.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     seed: Seed = 0,
 ) -> None:
@@ -284,21 +306,30 @@ def compare(
                 raise ValueError(f"a plot is drawn to .png, .pdf or .svg, not to {plot.name}")
             if not plot.parent.is_dir():
                 raise ValueError(f"there is no folder {plot.parent} to draw {plot.name} to: make it first")
+        if save is not None:
+            save.mkdir(exist_ok=True)  # found now if it cannot be made
         candidates, rows = _candidates(data, family, components, prior, settings)
+        evidence = {"method": method, "num_replicates": replicates, "num_chains": particles, "num_moves": moves}
         found = comparison.compare(
             candidates,
             rows,
             seed=seed,
             num_starts=starts,
+            max_steps=max_steps,
             num_chains=chains,
             num_draws=draws,
-            num_warmup=draws,
+            num_warmup=draws if warmup is None else warmup,
             max_thinning=max_thinning,
-            evidence={"num_moves": moves},
+            temperatures=None if temperatures is None else _temperatures(temperatures),
+            evidence={name: value for name, value in evidence.items() if value is not None},
+            checkpoint=checkpoint,
             progress=True,
         )
         if plot is not None:
             found.plot().savefig(plot)
+        if save is not None:
+            for name, tree in found.trees.items():
+                tree.to_netcdf(save / f"{name.replace(' = ', '').replace(', ', '_').replace(' ', '_')}.nc")
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
     else:
@@ -350,6 +381,17 @@ def _sizes(text: str, num_rows: int) -> list[int | tuple[int, ...]]:
             raise ValueError(f"-k {text} counts down: write {last}-{first}")
         return list(range(first, last + 1))
     return [_num_components(text, num_rows)]
+
+
+def _temperatures(text: str) -> list[float]:
+    """Return numbers between commas that fall from 1 to above 0."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or found[0] != 1 or min(found) <= 0 or found != sorted(set(found), reverse=True):
+        raise ValueError(f"--temperatures takes numbers that fall from 1 to above 0, as 1,0.5,0.2, and not {text!r}")
+    return found
 
 
 def _prior(kind: Any, given: Any, size: int | tuple[int, ...], words: str) -> Any:

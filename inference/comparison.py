@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.datatree import loo, to_datatree
 from mixproof.inference.draws import Draws
 from mixproof.inference.em import Fit, responsibilities
@@ -181,13 +183,14 @@ def compare(
     seed: int,
     num_starts: int = 10,
     max_steps: int = 2000,
-    num_chains: int = 8,
-    num_draws: int = 500,
-    num_warmup: int = 500,
+    num_chains: int = 32,
+    num_draws: int = 250,
+    num_warmup: int = 250,
     max_thinning: int = 16,
     temperatures: Sequence[float] | None = None,
     evidence: Mapping[str, Any] | None = None,
     probabilities: Mapping[str, float] | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Fit candidate mixtures to one data set and put what each criterion says of them into one table.
@@ -207,6 +210,8 @@ def compare(
         evidence: the settings of ``log_evidence`` that are to be others than its defaults; ``{"method": "bridge"}``
             takes the draws of the Gibbs chains.
         probabilities: by name, the probability of each candidate before the data, in any unit; None takes all alike.
+        checkpoint: a folder, made where there is none, for the states of the Gibbs chains and of the particles of each
+            candidate. If it holds those of this comparison, it goes on from there, to the same table.
         progress: whether to show each fit on stderr.
 
     Returns:
@@ -216,8 +221,9 @@ def compare(
 
     Raises:
         ImportError: ArviZ is not installed.
-        TypeError, ValueError: the data, a candidate or a setting are not what they must be, a prior is None, or laws of
-            0 and 1 stand beside densities.
+        TypeError, ValueError: the data, a candidate or a setting are not what they must be, a prior is None, laws of 0
+            and 1 stand beside densities, or the checkpoint is of another comparison.
+        OSError: the checkpoint cannot be read or written.
     """
     stats = _arviz_stats()
     x = _check(candidates, x)
@@ -227,7 +233,16 @@ def compare(
         )
     chains = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
     sampling: dict[str, Any] = {**chains, "max_thinning": max_thinning, "temperatures": temperatures}
-    runs = _Runs(num_starts, max_steps, sampling, dict(evidence or {}), progress)
+    folder = None if checkpoint is None else Path(checkpoint)
+    if folder is not None:
+        _claim(
+            folder,
+            candidates,
+            x,
+            {"seed": seed, "num_starts": num_starts, "max_steps": max_steps, **sampling},
+            evidence,
+        )
+    runs = _Runs(num_starts, max_steps, sampling, dict(evidence or {}), progress, folder)
     seeds = torch.randint(2**31, (len(candidates),), generator=torch.Generator().manual_seed(seed)).tolist()
     studies: list[_Study] = []
     sentences: list[str] = []
@@ -236,7 +251,7 @@ def compare(
             words = f"{candidate.name}: {number + 1} of {len(candidates)}"
             Console(stderr=True).print(words, highlight=False, markup=False)
         try:
-            studies.append(_study(candidate, x, own_seed, runs))
+            studies.append(_study(candidate, number + 1, x, own_seed, runs))
         except KeyboardInterrupt:
             if not studies:
                 raise
@@ -283,6 +298,27 @@ def compare(
     )
 
 
+def _claim(
+    folder: Path,
+    candidates: Sequence[Candidate],
+    x: Tensor,
+    settings: dict[str, Any],
+    evidence: Mapping[str, Any] | None,
+) -> None:
+    """Make a folder for the checkpoints of a comparison, or say in what the one that it is of differs."""
+    identity = settings | {
+        "x": checkpoints.digest(x),
+        "candidates": [
+            [each.name, checkpoints.identify(each.family), each.num_components, checkpoints.digest(each.prior)]
+            for each in candidates
+        ],
+        "evidence": {name: str(value) for name, value in (evidence or {}).items()},
+    }
+    folder.mkdir(exist_ok=True)
+    checkpoints.load(folder / "comparison", identity)
+    checkpoints.save(folder / "comparison", identity, {})
+
+
 class _Runs(NamedTuple):
     """The settings of the three runs that each candidate goes through."""
 
@@ -291,6 +327,11 @@ class _Runs(NamedTuple):
     sampling: dict[str, Any]
     evidence: dict[str, Any]
     progress: bool
+    folder: Path | None
+
+    def checkpoint(self, name: str) -> Path | None:
+        """Return the file for the state of a run."""
+        return None if self.folder is None else self.folder / name
 
 
 class _Study(NamedTuple):
@@ -354,8 +395,8 @@ def _check(candidates: Sequence[Candidate], x: Any) -> Tensor:
     return rows
 
 
-def _study(candidate: Candidate, x: Tensor, seed: int, runs: _Runs) -> _Study:
-    """Return what EM, Gibbs sampling and the evidence say of one candidate."""
+def _study(candidate: Candidate, number: int, x: Tensor, seed: int, runs: _Runs) -> _Study:
+    """Return what EM, Gibbs sampling and the evidence say of one candidate, by its number from 1."""
     family, size, name = candidate.family, candidate.num_components, candidate.name
     prior = check_prior(family, candidate.prior, example_params(family, size, x)[0])
     generator = torch.Generator().manual_seed(seed)
@@ -374,7 +415,7 @@ def _study(candidate: Candidate, x: Tensor, seed: int, runs: _Runs) -> _Study:
                 last = failures[max(failures)]
                 sentences.append(f"{name}: {len(failures)} of {runs.num_starts} starts of EM failed, the last: {last}")
         with _failing(sentences, name, "Gibbs sampling"):
-            draws, tree, found, complaints = _sample(family, x, prior, size, posterior, generator, runs)
+            draws, tree, found, complaints = _sample(family, x, prior, size, posterior, generator, runs, number)
             row = row._replace(**found)
             sentences += [f"{name}: {complaint}" for complaint in complaints]
             if len(posterior.program.latents) == 1:
@@ -391,7 +432,9 @@ def _study(candidate: Candidate, x: Tensor, seed: int, runs: _Runs) -> _Study:
                 elpd = loo(tree, pointwise=True)
             row = row._replace(**_loo(elpd, sentences, name))
         with _failing(sentences, name, "the evidence"):
-            settings = runs.evidence | ({"draws": draws} if runs.evidence.get("method") == "bridge" else {})
+            settings = {"family": family, "checkpoint": runs.checkpoint(f"{number}.evidence")} | runs.evidence
+            if settings.get("method") == "bridge":
+                settings |= {"draws": draws, "checkpoint": None}
             evidence = log_evidence(model, x, seed=seed, progress=runs.progress, **settings)
             row = row._replace(log_evidence=evidence.log_evidence, log_evidence_standard_error=evidence.standard_error)
             if evidence.standard_error > 0.5:
@@ -440,6 +483,7 @@ def _sample(
     posterior: LogPosterior,
     generator: torch.Generator,
     runs: _Runs,
+    number: int,
 ) -> tuple[Draws, DataTree, dict[str, Any], list[str]]:
     """Return draws, thinned so far that they are worth enough or as far as may be, with what is to be said of them."""
     num_draws, thinning = runs.sampling["num_draws"], 1
@@ -454,6 +498,7 @@ def _sample(
             num_warmup=thinning * runs.sampling["num_warmup"],
             temperatures=runs.sampling["temperatures"],
             generator=generator,
+            checkpoint=runs.checkpoint(f"{number}.gibbs.{thinning}"),
             progress=runs.progress,
         )
         if draws.attributes["num_draws"] < thinning * num_draws:

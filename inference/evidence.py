@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyro
@@ -13,12 +15,13 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
+from mixproof.inference.allocation_smc import allocation_smc, integrates_out
 from mixproof.inference.bridge_sampling import bridge_sampling
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import default_dtype_of
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.relabelling import Relabelling
-from mixproof.inference.tempered_smc import TemperedSMC, systematic, tempered_smc
+from mixproof.inference.tempered_smc import systematic, tempered_smc
 from mixproof.inference.validation import feasible
 
 
@@ -40,12 +43,14 @@ def log_evidence(
     *args: Any,
     method: Literal["smc", "bridge"] = "bridge",
     seed: int,
+    family: Any = None,
     draws: Draws | None = None,
     relabel: bool = True,
     num_replicates: int = 32,
-    num_chains: int = 16,
-    num_moves: int = 15,
+    num_chains: int | None = None,
+    num_moves: int | None = None,
     efficiency: float = 0.5,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Evidence:
     """Estimate the evidence of any Pyro program with enumerated latents and proper priors.
@@ -53,15 +58,21 @@ def log_evidence(
     Args:
         model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
         args: the positional arguments of the program.
-        method: ``"smc"``, tempered sequential Monte Carlo from the prior to the posterior; or ``"bridge"``, bridge
-            sampling from ``draws`` or else from the particles at which that ends, by far the more exact. Draws that
-            miss a mode leave it out; particles that do are a warning, as the two methods then differ.
+        method: ``"smc"``, sequential Monte Carlo; or ``"bridge"``, bridge sampling from ``draws`` or else from the
+            particles at which that ends, by far the more exact. Draws that miss a mode leave it out; particles that do
+            are a warning, as the two methods then differ.
         seed: seeds every random number.
+        family: the family of the contract whose program it is, ``partial(family.model, num_components=K, prior=prior)``
+            of x alone. Where its parameters integrate out, sequential Monte Carlo then takes in row by row
+            (``allocation_smc``), which finds groups of rows that tempering from a wide prior misses, and is faster.
+            None, and a family that does not integrate out, go from the prior to the posterior (``tempered_smc``).
         draws: for ``"bridge"``, draws from p(params | data) by any sampler, all modes among them in their shares.
         relabel: whether the symmetry of exchangeable components is treated. Without it, ``"bridge"`` takes one mode for
             the whole posterior where the draws show no other, and is then too low by log K!.
-        num_replicates, num_chains, num_moves, efficiency: as ``tempered_smc`` takes them. The standard error falls with
-            the root of the product of the first three.
+        num_replicates, num_chains, num_moves, efficiency: as ``allocation_smc`` or ``tempered_smc`` takes them, None
+            for its default. The standard error falls with the root of the product of the first three.
+        checkpoint: a file for the state of the particles, as the one of the two takes it. What comes after them is
+            repeated when the run goes on from there, to the same result.
         progress: whether to show the run on stderr.
 
     Returns:
@@ -71,50 +82,81 @@ def log_evidence(
     Raises:
         TypeError: ``draws`` are no ``Draws``.
         ValueError: the method is unknown or takes no draws, a prior is improper or not a density, the program has
-            ``pyro.param`` sites or observes something that prior draws do not know of, the draws are not of its sites;
-            or as ``tempered_smc`` and ``bridge_sampling``.
+            ``pyro.param`` sites or observes something that prior draws do not know of, the program is not that of the
+            family, the draws are not of its sites; or as ``tempered_smc``, ``allocation_smc`` and ``bridge_sampling``.
         RuntimeError: as ``tempered_smc``.
+        OSError: the checkpoint cannot be read or written, which is tried first.
     """
     if method not in ("smc", "bridge"):
         raise ValueError(f'method must be "smc" or "bridge", not {method!r}')
-    if method == "smc" and draws is not None:
-        raise ValueError('method="smc" makes draws of its own: leave draws out, or take method="bridge"')
+    if draws is not None and (method == "smc" or checkpoint is not None):
+        what = (
+            'method="smc" makes draws of its own' if method == "smc" else "draws leave nothing to put in a checkpoint"
+        )
+        raise ValueError(f'{what}: leave draws out, or take method="bridge" without a checkpoint')
     _check_priors(model, *args, from_prior=draws is None)
     posterior = LogPosterior(model, *args)
     relabelling = Relabelling(posterior) if relabel else None
-    weights = None
-    diagnostics: dict[str, Any] = {}
     if draws is not None:
-        u = _coordinates(posterior, draws)
-    else:
-        run = tempered_smc(
-            posterior,
-            seed=seed,
-            num_replicates=num_replicates,
-            num_chains=num_chains,
-            num_moves=num_moves,
-            efficiency=efficiency,
-            relabel=None if relabelling is None else relabelling.random,
-            progress=progress,
+        bridge = bridge_sampling(posterior, _coordinates(posterior, draws), seed=seed, relabelling=relabelling)
+        diagnostics: dict[str, Any] = {"bridge_effective_sample_size": bridge.effective_sample_size}
+        return Evidence(bridge.log_evidence, bridge.standard_error, draws, diagnostics)
+    chosen = {"num_chains": num_chains, "num_moves": num_moves}
+    settings: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    settings |= {"num_replicates": num_replicates, "efficiency": efficiency, "checkpoint": checkpoint}
+    run: Any
+    if integrates_out(family):
+        size, prior = _bound(model, family, args)
+        engine, run = (
+            "allocation_smc",
+            allocation_smc(family, args[0], prior, num_components=size, seed=seed, progress=progress, **settings),
         )
-        u, weights = run.u, (run.log_evidences - run.log_evidence).exp()
-        diagnostics = {name: value for name, value in run._asdict().items() if value.ndim == 1}
-        draws = _draws(posterior, run, seed)
+        params, lp = {
+            name: value for name, value in run.params._asdict().items() if name in posterior.coordinates.transforms
+        }
+        lp = run.lp
+    else:
+        turn = None if relabelling is None else relabelling.random
+        engine, run = "tempered_smc", tempered_smc(posterior, seed=seed, relabel=turn, progress=progress, **settings)
+        params = posterior.constrain(run.u)
+        lp = run.log_prior + run.log_likelihood - posterior.log_jacobian(run.u)
+    particles = Draws(params, {"lp": lp}, {"engine": engine, "seed": seed})
+    shares = (run.log_evidences - run.log_evidence).exp()
+    resampled = _resampled(particles, shares, seed)
+    diagnostics = {name: value for name, value in run._asdict().items() if getattr(value, "ndim", 0) == 1}
     if method == "smc":
-        return Evidence(run.log_evidence, run.standard_error, draws, diagnostics)
-    bridge = bridge_sampling(posterior, u, seed=seed, relabelling=relabelling, weights=weights)
-    diagnostics["bridge_effective_sample_size"] = bridge.effective_sample_size
-    if weights is not None:
-        diagnostics |= {"smc_log_evidence": run.log_evidence, "smc_standard_error": run.standard_error}
-        gap, error = bridge.log_evidence - run.log_evidence, math.hypot(bridge.standard_error, run.standard_error)
-        if relabel and abs(gap) > 4 * error:
-            warnings.warn(
-                f"the bridge puts the log evidence at {bridge.log_evidence:.3f} and the particles that it starts from "
-                f"at {run.log_evidence:.3f}, which is {abs(gap) / error:.1f} standard errors away: raise num_moves and "
-                "num_chains until they agree",
-                stacklevel=2,
-            )
-    return Evidence(bridge.log_evidence, bridge.standard_error, draws, diagnostics)
+        return Evidence(run.log_evidence, run.standard_error, resampled, diagnostics)
+    u = _coordinates(posterior, particles)
+    bridge = bridge_sampling(posterior, u, seed=seed, relabelling=relabelling, weights=shares)
+    diagnostics |= {
+        "bridge_effective_sample_size": bridge.effective_sample_size,
+        "smc_log_evidence": run.log_evidence,
+        "smc_standard_error": run.standard_error,
+    }
+    gap, error = bridge.log_evidence - run.log_evidence, math.hypot(bridge.standard_error, run.standard_error)
+    if relabel and abs(gap) > 4 * error:
+        warnings.warn(
+            f"the bridge puts the log evidence at {bridge.log_evidence:.3f} and the particles that it starts from "
+            f"at {run.log_evidence:.3f}, which is {abs(gap) / error:.1f} standard errors away: raise num_moves and "
+            "num_chains until they agree",
+            stacklevel=2,
+        )
+    return Evidence(bridge.log_evidence, bridge.standard_error, resampled, diagnostics)
+
+
+def _bound(model: Callable[..., Any], family: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Return K and the prior of a program that is that of a family."""
+    known = {"num_components", "prior"}
+    if not (
+        isinstance(model, partial) and model.func == family.model and model.keywords.keys() == known and not model.args
+    ):
+        raise ValueError(
+            "the program is not that of the family: give partial(family.model, num_components=K, prior=prior), or "
+            "leave family out"
+        )
+    if len(args) != 1:
+        raise ValueError(f"the program of a family takes the rows alone, not {len(args)} arguments")
+    return model.keywords["num_components"], model.keywords["prior"]
 
 
 def _coordinates(posterior: LogPosterior, draws: Draws) -> Tensor:
@@ -132,16 +174,16 @@ def _coordinates(posterior: LogPosterior, draws: Draws) -> Tensor:
     return u.reshape(*shape, -1)
 
 
-def _draws(posterior: LogPosterior, run: TemperedSMC, seed: int) -> Draws:
-    """Return particles in the shares of their replicates' evidences."""
-    weights = run.log_evidences.softmax(0)[:, None].expand_as(run.log_prior).flatten() / run.log_prior.shape[1]
+def _resampled(particles: Draws, shares: Tensor, seed: int) -> Draws:
+    """Return particles of replicates in these shares (R,), of mean 1."""
+    lp = particles.sample_stats["lp"]
+    weights = shares[:, None].expand_as(lp).flatten() / lp.numel()
     generator = torch.Generator().manual_seed(seed)
     chosen = systematic(weights[None], len(weights), generator)[0]
-    chosen = chosen[torch.randperm(len(chosen), generator=generator)].reshape(run.log_prior.shape)
-    u = run.u.flatten(0, 1)[chosen]
-    lp = (run.log_prior + run.log_likelihood).flatten()[chosen] - posterior.log_jacobian(u)
-    attributes = {"engine": "tempered_smc", "seed": seed, "num_chains": len(lp), "num_draws": lp.shape[1]}
-    return Draws(posterior.constrain(u), {"lp": lp}, attributes)
+    chosen = chosen[torch.randperm(len(chosen), generator=generator)].reshape(lp.shape)
+    params = {site: value.flatten(0, 1)[chosen] for site, value in particles.params.items()}
+    attributes = particles.attributes | {"num_chains": len(lp), "num_draws": lp.shape[1]}
+    return Draws(params, {"lp": lp.flatten()[chosen]}, attributes)
 
 
 def posterior_probabilities(

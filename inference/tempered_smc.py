@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.hmc import TARGET_ACCEPTANCE, State, hmc_step
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
 
@@ -44,13 +46,18 @@ class TemperedSMC(NamedTuple):
     @property
     def log_evidence(self) -> float:
         """log of the mean of the replicates' evidences."""
-        return float(self.log_evidences.logsumexp(0)) - math.log(len(self.log_evidences))
+        return log_mean_evidence(self.log_evidences)[0]
 
     @property
     def standard_error(self) -> float:
         """Of ``log_evidence``: the replicates' evidences' standard deviation over their mean, by the root of R."""
-        evidences = (self.log_evidences - self.log_evidence).exp()
-        return float(evidences.std()) / math.sqrt(len(evidences))
+        return log_mean_evidence(self.log_evidences)[1]
+
+
+def log_mean_evidence(log_evidences: Tensor) -> tuple[float, float]:
+    """Return the log of the mean of R evidences, given by their logs (R,), and its standard error to first order."""
+    mean = float(log_evidences.logsumexp(0)) - math.log(len(log_evidences))
+    return mean, float((log_evidences - mean).exp().std()) / math.sqrt(len(log_evidences))
 
 
 def tempered_smc(
@@ -62,6 +69,7 @@ def tempered_smc(
     num_moves: int = 15,
     efficiency: float = 0.5,
     relabel: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> TemperedSMC:
     """Carry particles from the prior to the posterior along p(params) p(data | params)^temperature.
@@ -80,60 +88,55 @@ def tempered_smc(
         efficiency: the conditional effective sample size of a step of temperature, as share of the particles.
         relabel: maps points (C, P) and a generator to points of the same posterior density and likelihood, by random
             relabelling.
+        checkpoint: a file for the state at each temperature. If it exists, the run goes on from there, to the same end.
         progress: whether to show temperature and rate of acceptance on stderr.
 
     Returns:
         ``TemperedSMC``.
 
     Raises:
-        ValueError: a setting is out of range, the density of prior draws is NaN or infinite, or a replicate finds no
-            draw of positive likelihood.
+        ValueError: a setting is out of range, the density of prior draws is NaN or infinite, a replicate finds no draw
+            of positive likelihood, or the checkpoint is of another run.
         RuntimeError: moves are not accepted, or the particles of a replicate collapse to one.
         KeyboardInterrupt: with a note that says how far it was; there is no evidence before temperature 1.
+        OSError: the checkpoint cannot be read or written, which is tried first.
 
     Source: Del Moral, Doucet and Jasra 2006, JRSS B 68, section 3; the temperatures: Zhou, Johansen and Aston 2016,
     Journal of Computational and Graphical Statistics 25, section 3.3; all states kept: Dau and Chopin 2022, JRSS B 84.
     """
-    _check_settings(num_replicates, num_chains, num_moves, efficiency)
+    check_settings(num_replicates, num_chains, num_moves, efficiency)
     generator = torch.Generator().manual_seed(seed)
     starts = posterior.draw_prior(num_replicates * num_chains, seed=seed)
     kernel = _Kernel(posterior, generator)
-    temperature, log_evidences = 0.0, torch.zeros(num_replicates, dtype=starts.dtype)
-    temperatures, sizes, rates, steps = [0.0], [], [], []
+    path = _Path(starts, torch.zeros(num_replicates, dtype=starts.dtype))
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None:
+        sizes = {"num_replicates": num_replicates, "num_chains": num_chains, "num_moves": num_moves}
+        identity = {"engine": "tempered_smc", "seed": seed, "efficiency": efficiency, "relabel": relabel is not None}
+        identity |= sizes | {"program": _fingerprint(posterior, starts)}
+        path.restore(checkpoints.load(file, identity), kernel)
+        checkpoints.save(file, identity, path.state(kernel))  # a disk that takes no file is found now
     with _Bar(progress) as bar:
         try:
             while True:
-                u, log_prior, log_lik, rate = _walk(kernel, starts, temperature, num_moves, num_replicates)
-                rates.append(rate)
-                steps.append(kernel.step_size)
+                temperature = path.temperatures[-1]
+                u, log_prior, log_lik, rate = _walk(kernel, path.starts, temperature, num_moves, num_replicates)
+                path.rates.append(rate)
+                path.steps.append(kernel.step_size)
                 bar.show(temperature, rate)
                 if temperature == 1:
                     break
                 _check_likelihood(log_lik, temperature)
-                before, temperature = temperature, _next_temperature(log_lik, temperature, efficiency)
-                log_weights = (temperature - before) * log_lik
-                log_evidences = log_evidences + log_weights.logsumexp(1) - math.log(log_lik.shape[1])
-                weights = log_weights.softmax(1)
-                size = float((1 / weights.square().sum(1)).min())
-                if size < 1.5:
-                    raise RuntimeError(
-                        f"the particles of a replicate collapsed to one at temperature {temperature:.2g} "
-                        f"(effective sample size {size:.2f} of {log_lik.shape[1]}): raise num_chains or num_moves"
-                    )
-                if len(temperatures) == MAX_TEMPERATURES:
-                    raise RuntimeError(
-                        f"{MAX_TEMPERATURES} temperatures lead no further than {temperature:.2g}: the log likelihood "
-                        f"ranges from {float(log_lik.min()):.3g} to {float(log_lik.max()):.3g} over the particles; is "
-                        "the prior that wide?"
-                    )
-                sizes.append(size)
-                temperatures.append(temperature)
-                starts = _at(u, systematic(weights, num_chains, generator))
+                path.advance(u, log_lik, efficiency, num_chains, generator)
                 if relabel is not None:
-                    starts = relabel(starts, generator)
+                    path.starts = relabel(path.starts, generator)
+                if file is not None:
+                    checkpoints.save(file, identity, path.state(kernel))
         except KeyboardInterrupt as interrupt:
-            interrupt.add_note(f"stopped at temperature {temperature:.2g}: there is no evidence before temperature 1")
+            reached = path.temperatures[-1]
+            interrupt.add_note(f"stopped at temperature {reached:.2g}: there is no evidence before temperature 1")
             raise
+    log_evidences = path.log_evidences
     spread = float(log_evidences.std())
     if spread > 1:
         warnings.warn(
@@ -146,8 +149,70 @@ def tempered_smc(
         u,
         log_prior,
         log_lik,
-        *(torch.tensor(values, dtype=starts.dtype) for values in (temperatures, sizes, rates, steps)),
+        *(torch.tensor(getattr(path, name), dtype=starts.dtype) for name in _Path.LISTS),
     )
+
+
+class _Path:
+    """Where a run is: the starts of the chains at its last temperature, and what it found on the way there."""
+
+    LISTS = ("temperatures", "sizes", "rates", "steps")
+
+    def __init__(self, starts: Tensor, log_evidences: Tensor):
+        self.starts, self.log_evidences = starts, log_evidences
+        self.temperatures, self.sizes = [0.0], list[float]()
+        self.rates, self.steps = list[float](), list[float]()
+
+    def advance(
+        self, u: Tensor, log_lik: Tensor, efficiency: float, num_chains: int, generator: torch.Generator
+    ) -> None:
+        """Go on to the next temperature, with starts drawn from the particles u (R, S, P) in proportion to weights."""
+        before, temperature = self.temperatures[-1], _next_temperature(log_lik, self.temperatures[-1], efficiency)
+        log_weights = (temperature - before) * log_lik
+        self.log_evidences = self.log_evidences + log_weights.logsumexp(1) - math.log(log_lik.shape[1])
+        weights = log_weights.softmax(1)
+        size = float((1 / weights.square().sum(1)).min())
+        if size < 1.5:
+            raise RuntimeError(
+                f"the particles of a replicate collapsed to one at temperature {temperature:.2g} "
+                f"(effective sample size {size:.2f} of {log_lik.shape[1]}): raise num_chains or num_moves"
+            )
+        if len(self.temperatures) == MAX_TEMPERATURES:
+            raise RuntimeError(
+                f"{MAX_TEMPERATURES} temperatures lead no further than {temperature:.2g}: the log likelihood "
+                f"ranges from {float(log_lik.min()):.3g} to {float(log_lik.max()):.3g} over the particles; is "
+                "the prior that wide?"
+            )
+        self.sizes.append(size)
+        self.temperatures.append(temperature)
+        self.starts = _at(u, systematic(weights, num_chains, generator))
+
+    def state(self, kernel: _Kernel) -> dict[str, Tensor]:
+        """Return what a run needs to go on from here."""
+        lists = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in self.LISTS}
+        of_kernel = {
+            "generator": kernel.generator.get_state(),
+            "step_size": torch.tensor(kernel.step_size, dtype=torch.float64),
+        }
+        return {"starts": self.starts, "log_evidences": self.log_evidences, **lists, **of_kernel}
+
+    def restore(self, state: dict[str, Tensor] | None, kernel: _Kernel) -> None:
+        """Go on from a state, if there is one."""
+        if state is None:
+            return
+        self.starts, self.log_evidences = state["starts"], state["log_evidences"]
+        for name in self.LISTS:
+            setattr(self, name, state[name].tolist())
+        kernel.generator.set_state(state["generator"])
+        kernel.step_size = float(state["step_size"])
+
+
+def _fingerprint(posterior: LogPosterior, u: Tensor) -> list[str]:
+    """Return what tells a program with its data from others: both parts of its density at the first of points u, to
+    half of their digits."""
+    first = u[:1].expand(len(u), -1).contiguous()  # as many as the run has, so that no other graph is captured
+    found = posterior(first, first.new_ones(len(first)))
+    return [f"{float(value[0]):.8g}" for value in (found.log_prior, found.log_likelihood)]
 
 
 class _Kernel:
@@ -255,7 +320,8 @@ def _walk(
     return u.reshape(*shape, u.shape[1]), log_prior.reshape(shape), log_lik.reshape(shape), mean
 
 
-def _check_settings(num_replicates: int, num_chains: int, num_moves: int, efficiency: float) -> None:
+def check_settings(num_replicates: int, num_chains: int, num_moves: int, efficiency: float) -> None:
+    """Raise ValueError where a setting of the particles is out of range."""
     least = {"num_replicates": (num_replicates, 2), "num_chains": (num_chains, 2), "num_moves": (num_moves, 1)}
     for name, (value, smallest) in least.items():
         if value < smallest:

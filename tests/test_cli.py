@@ -18,6 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
+import xarray
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -543,6 +544,11 @@ def test_a_prior_from_a_file_is_the_one_used(eruptions: Path, tmp_path: Path) ->
         (("-k", "1", "--family", "gaussian_isotropic"), "needs its setting variance"),
         (("-k", "1", "--family", "laplace", "--plot", "table.txt"), "to .png, .pdf or .svg"),
         (("-k", "1", "--family", "laplace", "--plot", "nowhere/table.png"), "there is no folder nowhere"),
+        (("-k", "1", "--family", "laplace", "--temperatures", "1,hot"), "takes numbers that fall from 1"),
+        (("-k", "1", "--family", "laplace", "--temperatures", "0.5,1"), "takes numbers that fall from 1"),
+        (("-k", "1", "--family", "laplace", "--method", "chib"), "'chib' is not one of 'smc', 'bridge'"),
+        (("-k", "1", "--family", "laplace", "--save", "nowhere/draws"), "No such file or directory"),
+        (("-k", "1", "--family", "laplace", "--checkpoint", "nowhere/runs"), "No such file or directory"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused_in_words(
@@ -586,6 +592,23 @@ def test_an_interrupted_comparison_shows_what_is_done(eruptions: Path, monkeypat
     assert result.exit_code == 130
     assert "laplace K = 1 " in result.stdout
     assert "interrupted, which leaves out laplace K = 2, laplace K = 3" in " ".join(result.stdout.split())
+
+
+def test_draws_are_saved_and_a_comparison_goes_on_from_its_checkpoint(eruptions: Path, tmp_path: Path) -> None:
+    command = ("compare", eruptions, "-k", "1-2", "--family", "gaussian_diagonal", "--json", *QUICK_COMPARISON)
+    runs, draws = tmp_path / "runs", tmp_path / "draws"
+    first = run(*command, "--checkpoint", runs, "--save", draws, "--method", "smc", "--warmup", 30)
+    assert first.exit_code == 0, first.output
+    for size in (1, 2):
+        with xarray.open_datatree(draws / f"gaussian_diagonal_K{size}.nc") as tree:
+            assert dict(tree["posterior"].sizes) == {"chain": 2, "draw": 60, "component": size, "feature": 1}
+    assert (runs / "2.gibbs.1").exists()
+    (runs / "2.evidence").unlink()
+    again = run(*command, "--checkpoint", runs, "--method", "smc", "--warmup", 30)
+    assert again.stdout == first.stdout
+    other = run(*command, "--checkpoint", runs, "--method", "smc", "--warmup", 30, "--seed", 1)
+    assert other.exit_code == 2
+    assert "belongs to another run, which differs in seed" in " ".join(other.stderr.split())
 
 
 def test_without_arviz_the_command_says_how_to_get_it(eruptions: Path, monkeypatch: pytest.MonkeyPatch) -> None:

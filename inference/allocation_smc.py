@@ -1,0 +1,283 @@
+"""Sequential Monte Carlo over the rows of a mixture under its conjugate prior, the parameters integrated out.
+
+Rows come in one by one. A particle is the allocation of the rows so far to components, and the next row weighs it by
+its predictive density, the sum over components of p(x_n, z_n = k | x_<n, z_<n), before its component is drawn from that
+sum's terms (MacEachern, Clyde and Liu 1999, Canadian Journal of Statistics 27, section 3; Fearnhead 2004, Statistics
+and Computing 14). Where the weights have become unequal the particles are resampled and moved by Gibbs sweeps over the
+rows so far (Chopin 2002, Biometrika 89). The product of the mean weights is the evidence, right on average.
+
+Nothing starts from the prior: under a vague one the first rows settle each component, and groups of rows that
+tempering would have to discover at a sharp change of temperature are there from the outset. All K! labels are reached
+alike, since each component is empty at first.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from mixproof.inference import checkpoint as checkpoints
+from mixproof.inference.tempered_smc import check_settings, log_mean_evidence, systematic
+from mixproof.inference.validation import check_num_components, check_prior, check_rows, example_params
+
+TABLE_ENTRIES = 1 << 22
+"""How many entries of the tables of particles, rows and components are in memory at once."""
+MIN_REPLICATES = 4
+"""With a smaller effective number of replicates, the standard error of their mean evidence is not to be trusted."""
+
+
+class AllocationSMC(NamedTuple):
+    """What R replicates found, each with M particles."""
+
+    log_evidences: Tensor
+    """(R,), log of the evidence as each replicate estimates it: an estimate that is right on average, but for the
+    resampling, which is done where the particles of all need it."""
+    params: Any
+    """The family's ``Params``, each field (R, S, ...): draws from p(params | x), dependent within a replicate."""
+    lp: Tensor
+    """(R, S), log p(x, params) at the draws."""
+    num_rows: Tensor
+    """(T,), after how many rows the particles were resampled."""
+    effective_sample_size: Tensor
+    """(T,), the smallest among replicates, of M, of the weights there."""
+
+    @property
+    def log_evidence(self) -> float:
+        """log of the mean of the replicates' evidences."""
+        return log_mean_evidence(self.log_evidences)[0]
+
+    @property
+    def standard_error(self) -> float:
+        """Of ``log_evidence``: the replicates' evidences' standard deviation over their mean, by the root of R."""
+        return log_mean_evidence(self.log_evidences)[1]
+
+
+def integrates_out(family: Any) -> bool:
+    """Whether the parameters of a family integrate out of sums that rows add to, which ``allocation_smc`` needs."""
+    return hasattr(family, "log_marginal") and getattr(family, "additive", False)
+
+
+def allocation_smc(
+    family: Any,
+    x: Any,
+    prior: Any,
+    *,
+    num_components: int,
+    seed: int,
+    num_replicates: int = 32,
+    num_chains: int = 64,
+    num_moves: int = 2,
+    efficiency: float = 0.5,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+) -> AllocationSMC:
+    """Carry allocations of rows to components from the first row to the last.
+
+    Every replicate takes the rows in a random order of its own. The replicates run as one batch and never exchange
+    particles: what they differ by is the error.
+
+    Args:
+        family: a family of the contract that ``integrates_out``.
+        x: (N, D), the data.
+        prior: the family's ``Prior``, proper.
+        num_components: K.
+        seed: of all random numbers.
+        num_replicates: R, at least 2.
+        num_chains: M, the particles of each replicate, at least 2.
+        num_moves: Gibbs sweeps of each particle after a resampling, at least 1. Those after the last row are all kept:
+            S = num_chains num_moves.
+        efficiency: the effective sample size at which the particles are resampled, as share of M, averaged over
+            replicates.
+        checkpoint: a file for the state at each resampling. If it exists, the run goes on from there, to the same end.
+        progress: whether to show the rows on stderr.
+
+    Returns:
+        ``AllocationSMC``.
+
+    Raises:
+        TypeError: the family does not integrate out, or an argument is of another type.
+        ValueError: the data, the prior or a setting are not what they must be, or the checkpoint is of another run.
+        KeyboardInterrupt: with a note that says how far it was; there is no evidence before the last row.
+        OSError: the checkpoint cannot be read or written, which is tried first.
+    """
+    if not integrates_out(family):
+        raise TypeError("this family has no log_marginal(stats, prior) of sums over rows: use tempered_smc")
+    check_settings(num_replicates, num_chains, num_moves, efficiency)
+    if prior is None:
+        raise ValueError("prior is None, which is flat: the evidence under an improper prior is not defined")
+    size: Any = check_num_components(family, num_components)
+    rows = check_rows(family, x).to(torch.float64)
+    prior = check_prior(family, prior, example_params(family, size, rows)[0])
+    particles = _Particles(family, rows, prior, size, num_replicates, num_chains, torch.Generator().manual_seed(seed))
+    sizes = {"num_replicates": num_replicates, "num_chains": num_chains, "num_moves": num_moves}
+    identity = {
+        "engine": "allocation_smc",
+        "family": checkpoints.identify(family),
+        "prior": checkpoints.digest(prior),
+        "x": checkpoints.digest(rows),
+        "num_components": size,
+        "seed": seed,
+        "efficiency": efficiency,
+        **sizes,
+    }
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None:
+        particles.restore(checkpoints.load(file, identity))
+        checkpoints.save(file, identity, particles.state())  # a disk that takes no file is found now
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+            task = bar.add_task("SMC over rows", total=len(rows), completed=particles.num_rows)
+            while particles.num_rows < len(rows):
+                particles.add_row()
+                bar.update(task, completed=particles.num_rows)
+                last = particles.num_rows == len(rows)
+                if last or particles.effective_sample_size().mean() < efficiency * num_chains:
+                    particles.resample()
+                    if not last:
+                        particles.move(num_moves)
+                    if file is not None:
+                        checkpoints.save(file, identity, particles.state())
+            params, lp = particles.move(num_moves)
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(f"stopped at row {particles.num_rows} of {len(rows)}: there is no evidence before the last")
+        raise
+    found = AllocationSMC(
+        particles.log_evidences, params, lp, torch.tensor(particles.resampled_at), torch.tensor(particles.sizes)
+    )
+    effective = float(1 / found.log_evidences.softmax(0).square().sum())
+    if effective < MIN_REPLICATES:
+        warnings.warn(
+            f"{effective:.1f} of {num_replicates} replicates decide the mean of their evidences, whose standard error "
+            "is then too small; raise num_replicates or num_chains",
+            stacklevel=2,
+        )
+    return found
+
+
+class _Particles:
+    """M particles of each of R replicates, as one batch of B = R M, and the evidence so far."""
+
+    def __init__(
+        self,
+        family: Any,
+        x: Tensor,
+        prior: Any,
+        num_components: int,
+        num_replicates: int,
+        num_chains: int,
+        generator: torch.Generator,
+    ):
+        self.family, self.prior, self.generator = family, prior, generator
+        self.size, self.shape = num_components, (num_replicates, num_chains)
+        self.batch = num_replicates * num_chains
+        order = torch.rand(num_replicates, len(x), generator=generator).argsort(1)
+        self.x = x[order]  # (R, N, D)
+        template, _ = example_params(family, num_components, x)
+        if "locs" in template._fields:  # second moments are about them, and lose nothing where the data are
+            template = template._replace(locs=x.mean(0).expand_as(template.locs))
+        self.about = type(template)(*(value.expand(self.batch, *value.shape) for value in template))
+        labels = torch.eye(num_components, dtype=x.dtype)[:, None]  # (K, 1, K): one row, in each component
+        per_label = torch.func.vmap(lambda row, resp: family.statistics(template, row, resp), (None, 0))
+        of_rows = torch.func.vmap(per_label, (0, None))(x[:, None], labels)
+        self.of_rows = _map(lambda value: value[order], of_rows)  # (R, N, K, ...)
+        self.num_rows = 0
+        self.stats = _map(lambda value: value.new_zeros(self.batch, *value.shape[3:]), self.of_rows)
+        self.log_weights = x.new_zeros(self.shape)
+        self.log_evidences = x.new_zeros(num_replicates)
+        self.resampled_at: list[int] = []
+        self.sizes: list[float] = []
+
+    def add_row(self) -> None:
+        """Weigh the particles by the predictive density of the next row, and draw its component."""
+        every = torch.arange(self.batch)
+        row = _map(lambda value: value[:, self.num_rows].repeat_interleave(self.shape[1], 0), self.of_rows)
+        options = _map(lambda before, more: before[:, None] + more, self.stats, row)  # (B, K, ...)
+        log_joint = self.family.log_marginal(options, self.prior)
+        log_terms = log_joint - self.family.log_marginal(self.stats, self.prior)[:, None]
+        self.log_weights = self.log_weights + log_terms.logsumexp(1).view(self.shape)
+        chosen = _draw(log_terms, self.generator)
+        self.stats = _map(lambda value: value[every, chosen], options)
+        self.num_rows += 1
+
+    def effective_sample_size(self) -> Tensor:
+        """Return it by replicate, (R,)."""
+        return 1 / self.log_weights.softmax(1).square().sum(1)
+
+    def resample(self) -> None:
+        """Draw the particles of each replicate in proportion to their weights."""
+        self.resampled_at.append(self.num_rows)
+        self.sizes.append(float(self.effective_sample_size().min()))
+        self.log_evidences = self.log_evidences + self.log_weights.logsumexp(1) - math.log(self.shape[1])
+        chosen = systematic(self.log_weights.softmax(1), self.shape[1], self.generator)
+        chosen = (chosen + torch.arange(self.shape[0])[:, None] * self.shape[1]).flatten()
+        self.stats = _map(lambda value: value[chosen], self.stats)
+        self.log_weights = torch.zeros_like(self.log_weights)
+
+    def move(self, num_moves: int) -> tuple[Any, Tensor]:
+        """Move all particles by Gibbs sweeps over the rows so far; return parameters (R, S, ...) and lp (R, S) there.
+
+        A sweep draws parameters given the allocation, and the allocation given those.
+        """
+        kept, lps = [], []
+        for _ in range(num_moves):
+            params = self.family.draw(self.about, self.stats, self.prior, self.generator)
+            log_prior = torch.func.vmap(self.family.log_prior, (0, None))(params, self.prior)
+            kept.append(params)
+            lps.append(log_prior + self._allocate(params))
+        stacked = _map(lambda *values: torch.stack(values, 1).unflatten(0, self.shape).flatten(1, 2), *kept)
+        return stacked, torch.stack(lps, 1).reshape(self.shape[0], -1)
+
+    def _allocate(self, params: Any) -> Tensor:
+        """Draw all allocations given parameters, and return log p(x | params), (B,)."""
+        at_once = max(TABLE_ENTRIES // (self.num_rows * self.size), 1)
+        parts, log_likelihoods = [], []
+        for some in torch.arange(self.batch).split(at_once):
+            x = self.x[some // self.shape[1], : self.num_rows]
+            table = torch.func.vmap(self.family.log_joint)(_map(lambda value, at=some: value[at], params), x)
+            resp = torch.nn.functional.one_hot(_draw(table, self.generator), self.size).to(x)
+            about = _map(lambda value, at=some: value[at], self.about)
+            parts.append(torch.func.vmap(self.family.statistics)(about, x, resp))
+            log_likelihoods.append(table.logsumexp(2).sum(1))
+        self.stats = _map(lambda *values: torch.cat(values), *parts)
+        return torch.cat(log_likelihoods)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a run needs to go on from after a resampling."""
+        return {
+            "generator": self.generator.get_state(),
+            "num_rows": torch.tensor(self.num_rows),
+            "log_evidences": self.log_evidences,
+            "resampled_at": torch.tensor(self.resampled_at, dtype=torch.int64),
+            "sizes": torch.tensor(self.sizes, dtype=torch.float64),
+            **{f"stats.{name}": value for name, value in self.stats._asdict().items()},
+        }
+
+    def restore(self, state: dict[str, Tensor] | None) -> None:
+        """Go on from a state, if there is one."""
+        if state is None:
+            return
+        self.generator.set_state(state["generator"])
+        self.num_rows = int(state["num_rows"])
+        self.log_evidences = state["log_evidences"]
+        self.resampled_at, self.sizes = state["resampled_at"].tolist(), state["sizes"].tolist()
+        self.stats = type(self.stats)(*(state[f"stats.{name}"] for name in self.stats._fields))
+
+
+def _map(function: Any, *trees: Any) -> Any:
+    """Return a tuple with names, of what a function makes of the fields of such tuples."""
+    return type(trees[0])(*map(function, *trees))
+
+
+def _draw(log_terms: Tensor, generator: torch.Generator) -> Tensor:
+    """Return numbers (...) drawn in proportion to exp(log_terms), (..., K)."""
+    cumulated = log_terms.softmax(-1).cumsum(-1)
+    uniform = torch.rand(cumulated.shape[:-1], generator=generator, dtype=cumulated.dtype)
+    return (cumulated <= (uniform * cumulated[..., -1])[..., None]).sum(-1).clamp_max(log_terms.shape[-1] - 1)
