@@ -265,7 +265,10 @@ def compare(
     settings: Annotated[Path | None, typer.Option(help="JSON with the settings of families that have any.")] = None,
     starts: Annotated[int, typer.Option(min=1, help="Starts of EM by k-means++; the best fit is kept.")] = 10,
     chains: Annotated[int, typer.Option(min=1, help="Chains of the Gibbs sampler.")] = 8,
-    draws: Annotated[int, typer.Option(min=4, help="Draws kept of each chain, after as many that are not.")] = 500,
+    draws: Annotated[
+        int,
+        typer.Option(min=1, help="Draws kept of each chain, after as many that are not; 100 of all chains at least."),
+    ] = 500,
     max_thinning: Annotated[
         int, typer.Option(min=1, help="Chains that do not agree run up to so many times as long, and are thinned.")
     ] = 16,
@@ -284,6 +287,7 @@ def compare(
                 raise ValueError(f"a plot is drawn to .png, .pdf or .svg, not to {plot.name}")
             if not plot.parent.is_dir():
                 raise ValueError(f"there is no folder {plot.parent} to draw {plot.name} to: make it first")
+            comparison.check_matplotlib()
         candidates, rows = _candidates(data, family, components, prior, settings)
         found = comparison.compare(
             candidates,
@@ -297,12 +301,13 @@ def compare(
             evidence={"num_moves": moves},
             progress=True,
         )
-        if plot is not None:
-            found.plot().savefig(plot)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+        typer.echo(json.dumps(plain(found.to_dict()), indent=1, allow_nan=False))
     else:
         _stdout().print(found)
+    if plot is not None:
+        with _errors():
+            found.plot().savefig(plot)
     if found.interrupted:
         raise typer.Exit(130)
 
