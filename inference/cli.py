@@ -303,8 +303,10 @@ def compare(
         )
     if as_json:
         typer.echo(json.dumps(plain(found.to_dict()), indent=1, allow_nan=False))
-    else:
+    elif sys.stdout.isatty():
         _stdout().print(found)
+    else:
+        typer.echo(str(found))
     if plot is not None:
         with _errors():
             found.plot().savefig(plot)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 MAX_RHAT, MIN_EFFECTIVE_DRAWS = 1.01, 400
 """Below and above which chains agree and quantiles are known (Vehtari et al. 2021, Bayesian Analysis 16, section 4)."""
 
+UNFOLDED = 10_000
+"""Of what width text is where no screen folds it."""
 MIN_DRAWS = 100
 """Of all chains: a tail of 5, the least to fit, is a fifth of 25 draws, and chains are cut in halves for R-hat."""
 
@@ -106,7 +108,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The candidates side by side; ``print`` shows them as a table, with the warnings in words."""
+    """The candidates side by side; ``print`` shows them as a table, with the warnings in words, each a line that is not
+    folded, and rich as many columns beside one another as the screen is wide."""
 
     rows: tuple[Row, ...]
     """One for each candidate, in the order given."""
@@ -124,29 +127,22 @@ class Comparison:
     interrupted: bool
     """Whether candidates are missing because the run was interrupted from the keyboard."""
 
-    def __rich__(self) -> Group:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("candidate")
-        for title in COLUMNS:
-            table.add_column(title, justify="right")
-        best = {name: _best(self.rows, name) for name in CRITERIA}
-        for row in self.rows:
-            cells = [
-                f"{write(row)}{'' if criterion is None else '*' if best[criterion] is row else ' '}"
-                for criterion, write in COLUMNS.values()
-            ]
-            table.add_row(Text(row.name), *cells)
-        legend = Text(
-            "* the best by this criterion; LOO and log evidence are the better the higher, the others the lower"
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _tables(self.rows, console, options)
+        yield Text(
+            "* the best by this criterion; LOO and log evidence are the better the higher, the others the lower; "
+            "LOO diff is from the best"
         )
-        priors = [Text(f"prior of {candidate.name}: {_shown(candidate.prior)}", "dim") for candidate in self.candidates]
-        return Group(table, legend, *priors, *(Text(f"warning: {words}", "yellow") for words in self.warnings))
+        for candidate in self.candidates:
+            yield Text(f"prior of {candidate.name}: {_shown(candidate.prior)}", "dim")
+        for words in self.warnings:
+            yield Text(f"warning: {words}", "yellow")
 
     def __str__(self) -> str:
-        console = Console(width=160, color_system=None, force_terminal=False, force_jupyter=False)
+        console = Console(width=UNFOLDED, color_system=None, force_terminal=False, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
-        return capture.get().rstrip()
+        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain Python values for JSON, with the priors and the fitted parameters."""
@@ -690,6 +686,21 @@ def _signed(value: float | None, error: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
+def _share(value: float | None, error: float | None) -> str:
+    """Return a probability, or which end it is next to where three digits do not tell it and its error from that."""
+    if value is None or error is None or error >= 5e-4 or 5e-4 <= value <= 1 - 5e-4:
+        return _signed(value, error, 3)
+    return "< 0.001" if value < 0.5 else "> 0.999"
+
+
+def _difference(row: Row) -> str:
+    if row.elpd_loo_difference is None:
+        return ""
+    if row.elpd_loo_difference == 0:
+        return "0.0"
+    return _signed(-row.elpd_loo_difference, row.elpd_loo_difference_standard_error, 1)
+
+
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
@@ -700,29 +711,66 @@ COLUMNS: dict[str, tuple[str | None, Callable[[Row], str]]] = {
     "BIC": ("BIC", lambda row: _number(row.bic, 1)),
     "AIC": ("AIC", lambda row: _number(row.aic, 1)),
     "ICL": ("ICL", lambda row: _number(row.icl, 1)),
-    "LOO": ("LOO", lambda row: _signed(row.elpd_loo, row.elpd_loo_standard_error, 1)),
+    "LOO": ("LOO", lambda row: _number(row.elpd_loo, 1)),
+    "LOO diff": (None, _difference),
     "Pareto k": (
         None,
         lambda row: "" if row.max_pareto_k is None else f"{row.max_pareto_k:.2f} ({row.num_high_pareto_k} high)",
     ),
     "log evidence": ("the evidence", lambda row: _signed(row.log_evidence, row.log_evidence_standard_error, 2)),
-    "probability": (None, lambda row: _signed(row.probability, row.probability_standard_error, 3)),
+    "probability": (None, lambda row: _share(row.probability, row.probability_standard_error)),
     "stacking": (None, lambda row: _number(row.stacking_weight, 2)),
 }
 """By title, the criterion whose best is starred, and what a row shows."""
+
+
+def _tables(rows: Sequence[Row], console: Console, options: ConsoleOptions) -> Iterator[Table]:
+    """Yield the columns as tables one below another, each of as many as fit beside the names."""
+    best = {name: _best(rows, name) for name in CRITERIA}
+
+    def table(titles: Sequence[str]) -> Table:
+        made = Table(box=None, pad_edge=False)
+        made.add_column("candidate", no_wrap=True)
+        for title in titles:
+            made.add_column(title, justify="right", no_wrap=True)
+        for row in rows:
+            cells = []
+            for criterion, write in (COLUMNS[title] for title in titles):
+                star = "" if criterion is None else "*" if best[criterion] is row else " "
+                cells.append(f"{write(row)}{star}")
+            made.add_row(Text(row.name), *cells)
+        return made
+
+    unlimited = options.update(width=UNFOLDED)
+    titles: list[str] = []
+    for title in COLUMNS:
+        width = console.measure(table([*titles, title]), options=unlimited).maximum
+        if titles and width > options.max_width:
+            yield table(titles)
+            titles = []
+        titles.append(title)
+    yield table(titles)
 
 
 def _plot(rows: Sequence[Row], figure: Figure) -> Figure:
     criteria, loo_panel, evidence, probabilities = figure.subplots(1, 4, sharey=True)
     places = range(len(rows))
 
-    def points(panel: Any, field: str, error: str | None = None, sign: int = 1, shift: float = 0, **style: Any) -> None:
+    def points(
+        panel: Any,
+        field: str,
+        error: str | None = None,
+        sign: int = 1,
+        shift: float = 0,
+        below: float = 0,
+        **style: Any,
+    ) -> None:
         values = [getattr(row, field) for row in rows]
         errors = [0.0 if error is None else getattr(row, error) for row in rows]
         known = [place for place in places if values[place] is not None]
         panel.errorbar(
             [sign * values[place] - shift for place in known],
-            known,
+            [place + below for place in known],
             xerr=None if error is None else [errors[place] for place in known],
             linestyle="none",
             capsize=3,
@@ -737,10 +785,11 @@ def _plot(rows: Sequence[Row], figure: Figure) -> Figure:
     criteria.legend()
     points(loo_panel, "elpd_loo_difference", "elpd_loo_difference_standard_error", sign=-1, marker="o")
     loo_panel.set(title="LOO", xlabel="elpd, below the highest")
-    points(evidence, "log_evidence", "log_evidence_standard_error", marker="o")
-    evidence.set(title="evidence", xlabel="log p(x)")
+    most = max((row.log_evidence for row in rows if row.log_evidence is not None), default=0.0)
+    points(evidence, "log_evidence", "log_evidence_standard_error", shift=most, marker="o")
+    evidence.set(title="evidence", xlabel="log p(x), below the highest")
     points(probabilities, "probability", "probability_standard_error", marker="o", label="posterior probability")
-    points(probabilities, "stacking_weight", marker="x", label="stacking weight")
+    points(probabilities, "stacking_weight", below=0.2, marker="x", label="stacking weight")
     probabilities.set(title="share of a candidate", xlabel="probability or weight", xlim=(-0.05, 1.05))
     probabilities.legend()
     criteria.set_yticks(list(places), [row.name for row in rows])

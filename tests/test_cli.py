@@ -543,6 +543,10 @@ def test_a_prior_from_a_file_is_the_one_used(eruptions: Path, tmp_path: Path) ->
         (("-k", "1", "--family", "gaussian_isotropic"), "needs its setting variance"),
         (("-k", "1", "--family", "laplace", "--plot", "table.txt"), "to .png, .pdf or .svg"),
         (("-k", "1", "--family", "laplace", "--plot", "nowhere/table.png"), "there is no folder nowhere"),
+        (
+            ("-k", "1", "--family", "laplace", "--chains", "1", "--draws", "4"),
+            "num_chains times num_draws is 4, too few",
+        ),
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused_in_words(
@@ -586,6 +590,31 @@ def test_an_interrupted_comparison_shows_what_is_done(eruptions: Path, monkeypat
     assert result.exit_code == 130
     assert "laplace K = 1 " in result.stdout
     assert "interrupted, which leaves out laplace K = 2, laplace K = 3" in " ".join(result.stdout.split())
+
+
+def test_a_plot_that_cannot_be_drawn_costs_no_table(
+    eruptions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def done(candidates: Any, x: Any, *, seed: int, **_: Any) -> Any:
+        row = dict.fromkeys(cli.comparison.Row._fields) | {"name": candidates[0].name, "num_parameters": 2}
+        rows = (cli.comparison.Row(**row),)
+        return cli.comparison.Comparison(rows, ("it ran",), tuple(candidates), {}, {}, len(x), seed, False)
+
+    def full(_: Any) -> Any:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cli.comparison, "compare", done)
+    monkeypatch.setattr(cli.comparison.Comparison, "plot", full)
+    command = ("compare", eruptions, "-k", 1, "--family", "laplace", "--plot", tmp_path / "table.png")
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "laplace K = 1 " in result.stdout
+    assert "no space left on device" in result.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "it ran" not in result.stdout  # it is refused before
+    assert "matplotlib is not installed: pip install 'mixproof[compare]'" in " ".join(result.stderr.split())
 
 
 def test_without_arviz_the_command_says_how_to_get_it(eruptions: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import xarray
 from arviz_stats.utils import ELPDData
+from rich.console import Console
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
@@ -225,13 +226,13 @@ def test_the_table_the_json_and_the_plot_say_the_same(of_tiny: tuple[Tensor, Com
         line = next(line for line in lines if line.startswith(row.name))
         assert f"{row.log_evidence:.2f} ± {row.log_evidence_standard_error:.2f}" in line
         assert f"{row.bic:.1f}" in line
-        assert f"{row.elpd_loo:.1f} ± {row.elpd_loo_standard_error:.1f}" in line
+        assert f" {row.elpd_loo:.1f}" in line
+        if row.elpd_loo_difference:
+            assert f"{-row.elpd_loo_difference:.1f} ± {row.elpd_loo_difference_standard_error:.1f}" in line
         assert entry["prior"].keys() == set(gaussian_diagonal.Prior._fields)
         assert any(line.startswith(f"prior of {row.name}: concentration 1, loc ") for line in lines)
     panels: Any = found.plot().axes
     assert [label.get_text() for label in panels[0].get_yticklabels()] == [row.name for row in found.rows]
-    drawn = panels[2].containers[0].lines[0].get_xdata()
-    assert list(drawn) == [row.log_evidence for row in found.rows]
 
 
 def test_the_number_of_components_that_made_the_data_is_found() -> None:
@@ -422,6 +423,74 @@ def test_names_are_shown_as_they_are() -> None:
     for name in names:
         assert f"\n{name} " in shown
         assert f"prior of {name}: " in shown
+
+
+THREE = (
+    planted(name="A", bic=12.0, aic=11.0, icl=13.0, elpd_loo=-4.0, log_evidence=-9.0, probability=0.99996)
+    ._replace(elpd_loo_difference=0.0, elpd_loo_difference_standard_error=0.0, log_evidence_standard_error=0.25)
+    ._replace(probability_standard_error=1e-5, stacking_weight=0.75),
+    planted(name="B", bic=10.0, aic=13.0, icl=13.5, elpd_loo=-6.5, log_evidence=-7.0, probability=4e-5)
+    ._replace(elpd_loo_difference=2.5, elpd_loo_difference_standard_error=1.5, log_evidence_standard_error=0.5)
+    ._replace(probability_standard_error=1e-5, stacking_weight=0.25),
+    planted(name="C"),
+)
+
+
+def three() -> Comparison:
+    x = tiny()
+    candidates = tuple(candidate(gaussian_diagonal, 1, x, row.name) for row in THREE)
+    return Comparison(THREE, ("a sentence " + 30 * "of words ",), candidates, {}, {}, len(x), 0, False)
+
+
+def test_what_a_row_shows() -> None:
+    first, second, third = (line.split() for line in str(three()).splitlines()[1:4])
+    assert first == ["A", "2", "12.0", "11.0*", "13.0*", "-4.0*", "0.0", "-9.00", "±", "0.25", ">", "0.999", "0.75"]
+    assert second == (
+        ["B", "2", "10.0*", "13.0", "13.5", "-6.5", "-2.5", "±", "1.5", "-7.00", "±", "0.50*", "<", "0.001", "0.25"]
+    )
+    assert third == ["C", "2"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_no_number_is_cut_on_a_narrow_screen(width: int) -> None:
+    console = Console(width=width, color_system=None, force_terminal=False, force_jupyter=False)
+    with console.capture() as capture:
+        console.print(three())
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in capture.get()
+    shown = [
+        " ".join(word for line in lines if line.startswith(f"{row.name} ") for word in line.split()) for row in THREE
+    ]
+    unfolded = [" ".join(line.split()) for line in str(three()).splitlines()[1:4]]
+    for name, narrow, wide in zip("ABC", shown, unfolded, strict=True):
+        assert narrow.replace(f" {name} ", " ").removesuffix(f" {name}") == wide
+    assert sum(line.startswith("candidate ") for line in lines) == {40: 5, 80: 2, 120: 1, 200: 1}[width]
+
+
+def test_a_pipe_folds_nothing() -> None:
+    assert [line for line in str(three()).splitlines() if line.startswith("warning: ")] == [
+        f"warning: {three().warnings[0]}".rstrip()
+    ]
+
+
+def test_the_plot_shows_differences_from_the_best() -> None:
+    criteria, of_loo, evidence, shares = (panel for panel in three().plot().axes)
+
+    def drawn(panel: Any, which: int = 0) -> list[tuple[float, float]]:
+        line = panel.containers[which].lines[0]
+        return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+    assert drawn(criteria, 0) == [(2.0, 0), (0.0, 1)]  # BIC, AIC, ICL, above the lowest
+    assert drawn(criteria, 1) == [(0.0, 0), (2.0, 1)]
+    assert drawn(criteria, 2) == [(0.0, 0), (0.5, 1)]
+    assert criteria.xaxis_inverted()
+    assert drawn(of_loo) == [(0.0, 0), (-2.5, 1)]
+    assert drawn(evidence) == [(-2.0, 0), (0.0, 1)]
+    assert [y for _, y in drawn(shares, 0)] == [0, 1]
+    assert drawn(shares, 1) == [(0.75, 0.2), (0.25, 1.2)]
+    segments = evidence.containers[0].lines[2][0].get_segments()
+    assert [(end[1, 0] - end[0, 0]) / 2 for end in segments] == [0.25, 0.5]
 
 
 def test_draws_that_never_change_are_said_to_be() -> None:
