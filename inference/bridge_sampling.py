@@ -78,7 +78,7 @@ def bridge_sampling(
         u: (C, S, P), draws of the unconstrained coordinates: S from each of C chains.
         seed: seeds every random number.
         relabelling: the symmetry of the posterior, which is treated; None takes the draws as they are.
-        weights: (C,), how much the draws of each chain count; None counts them alike.
+        weights: (C,), how much the draws of each chain count, in any unit; None counts them alike.
 
     Returns:
         ``Bridge``. Its error is that of Fruehwirth-Schnatter 2004, Econometrics Journal 7, equation 19, dependence
@@ -148,8 +148,9 @@ def _solve(from_posterior: Tensor, from_proposal: Tensor, weights: Tensor) -> Br
     Args:
         from_posterior: (C, S), log target - log proposal at draws of the posterior.
         from_proposal: (M,), the same at draws of the proposal.
-        weights: (C,), of the chains, of mean 1.
+        weights: (C,), of the chains, in any unit.
     """
+    weights = weights / weights.mean()
     log_evidence = from_posterior.median()
     for _ in range(1000):
         before = log_evidence
@@ -180,10 +181,13 @@ def variance_of_mean(values: Tensor) -> Tensor:
     """Return the variance, (), of the mean of values (C, S), dependent within each of C chains.
 
     Autocorrelations as in Vehtari et al. 2021, Bayesian Analysis 16, section 3.2, so that differences between chains
-    count, summed up to Geyer's initial monotone sequence.
+    count, summed up to Geyer's initial monotone sequence. Those of S draws about their own mean are too low by a share
+    of 1 / S; where there are so many chains that the spread of their means is known better, it is taken.
     """
     num_chains, num_draws = values.shape
     means = values.mean(1)
+    if num_chains > num_draws**2:
+        return means.var() / num_chains
     centred = values - means[:, None]
     spectrum = torch.fft.rfft(centred, 2 * num_draws, dim=1)
     covariances = torch.fft.irfft(spectrum.abs().square(), dim=1)[:, :num_draws].mean(0) / num_draws

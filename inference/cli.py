@@ -267,7 +267,7 @@ def compare(
     starts: Annotated[int, typer.Option(min=1, help="Starts of EM by k-means++; the best fit is kept.")] = 10,
     max_steps: Annotated[int, typer.Option(min=1, help="The largest number of EM steps from each start.")] = 2000,
     chains: Annotated[int, typer.Option(min=1, help="Chains of the Gibbs sampler.")] = 32,
-    draws: Annotated[int, typer.Option(min=4, help="Draws kept of each chain.")] = 250,
+    draws: Annotated[int, typer.Option(min=1, help="Draws kept of each chain; 100 of all chains at least.")] = 250,
     warmup: Annotated[int | None, typer.Option(min=0, help="Draws before them; as many by default.")] = None,
     max_thinning: Annotated[
         int, typer.Option(min=1, help="Chains that do not agree run up to so many times as long, and are thinned.")
@@ -306,6 +306,7 @@ def compare(
                 raise ValueError(f"a plot is drawn to .png, .pdf or .svg, not to {plot.name}")
             if not plot.parent.is_dir():
                 raise ValueError(f"there is no folder {plot.parent} to draw {plot.name} to: make it first")
+            comparison.check_matplotlib()
         if save is not None:
             save.mkdir(exist_ok=True)  # found now if it cannot be made
         candidates, rows = _candidates(data, family, components, prior, settings)
@@ -325,15 +326,18 @@ def compare(
             checkpoint=checkpoint,
             progress=True,
         )
-        if plot is not None:
-            found.plot().savefig(plot)
         if save is not None:
             for name, tree in found.trees.items():
                 tree.to_netcdf(save / f"{name.replace(' = ', '').replace(', ', '_').replace(' ', '_')}.nc")
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
-    else:
+        typer.echo(json.dumps(plain(found.to_dict()), indent=1, allow_nan=False))
+    elif sys.stdout.isatty():
         _stdout().print(found)
+    else:
+        typer.echo(str(found))
+    if plot is not None:
+        with _errors():
+            found.plot().savefig(plot)
     if found.interrupted:
         raise typer.Exit(130)
 

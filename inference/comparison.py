@@ -7,14 +7,15 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.datatree import loo, to_datatree
 from mixproof.inference.draws import Draws
+from mixproof.inference.effective_dimension import effective_dimension
 from mixproof.inference.em import Fit, responsibilities
 from mixproof.inference.evidence import Evidence, log_evidence, posterior_probabilities
 from mixproof.inference.gibbs import gibbs
@@ -39,6 +41,11 @@ if TYPE_CHECKING:
 
 MAX_RHAT, MIN_EFFECTIVE_DRAWS = 1.01, 400
 """Below and above which chains agree and quantiles are known (Vehtari et al. 2021, Bayesian Analysis 16, section 4)."""
+
+UNFOLDED = 10_000
+"""Of what width text is where no screen folds it."""
+MIN_DRAWS = 100
+"""Of all chains: a tail of 5, the least to fit, is a fifth of 25 draws, and chains are cut in halves for R-hat."""
 
 
 class Candidate(NamedTuple):
@@ -61,7 +68,8 @@ class Row(NamedTuple):
     log_likelihood: float | None
     """log p(x | params), natural logarithm, the highest that EM found."""
     num_parameters: int
-    """How many numbers the data decide: weights sum to 1, and a covariance matrix is symmetric."""
+    """How many numbers the data decide, by ``effective_dimension``: weights sum to 1, a covariance matrix is symmetric,
+    and what can be passed from one part of a sum to the other without a trace does not count twice."""
     bic: float | None
     """num_parameters log N - 2 log_likelihood (Schwarz 1978); the lower, the better."""
     aic: float | None
@@ -102,7 +110,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The candidates side by side; ``print`` shows them as a table, with the warnings in words."""
+    """The candidates side by side; ``print`` shows them as a table, with the warnings in words, each a line that is not
+    folded, and rich as many columns beside one another as the screen is wide."""
 
     rows: tuple[Row, ...]
     """One for each candidate, in the order given."""
@@ -120,29 +129,22 @@ class Comparison:
     interrupted: bool
     """Whether candidates are missing because the run was interrupted from the keyboard."""
 
-    def __rich__(self) -> Group:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("candidate")
-        for title in COLUMNS:
-            table.add_column(title, justify="right")
-        best = {name: _best(self.rows, name) for name in CRITERIA}
-        for row in self.rows:
-            cells = [
-                f"{write(row)}{'' if criterion is None else '*' if best[criterion] is row else ' '}"
-                for criterion, write in COLUMNS.values()
-            ]
-            table.add_row(row.name, *cells)
-        legend = Text(
-            "* the best by this criterion; LOO and log evidence are the better the higher, the others the lower"
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _tables(self.rows, console, options)
+        yield Text(
+            "* the best by this criterion; LOO and log evidence are the better the higher, the others the lower; "
+            "LOO diff is from the best"
         )
-        priors = [Text(f"prior of {candidate.name}: {_shown(candidate.prior)}", "dim") for candidate in self.candidates]
-        return Group(table, legend, *priors, *(Text(f"warning: {words}", "yellow") for words in self.warnings))
+        for candidate in self.candidates:
+            yield Text(f"prior of {candidate.name}: {_shown(candidate.prior)}", "dim")
+        for words in self.warnings:
+            yield Text(f"warning: {words}", "yellow")
 
     def __str__(self) -> str:
-        console = Console(width=160, color_system=None, force_terminal=False, force_jupyter=False)
+        console = Console(width=UNFOLDED, color_system=None, force_terminal=False, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
-        return capture.get().rstrip()
+        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain Python values for JSON, with the priors and the fitted parameters."""
@@ -169,10 +171,9 @@ class Comparison:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("matplotlib is not installed: pip install 'mixproof[compare]'") from error
+        check_matplotlib()
+        from matplotlib.figure import Figure
+
         return _plot(self.rows, Figure(figsize=(13, 1.2 + 0.35 * len(self.rows)), layout="constrained"))
 
 
@@ -225,12 +226,11 @@ def compare(
             and 1 stand beside densities, or the checkpoint is of another comparison.
         OSError: the checkpoint cannot be read or written.
     """
-    stats = _arviz_stats()
+    _arviz_stats()
     x = _check(candidates, x)
-    if probabilities is not None and set(probabilities) != {candidate.name for candidate in candidates}:
-        raise ValueError(
-            f"probabilities must be given for each candidate by its name, not for {', '.join(probabilities)}"
-        )
+    least = {"num_starts": num_starts, "max_steps": max_steps, "num_chains": num_chains, "num_draws": num_draws}
+    _check_settings(least | {"max_thinning": max_thinning}, temperatures, evidence or {})
+    _check_probabilities(probabilities, [candidate.name for candidate in candidates])
     chains = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
     sampling: dict[str, Any] = {**chains, "max_thinning": max_thinning, "temperatures": temperatures}
     folder = None if checkpoint is None else Path(checkpoint)
@@ -262,12 +262,7 @@ def compare(
     chosen = None if probabilities is None else {name: probabilities[name] for name in evidences}
     posterior = posterior_probabilities(evidences, chosen) if evidences else {}
     elpds = {study.name: study.elpd for study in studies if study.elpd is not None}
-    ranking = None
-    if len(elpds) > 1:
-        with warnings.catch_warnings():
-            # arviz-stats 0.8 sorts a table of its own in place, which pandas 3.1 announces to drop
-            warnings.filterwarnings("ignore", "The inplace keyword in DataFrame.sort_values", DeprecationWarning)
-            ranking = stats.compare(elpds)
+    ranking = _ranking(elpds, of_loo := [])
     rows = []
     for study in studies:
         row = study.row
@@ -284,6 +279,7 @@ def compare(
         rows.append(row)
     for study in studies:
         sentences += study.sentences
+    sentences += of_loo
     done = tuple(study.candidate for study in studies)
     sentences += [*_disagreements(rows, ranking), *_gaps(rows, done)]
     return Comparison(
@@ -350,6 +346,18 @@ class _Study(NamedTuple):
         return self.candidate.name
 
 
+def check_matplotlib() -> None:
+    """Say in words that figures cannot be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError("matplotlib is not installed: pip install 'mixproof[compare]'") from error
+
+
 def _arviz_stats() -> Any:
     try:
         import arviz_base  # noqa: F401
@@ -395,22 +403,57 @@ def _check(candidates: Sequence[Candidate], x: Any) -> Tensor:
     return rows
 
 
+def _check_settings(
+    numbers: Mapping[str, int], temperatures: Sequence[float] | None, evidence: Mapping[str, Any]
+) -> None:
+    """Say in words which setting is wrong for all candidates, before the first run."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if (total := numbers["num_chains"] * numbers["num_draws"]) < MIN_DRAWS:
+        raise ValueError(f"num_chains times num_draws is {total}, too few for LOO: take at least {MIN_DRAWS}")
+    ladder = (1.0,) if temperatures is None else tuple(temperatures)
+    if not ladder or ladder[0] != 1 or ladder[-1] <= 0 or any(low >= high for high, low in itertools.pairwise(ladder)):
+        raise ValueError(f"temperatures must fall from 1 to above 0, as (1.0, 0.5, 0.2), not {temperatures}")
+    settings = signature(log_evidence).parameters.values()
+    known = {each.name for each in settings if each.kind is each.KEYWORD_ONLY} - {"seed", "draws", "progress"}
+    if unknown := sorted(set(evidence) - known):
+        raise ValueError(f"evidence takes {', '.join(sorted(known))}, and not {', '.join(unknown)}")
+    if evidence.get("method", "smc") not in ("smc", "bridge"):
+        raise ValueError(f'the method of evidence must be "smc" or "bridge", not {evidence["method"]!r}')
+
+
+def _check_probabilities(probabilities: Mapping[str, float] | None, names: Sequence[str]) -> None:
+    if probabilities is None:
+        return
+    if set(probabilities) != set(names):
+        raise ValueError(
+            f"probabilities must be given for each candidate by its name, not for {', '.join(probabilities)}"
+        )
+    if bad := [name for name, value in probabilities.items() if not 0 < value < math.inf]:
+        raise ValueError(
+            f"probabilities must be positive, and that of {bad[0]} is {probabilities[bad[0]]}: leave it out"
+        )
+
+
 def _study(candidate: Candidate, number: int, x: Tensor, seed: int, runs: _Runs) -> _Study:
     """Return what EM, Gibbs sampling and the evidence say of one candidate, by its number from 1."""
     family, size, name = candidate.family, candidate.num_components, candidate.name
-    prior = check_prior(family, candidate.prior, example_params(family, size, x)[0])
+    template, _ = example_params(family, size, x)
+    prior = check_prior(family, candidate.prior, template)
     generator = torch.Generator().manual_seed(seed)
     model = partial(family.model, num_components=size, prior=prior)
     posterior = LogPosterior(model, x)
     sentences: list[str] = []
     unknown: dict[str, Any] = dict.fromkeys(Row._fields)
-    row = Row(**unknown | {"name": name, "num_parameters": posterior.size})
+    num_parameters = effective_dimension(family, posterior, template, seed=seed)
+    row = Row(**unknown | {"name": name, "num_parameters": num_parameters})
     with _in_words(sentences, name):
         draws, fit, tree, elpd, evidence = None, None, None, None, None
         with _failing(sentences, name, "EM"):
             starts = [family.init_params(x, size, generator) for _ in range(runs.num_starts)]
             fit, _, failures = em_restarts(family, x, starts, max_steps=runs.max_steps, progress=runs.progress)
-            row = row._replace(**_likelihood_criteria(family, fit, x, posterior.size))
+            row = row._replace(**_likelihood_criteria(family, fit, x, num_parameters))
             if failures:
                 last = failures[max(failures)]
                 sentences.append(f"{name}: {len(failures)} of {runs.num_starts} starts of EM failed, the last: {last}")
@@ -429,6 +472,7 @@ def _study(candidate: Candidate, number: int, x: Tensor, seed: int, runs: _Runs)
             with warnings.catch_warnings():
                 # said below, with the number of rows and for the candidate by name
                 warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto", UserWarning)
+                warnings.filterwarnings("ignore", "The point-wise LOO is the same", UserWarning)  # as of a single row
                 elpd = loo(tree, pointwise=True)
             row = row._replace(**_loo(elpd, sentences, name))
         with _failing(sentences, name, "the evidence"):
@@ -521,6 +565,8 @@ def _diagnostics(tree: DataTree) -> tuple[dict[str, Any], list[str]]:
     stats = _arviz_stats()
     quantities = tree["label_invariant"].to_dataset()
     varying = quantities[[key for key, value in quantities.items() if float(value.max() - value.min()) > 0]]
+    if not varying.data_vars:
+        return {"max_rhat": None, "min_effective_draws": None}, ["nothing varies over the draws: no chain has moved"]
     with warnings.catch_warnings():
         # an entry that is the same in all draws has no R-hat; it comes out as NaN and is passed over
         warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
@@ -551,6 +597,22 @@ def _loo(elpd: Any, sentences: list[str], name: str) -> dict[str, Any]:
         "max_pareto_k": largest,
         "num_high_pareto_k": num_high,
     }
+
+
+def _ranking(elpds: Mapping[str, Any], sentences: list[str]) -> Any:
+    """Return ArviZ's table of the candidates by LOO, the best first, or None of less than two."""
+    if len(elpds) < 2:
+        return None
+    # the weights exponentiate log densities, which may underflow; what all candidates share of a row is of no effect
+    shared = np.max([elpd.elpd_i.values for elpd in elpds.values()], axis=0)
+    shifted = {
+        name: replace(elpd, elpd=float(elpd.elpd) - shared.sum(), elpd_i=elpd.elpd_i - shared)
+        for name, elpd in elpds.items()
+    }
+    with _in_words(sentences, "LOO"):
+        # arviz-stats 0.8 sorts a table of its own in place, which pandas 3.1 announces to drop
+        warnings.filterwarnings("ignore", "The inplace keyword in DataFrame.sort_values", DeprecationWarning)
+        return _arviz_stats().compare(shifted)
 
 
 def _num_empty(joint: Any) -> dict[str, Tensor]:
@@ -601,8 +663,7 @@ def _disagreements(rows: Sequence[Row], ranking: Any) -> list[str]:
         parts = []
         for name in dict.fromkeys(best.values()):
             own = [criterion for criterion, preferred in best.items() if preferred == name]
-            verb = "prefers" if len(own) == 1 else "prefer"
-            parts.append(f"{' and '.join(filter(None, [', '.join(own[:-1]), own[-1]]))} {verb} {name}")
+            parts.append(f"{_prefer(own)} {name}")
         sentences.append(f"the criteria disagree: {'; '.join(parts)}")
     if ranking is not None:
         gap, error = ranking["elpd_diff"].iloc[1], ranking["dse"].iloc[1]
@@ -624,14 +685,30 @@ def _disagreements(rows: Sequence[Row], ranking: Any) -> list[str]:
     return sentences
 
 
+def _prefer(criteria: Sequence[str]) -> str:
+    """Return criteria in a list with their verb."""
+    listed = " and ".join(filter(None, [", ".join(criteria[:-1]), criteria[-1]]))
+    return f"{listed} {'prefers' if len(criteria) == 1 else 'prefer'}"
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two families are one: the same module, or instances with the same settings, which may be tensors."""
+    if left is right or not is_dataclass(left) or type(left) is not type(right):
+        return left is right
+    return bool(plain(vars(left)) == plain(vars(right)))
+
+
 def _gaps(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[str]:
     """Return what the candidates leave open: a likelihood that falls as K grows, a best K that is the largest tried."""
     sentences = []
-    families: dict[int, list[tuple[int, Row]]] = {}
+    families: list[tuple[Any, list[tuple[int, Row]]]] = []
     for row, candidate in zip(rows, candidates, strict=True):
         if isinstance(candidate.num_components, int):
-            families.setdefault(id(candidate.family), []).append((candidate.num_components, row))
-    for members in families.values():
+            members = next((members for family, members in families if _same(family, candidate.family)), None)
+            if members is None:
+                families.append((candidate.family, members := []))
+            members.append((candidate.num_components, row))
+    for _, members in families:
         ladder = sorted(members, key=lambda member: member[0])
         known = [(size, row.log_likelihood, row.name) for size, row in ladder if row.log_likelihood is not None]
         for (few, lower, before), (many, higher, after) in itertools.pairwise(known):
@@ -642,18 +719,31 @@ def _gaps(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[str]:
                 )
         largest = ladder[-1][0]
         if ladder[0][0] < largest:
-            last = [row.name for size, row in ladder if size == largest]
-            at_end = [name for name in CRITERIA if (best := _best(rows, name)) is not None and best.name in last]
-            if at_end:
-                verb = "prefers" if len(at_end) == 1 else "prefer"
-                sentences.append(
-                    f"{', '.join(at_end)} {verb} {last[0]}, the largest K of its family here: try larger ones"
-                )
+            last = {row.name for size, row in ladder if size == largest}
+            best = {name: row.name for name in CRITERIA if (row := _best(rows, name)) is not None and row.name in last}
+            for preferred in dict.fromkeys(best.values()):
+                at_end = [criterion for criterion, name in best.items() if name == preferred]
+                sentences.append(f"{_prefer(at_end)} {preferred}, the largest K of its family here: try larger ones")
     return sentences
 
 
 def _signed(value: float | None, error: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _share(value: float | None, error: float | None) -> str:
+    """Return a probability, or which end it is next to where three digits do not tell it and its error from that."""
+    if value is None or error is None or error >= 5e-4 or 5e-4 <= value <= 1 - 5e-4:
+        return _signed(value, error, 3)
+    return "< 0.001" if value < 0.5 else "> 0.999"
+
+
+def _difference(row: Row) -> str:
+    if row.elpd_loo_difference is None:
+        return ""
+    if row.elpd_loo_difference == 0:
+        return "0.0"
+    return _signed(-row.elpd_loo_difference, row.elpd_loo_difference_standard_error, 1)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -666,29 +756,66 @@ COLUMNS: dict[str, tuple[str | None, Callable[[Row], str]]] = {
     "BIC": ("BIC", lambda row: _number(row.bic, 1)),
     "AIC": ("AIC", lambda row: _number(row.aic, 1)),
     "ICL": ("ICL", lambda row: _number(row.icl, 1)),
-    "LOO": ("LOO", lambda row: _signed(row.elpd_loo, row.elpd_loo_standard_error, 1)),
+    "LOO": ("LOO", lambda row: _number(row.elpd_loo, 1)),
+    "LOO diff": (None, _difference),
     "Pareto k": (
         None,
         lambda row: "" if row.max_pareto_k is None else f"{row.max_pareto_k:.2f} ({row.num_high_pareto_k} high)",
     ),
     "log evidence": ("the evidence", lambda row: _signed(row.log_evidence, row.log_evidence_standard_error, 2)),
-    "probability": (None, lambda row: _signed(row.probability, row.probability_standard_error, 3)),
+    "probability": (None, lambda row: _share(row.probability, row.probability_standard_error)),
     "stacking": (None, lambda row: _number(row.stacking_weight, 2)),
 }
 """By title, the criterion whose best is starred, and what a row shows."""
+
+
+def _tables(rows: Sequence[Row], console: Console, options: ConsoleOptions) -> Iterator[Table]:
+    """Yield the columns as tables one below another, each of as many as fit beside the names."""
+    best = {name: _best(rows, name) for name in CRITERIA}
+
+    def table(titles: Sequence[str]) -> Table:
+        made = Table(box=None, pad_edge=False)
+        made.add_column("candidate", no_wrap=True)
+        for title in titles:
+            made.add_column(title, justify="right", no_wrap=True)
+        for row in rows:
+            cells = []
+            for criterion, write in (COLUMNS[title] for title in titles):
+                star = "" if criterion is None else "*" if best[criterion] is row else " "
+                cells.append(f"{write(row)}{star}")
+            made.add_row(Text(row.name), *cells)
+        return made
+
+    unlimited = options.update(width=UNFOLDED)
+    titles: list[str] = []
+    for title in COLUMNS:
+        width = console.measure(table([*titles, title]), options=unlimited).maximum
+        if titles and width > options.max_width:
+            yield table(titles)
+            titles = []
+        titles.append(title)
+    yield table(titles)
 
 
 def _plot(rows: Sequence[Row], figure: Figure) -> Figure:
     criteria, loo_panel, evidence, probabilities = figure.subplots(1, 4, sharey=True)
     places = range(len(rows))
 
-    def points(panel: Any, field: str, error: str | None = None, sign: int = 1, shift: float = 0, **style: Any) -> None:
+    def points(
+        panel: Any,
+        field: str,
+        error: str | None = None,
+        sign: int = 1,
+        shift: float = 0,
+        below: float = 0,
+        **style: Any,
+    ) -> None:
         values = [getattr(row, field) for row in rows]
         errors = [0.0 if error is None else getattr(row, error) for row in rows]
         known = [place for place in places if values[place] is not None]
         panel.errorbar(
             [sign * values[place] - shift for place in known],
-            known,
+            [place + below for place in known],
             xerr=None if error is None else [errors[place] for place in known],
             linestyle="none",
             capsize=3,
@@ -703,10 +830,11 @@ def _plot(rows: Sequence[Row], figure: Figure) -> Figure:
     criteria.legend()
     points(loo_panel, "elpd_loo_difference", "elpd_loo_difference_standard_error", sign=-1, marker="o")
     loo_panel.set(title="LOO", xlabel="elpd, below the highest")
-    points(evidence, "log_evidence", "log_evidence_standard_error", marker="o")
-    evidence.set(title="evidence", xlabel="log p(x)")
+    most = max((row.log_evidence for row in rows if row.log_evidence is not None), default=0.0)
+    points(evidence, "log_evidence", "log_evidence_standard_error", shift=most, marker="o")
+    evidence.set(title="evidence", xlabel="log p(x), below the highest")
     points(probabilities, "probability", "probability_standard_error", marker="o", label="posterior probability")
-    points(probabilities, "stacking_weight", marker="x", label="stacking weight")
+    points(probabilities, "stacking_weight", below=0.2, marker="x", label="stacking weight")
     probabilities.set(title="share of a candidate", xlabel="probability or weight", xlim=(-0.05, 1.05))
     probabilities.legend()
     criteria.set_yticks(list(places), [row.name for row in rows])

@@ -63,7 +63,8 @@ def to_datatree(
 
     Raises:
         ImportError: ArviZ is not installed.
-        ValueError: the draws are not of this program's parameters.
+        ValueError: the draws are not of this program's parameters, or a site has the name of a quantity that
+            ``label_invariant`` computes.
     """
     _import("arviz_base")
     from arviz_base import dict_to_dataset
@@ -86,7 +87,7 @@ def to_datatree(
         for site, shape in shapes.items()
     }
     invariant = label_invariant(draws, posterior, family=family)
-    invariant_dims = {"mean": ["feature"], "covariance": ["feature", "feature_bis"]} if family is not None else {}
+    invariant_dims = {"row_mean": ["feature"], "row_covariance": ["feature", "feature_bis"]}
     for site, names in param_dims.items():
         invariant_dims[site] = names
         invariant_dims[f"{site}_sorted"] = [

@@ -6,6 +6,7 @@ Statistics and Computing 17, section 2). Every approximation can be held against
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from mixproof.inference.validation import check_num_components, check_prior, check_rows, example_params
 
 MAX_ALLOCATIONS = 2**22
-"""How many allocations are summed at most: a few seconds to a minute, and 32 MB."""
+"""How many allocations are summed at most: a few seconds to a minute. The log joints take 32 MB; the allocations
+themselves, which only ``exact_posterior`` keeps, 8 N times as many bytes as there are."""
 AT_ONCE = 2**13
 
 
@@ -42,14 +44,15 @@ def exact_log_evidence(family: Any, x: Any, prior: Any, *, num_components: int) 
 
     Args:
         family: a family of the contract that has ``log_marginal``.
-        x: (N, D), so few rows that K^N is at most 2^22.
+        x: (N, D), so few rows that K^N is at most 2^22; the computation is in float64.
         prior: the family's ``Prior``.
         num_components: K.
 
     Raises:
         TypeError, ValueError: as ``exact_posterior``.
     """
-    return exact_posterior(family, x, prior, num_components=num_components).log_evidence
+    log_joints = [log_joint for log_joint, _ in _allocations(family, x, prior, num_components)]
+    return torch.cat(log_joints).logsumexp(0)
 
 
 def exact_posterior(family: Any, x: Any, prior: Any, *, num_components: int) -> ExactPosterior:
@@ -57,7 +60,7 @@ def exact_posterior(family: Any, x: Any, prior: Any, *, num_components: int) -> 
 
     Args:
         family: a family of the contract that has ``log_marginal``.
-        x: (N, D), so few rows that K^N is at most 2^22.
+        x: (N, D), so few rows that K^N is at most 2^22; the computation is in float64.
         prior: the family's ``Prior``.
         num_components: K.
 
@@ -65,7 +68,7 @@ def exact_posterior(family: Any, x: Any, prior: Any, *, num_components: int) -> 
         TypeError: the family has no ``log_marginal``, or an argument is of another type.
         ValueError: the data or the prior are not what they must be, the prior is None, or K^N is above 2^22.
     """
-    log_joint, allocations = _sum_over_allocations(family, x, prior, num_components)
+    log_joint, allocations = map(torch.cat, zip(*_allocations(family, x, prior, num_components), strict=True))
     log_evidence = log_joint.logsumexp(0)
     return ExactPosterior(log_evidence, allocations, (log_joint - log_evidence).exp())
 
@@ -77,7 +80,7 @@ def exact_draws(
 
     Args:
         family: a family of the contract that has ``log_marginal``.
-        x: (N, D), so few rows that K^N is at most 2^22.
+        x: (N, D), so few rows that K^N is at most 2^22; the computation is in float64.
         prior: the family's ``Prior``.
         num_components: K.
         num_draws: S.
@@ -89,7 +92,7 @@ def exact_draws(
     Raises:
         TypeError, ValueError: as ``exact_posterior``.
     """
-    x = check_rows(family, x)
+    x = check_rows(family, x).to(torch.float64)
     posterior = exact_posterior(family, x, prior, num_components=num_components)
     chosen = torch.multinomial(posterior.probs, num_draws, replacement=True, generator=generator)
     template, _ = example_params(family, num_components, x)
@@ -98,15 +101,15 @@ def exact_draws(
     return family.draw(params, stats, check_prior(family, prior, template), generator)
 
 
-def _sum_over_allocations(family: Any, x: Any, prior: Any, num_components: int) -> tuple[Tensor, Tensor]:
-    """Return log p(x, z), (A,), and the allocations z (A, N)."""
+def _allocations(family: Any, x: Any, prior: Any, num_components: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all allocations in chunks: log p(x, z), (C,), and z (C, N)."""
     if not hasattr(family, "log_marginal"):
         raise TypeError(
             "this family has no log_marginal(stats, prior): its rows are not complete once their components are known, "
             "and its parameters do not integrate out. Use log_evidence, which approximates"
         )
     size: Any = check_num_components(family, num_components)
-    x = check_rows(family, x)
+    x = check_rows(family, x).to(torch.float64)
     if prior is None:
         raise ValueError("prior is None, which is flat: the evidence under an improper prior is not defined")
     if size ** len(x) > MAX_ALLOCATIONS:
@@ -117,12 +120,10 @@ def _sum_over_allocations(family: Any, x: Any, prior: Any, num_components: int) 
     params, _ = example_params(family, size, x)
     prior = check_prior(family, prior, params)
     powers = size ** torch.arange(len(x), device=x.device)
-    allocations = torch.arange(size ** len(x), device=x.device)[:, None] // powers % size
-    tables = []
-    for z in allocations.split(AT_ONCE):
+    for numbers in torch.arange(size ** len(x), device=x.device).split(AT_ONCE):
+        z = numbers[:, None] // powers % size
         batch = type(params)(*(value.expand(len(z), *value.shape) for value in params))
-        tables.append(family.log_marginal(family.statistics(batch, x, _one_hot(z, size, x)), prior))
-    return torch.cat(tables), allocations
+        yield family.log_marginal(family.statistics(batch, x, _one_hot(z, size, x)), prior), z
 
 
 def _one_hot(z: Tensor, num_components: int, like: Tensor) -> Tensor:

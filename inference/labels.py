@@ -27,6 +27,11 @@ from mixproof.inference.log_posterior import LogPosterior
 TABLE_ENTRIES = 1 << 22
 """How many entries of log joint tables are in memory at once where only sums of them are kept."""
 
+NUM_POINTS = 16
+"""Of how many draws of the prior the best three serve to tell components apart."""
+ROUNDINGS = 1000
+"""How many eps of the largest of its terms two orders of one sum may differ by."""
+
 
 class Numbering(NamedTuple):
     """Which axes number the components of a program, and whether another numbering is as good."""
@@ -73,17 +78,20 @@ def numbering(posterior: LogPosterior, latent: str | None = None) -> Numbering:
     Permuting the axes together must permute the values of the latent in the table of log p(x_n, z_n | params); if it
     leaves log p(params) as it is, they are exchangeable. Both are tried at points that nothing singles out, with a
     cycle and a transposition, which generate all K! permutations. Of several choices an exchangeable one is taken.
+    The points are draws of the prior, where it is proper: far from them the rounding of large log densities would hide
+    small differences between components.
 
     Args:
         posterior: the program with its data.
         latent: the enumerated site that says which component a row is from; None is the only one.
 
     Raises:
-        ValueError: the program has several latents and none is named, or none of that name.
+        ValueError: the program has several latents and none is named, or none of that name; or no row has a density at
+            any draw of the prior.
     """
     latent = latent_site(posterior, latent)
     size = num_values(posterior, latent)
-    points = [(params, _log_joint(posterior, params)) for params in _generic_points(posterior)]
+    points = _generic_points(posterior, latent)
     sites = {site: value.shape for site, value in points[0][0].items()}
     options = [_candidates(posterior.program.supports[site], shape, size) for site, shape in sites.items()]
     numbers = torch.arange(size)
@@ -141,12 +149,33 @@ def _candidates(support: constraints.Constraint, shape: torch.Size, size: int) -
     return [*(axis for axis in range(num_axes) if shape[axis] == size), None]
 
 
-def _generic_points(posterior: LogPosterior) -> list[dict[str, Tensor]]:
-    """Return parameters at three points, by fractional parts of multiples of irrational numbers, which none repeats."""
-    multiples = torch.arange(1, posterior.size + 1, dtype=torch.float64)
-    u = torch.stack([(multiples * root).frac() - 0.5 for root in (2**0.5, 3**0.5, 5**0.5)])
+def _generic_points(posterior: LogPosterior, latent: str) -> list[tuple[dict[str, Tensor], LogJoint]]:
+    """Return the three points, and what is computed there, at which a density is computed the most exactly.
+
+    They are draws of the prior, or of an improper one fractional parts of multiples of irrational numbers, which none
+    repeats. Those come first at which the most rows have a density, and among these the smallest logarithms.
+    """
+    try:
+        u = posterior.draw_sites(NUM_POINTS, seed=0)
+    except ValueError:
+        multiples = torch.arange(1, posterior.size + 1, dtype=torch.float64)
+        u = torch.stack([(multiples * root).frac() - 0.5 for root in (2**0.5, 3**0.5, 5**0.5)])
+    u = u[u.isfinite().all(1)]
     params = posterior.constrain(u)
-    return [{site: value[i] for site, value in params.items()} for i in range(len(u))]
+    found = []
+    for i in range(len(u)):
+        point = {site: value[i] for site, value in params.items()}
+        joint = _log_joint(posterior, point)
+        known = joint.rows[joint.rows.isfinite()]
+        if joint.log_prior.isfinite() and len(known):
+            largest = max(float(known.abs().max()), abs(float(joint.log_prior)))
+            found.append((-len(known), largest, i, point, joint))
+    if not found:
+        raise ValueError(
+            f"no row has a density at any of {len(u)} points, so that what {latent} counts cannot be seen: does the "
+            "prior allow the data?"
+        )
+    return [(point, joint) for *_, point, joint in sorted(found, key=lambda each: each[:3])[:3]]
 
 
 def _log_joint(posterior: LogPosterior, params: Mapping[str, Tensor]) -> LogJoint:
@@ -173,10 +202,10 @@ def _symmetries(
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:
-    """Whether two results of the same sums in another order agree: both round, each by far less than eps^(3/4)."""
-    rounding = torch.finfo(left.dtype).eps ** 0.75
-    scale = float(right[right.isfinite()].abs().max()) if right.isfinite().any() else 0.0
-    return torch.allclose(left, right, rtol=0, atol=rounding * max(scale, 1), equal_nan=True)
+    """Whether two results of the same sums in another order agree: each rounds by a few eps of its largest terms."""
+    scale = float(right[right.isfinite()].abs().max())
+    atol = ROUNDINGS * torch.finfo(left.dtype).eps * max(scale, 1)
+    return torch.allclose(left, right, rtol=0, atol=atol, equal_nan=True)
 
 
 def at_draws(
@@ -277,8 +306,11 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
     Returns:
         By name, (C, S, ...): ``lp``, log p(x, params); ``log_likelihood``, log p(x | params); ``allocation_entropy``,
         the entropy of p(z | x, params), summed over rows; each parameter that numbers exchangeable components, sorted
-        along that axis, as ``*_sorted``; the other parameters as they are; and of a family ``mean`` and ``covariance``
-        of one row.
+        along that axis, as ``*_sorted``; the other parameters as they are; and of a family ``row_mean`` and
+        ``row_covariance``, the moments of one row given the parameters.
+
+    Raises:
+        ValueError: a site of the program has the name of one of the others.
     """
 
     def of_rows(joint: LogJoint) -> dict[str, Tensor]:
@@ -294,14 +326,14 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
     for latent in posterior.program.latents:
         of_latent, exchangeable = numbering(posterior, latent)
         axes |= of_latent if of_latent is not None and exchangeable else {}
-    for site, value in draws.params.items():
-        if site in axes:
-            found[f"{site}_sorted"] = value.sort(dim=axes[site] + 2).values
-        else:
-            found[site] = value
     if family is not None:
         moments = torch.func.vmap(torch.func.vmap(family.moments))(family.Params(**draws.params))
-        found |= dict(zip(("mean", "covariance"), moments, strict=True))
+        found |= dict(zip(("row_mean", "row_covariance"), moments, strict=True))
+    for site, value in draws.params.items():
+        name = f"{site}_sorted" if site in axes else site
+        if name in found:
+            raise ValueError(f'the site "{site}" has the name of another quantity of the draws, {name}: rename it')
+        found[name] = value.sort(dim=axes[site] + 2).values if site in axes else value
     return found
 
 

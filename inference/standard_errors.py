@@ -52,8 +52,9 @@ def standard_errors(posterior: LogPosterior, params: Any) -> StandardErrors:
         ``StandardErrors``; a fit that is further from the maximum than a hundredth of a standard error is a warning.
 
     Raises:
-        ValueError: a parameter is at the edge of its support, the data leave a direction of the parameters open, or the
-            likelihood rises from the fit: the message names the parameters. Use ``bootstrap`` at an edge.
+        ValueError: the fit lacks a site or has one of another shape, a parameter is at the edge of its support, the
+            data leave a direction of the parameters open, or the likelihood rises from the fit: the message names the
+            parameters. Use ``bootstrap`` at an edge.
     """
     coordinates = posterior.coordinates
     fit, u = _coordinates_of(posterior, params)
@@ -91,7 +92,7 @@ def observed_information(posterior: LogPosterior, params: Any) -> Tensor:
         params: a value for each parameter site, as a dict or NamedTuple; others are ignored.
 
     Raises:
-        ValueError: a parameter is at the edge of its support.
+        ValueError: a site is missing or of another shape, or a parameter is at the edge of its support.
     """
     _, u = _coordinates_of(posterior, params)
     information = -torch.autograd.functional.hessian(partial(_log_likelihood, posterior), u)
@@ -102,7 +103,13 @@ def _coordinates_of(posterior: LogPosterior, params: Any) -> tuple[dict[str, Ten
     """Return the free parameters by site, and their unconstrained coordinates (P,)."""
     given: Mapping[str, Tensor] = params if isinstance(params, Mapping) else params._asdict()
     transforms = posterior.coordinates.transforms
+    if missing := sorted(set(transforms) - set(given)):
+        raise ValueError(f"the fit lacks the sites {', '.join(missing)}; it has {', '.join(sorted(given))}")
     fit = {site: given[site].detach() for site in transforms}
+    sites = posterior.constrain(torch.zeros(posterior.size, dtype=torch.float64))
+    for site, value in sites.items():
+        if fit[site].shape != value.shape:
+            raise ValueError(f"{site} of the fit has shape {tuple(fit[site].shape)}, not {tuple(value.shape)}")
     places = {site: transforms[site].inv(value).reshape(-1) for site, value in fit.items()}
     for site, value in fit.items():
         if not torch.isfinite(places[site]).all() or at_edge(value, posterior.program.supports[site]):

@@ -549,6 +549,10 @@ def test_a_prior_from_a_file_is_the_one_used(eruptions: Path, tmp_path: Path) ->
         (("-k", "1", "--family", "laplace", "--method", "chib"), "'chib' is not one of 'smc', 'bridge'"),
         (("-k", "1", "--family", "laplace", "--save", "nowhere/draws"), "No such file or directory"),
         (("-k", "1", "--family", "laplace", "--checkpoint", "nowhere/runs"), "No such file or directory"),
+        (
+            ("-k", "1", "--family", "laplace", "--chains", "1", "--draws", "4"),
+            "num_chains times num_draws is 4, too few",
+        ),
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused_in_words(
@@ -609,6 +613,31 @@ def test_draws_are_saved_and_a_comparison_goes_on_from_its_checkpoint(eruptions:
     other = run(*command, "--checkpoint", runs, "--method", "smc", "--warmup", 30, "--seed", 1)
     assert other.exit_code == 2
     assert "belongs to another run, which differs in seed" in " ".join(other.stderr.split())
+
+
+def test_a_plot_that_cannot_be_drawn_costs_no_table(
+    eruptions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def done(candidates: Any, x: Any, *, seed: int, **_: Any) -> Any:
+        row = dict.fromkeys(cli.comparison.Row._fields) | {"name": candidates[0].name, "num_parameters": 2}
+        rows = (cli.comparison.Row(**row),)
+        return cli.comparison.Comparison(rows, ("it ran",), tuple(candidates), {}, {}, len(x), seed, False)
+
+    def full(_: Any) -> Any:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cli.comparison, "compare", done)
+    monkeypatch.setattr(cli.comparison.Comparison, "plot", full)
+    command = ("compare", eruptions, "-k", 1, "--family", "laplace", "--plot", tmp_path / "table.png")
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "laplace K = 1 " in result.stdout
+    assert "no space left on device" in result.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "it ran" not in result.stdout  # it is refused before
+    assert "matplotlib is not installed: pip install 'mixproof[compare]'" in " ".join(result.stderr.split())
 
 
 def test_without_arviz_the_command_says_how_to_get_it(eruptions: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import xarray
+from arviz_stats.utils import ELPDData
+from rich.console import Console
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
@@ -22,17 +25,25 @@ from mixproof.inference.evidence import Evidence
 from mixproof.inference.exact_evidence import exact_log_evidence
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.validation import check_prior, example_params
-from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied
+from mixproof.models import (
+    bernoulli,
+    gaussian_diagonal,
+    gaussian_full,
+    gaussian_spherical,
+    gaussian_sum,
+    gaussian_tied,
+)
+from mixproof.models.gaussian_isotropic import GaussianIsotropic
 
 if TYPE_CHECKING:
     from tests.conftest import Case
 
 DATA = Path(__file__).parent / "data"
 QUICK: dict[str, Any] = {"num_chains": 4, "num_draws": 250, "num_warmup": 100, "max_thinning": 1}
+QUICK["evidence"] = {"num_replicates": 8, "num_chains": 8, "num_moves": 8}
 ONLY_EM: dict[str, Any] = {"num_chains": 1, "num_draws": 100, "num_warmup": 1, "max_thinning": 1}
 ONLY_EM["evidence"] = {"num_replicates": 2, "num_chains": 2, "num_moves": 1}
 """Runs as short as can be beside EM, for what only EM decides."""
-QUICK["evidence"] = {"num_replicates": 8, "num_chains": 8, "num_moves": 8}
 
 
 def candidate(family: Any, size: int, x: Tensor, name: str | None = None) -> Candidate:
@@ -80,6 +91,16 @@ def test_information_criteria_as_scikit_learn_has_them(family: Any, shape: Any, 
     resp = other.predict_proba(x)
     entropy = -sum(r * math.log(r) for r in resp.ravel() if r > 0)
     assert row.icl == pytest.approx(other.bic(x) + 2 * entropy, rel=1e-10)
+
+
+def test_a_sum_of_two_gaussians_has_the_criteria_of_the_gaussian_that_it_is() -> None:
+    x = tiny(12)
+    one = candidate(gaussian_full, 1, x, "one")
+    both = Candidate(gaussian_sum, (1, 1), gaussian_sum.Prior(one.prior, one.prior), "both")
+    first, second = compare([one, both], x, seed=0, num_starts=1, **ONLY_EM).rows
+    assert first.num_parameters == second.num_parameters == 2
+    assert second.log_likelihood == pytest.approx(first.log_likelihood, rel=1e-8)  # where EM stops
+    assert second.bic == pytest.approx(first.bic, rel=1e-8)
 
 
 def test_information_criteria_of_iris_as_mclust_prints_them(real_data: dict[str, Tensor]) -> None:
@@ -155,6 +176,41 @@ def test_stacking_weights_maximise_the_log_score_of_the_mixture(real_data: dict[
     assert scores.max() - scores.min() > 1
 
 
+def planted_elpd(values: Tensor) -> Any:
+    """Return what ArviZ keeps of LOO, of given log densities (N,) of left-out rows."""
+    array = xarray.DataArray(values.numpy(), dims="obs_id")
+    error = float(values.std(correction=0)) * math.sqrt(len(values))
+    return ELPDData("loo", float(values.sum()), error, 1.0, 100, len(values), "log", False, 0.7, array, 0 * array)
+
+
+def test_the_unit_of_the_rows_does_not_enter_stacking() -> None:
+    """A factor of every density of a row, from e^-1000, which no float holds, to e^800, which none holds either."""
+    generator = torch.Generator().manual_seed(1)
+    first, second, third = torch.randn(3, 60, generator=generator, dtype=torch.float64) - 1
+    found = []
+    for unit in (0.0, -1000.0, 800.0):
+        elpds = {name: planted_elpd(values + unit) for name, values in (("a", first), ("b", second), ("c", third - 3))}
+        ranking = comparison._ranking(elpds, sentences := [])
+        assert sentences == []
+        found.append([ranking.loc[name, "weight"] for name in "abc"])
+        assert ranking.loc["c", "elpd_diff"] == pytest.approx(float(max(first.sum(), second.sum()) - (third - 3).sum()))
+        differences = (first if first.sum() > second.sum() else second) - (third - 3)
+        assert ranking.loc["c", "dse"] == pytest.approx(float(differences.std(correction=0)) * math.sqrt(60), rel=1e-9)
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+    assert found[2] == pytest.approx(found[0], abs=1e-6)
+    assert min(found[0][:2]) > 0.1  # of a start at thirds nothing would be left
+    assert found[0][2] < 0.1
+
+
+def test_what_arviz_says_of_many_candidates_is_a_sentence() -> None:
+    """Six of twelve are as good as one another, and a little better than the others."""
+    values = torch.linspace(-3, -1, 30, dtype=torch.float64)
+    elpds = {str(k): planted_elpd(values + 0.01 * (k < 6)) for k in range(12)}
+    comparison._ranking(elpds, sentences := [])
+    (sentence,) = sentences
+    assert sentence.startswith("LOO: Difference in performance potentially due to chance")
+
+
 def test_the_same_seed_gives_the_same_table_and_another_does_not(of_tiny: tuple[Tensor, Comparison]) -> None:
     x, found = of_tiny
     assert compare(found.candidates, x, seed=0, **QUICK).rows == found.rows
@@ -170,13 +226,13 @@ def test_the_table_the_json_and_the_plot_say_the_same(of_tiny: tuple[Tensor, Com
         line = next(line for line in lines if line.startswith(row.name))
         assert f"{row.log_evidence:.2f} ± {row.log_evidence_standard_error:.2f}" in line
         assert f"{row.bic:.1f}" in line
-        assert f"{row.elpd_loo:.1f} ± {row.elpd_loo_standard_error:.1f}" in line
+        assert f" {row.elpd_loo:.1f}" in line
+        if row.elpd_loo_difference:
+            assert f"{-row.elpd_loo_difference:.1f} ± {row.elpd_loo_difference_standard_error:.1f}" in line
         assert entry["prior"].keys() == set(gaussian_diagonal.Prior._fields)
         assert any(line.startswith(f"prior of {row.name}: concentration 1, loc ") for line in lines)
     panels: Any = found.plot().axes
     assert [label.get_text() for label in panels[0].get_yticklabels()] == [row.name for row in found.rows]
-    drawn = panels[2].containers[0].lines[0].get_xdata()
-    assert list(drawn) == [row.log_evidence for row in found.rows]
 
 
 def test_the_number_of_components_that_made_the_data_is_found() -> None:
@@ -267,6 +323,35 @@ def test_bad_candidates_are_refused_before_any_run() -> None:
         compare([candidate(bernoulli, 1, bits, "bits"), good], bits, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_starts": 0}, "num_starts must be at least 1, not 0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, not 0"),
+        ({"num_draws": 0}, "num_draws must be at least 1, not 0"),
+        ({"num_chains": 0}, "num_chains must be at least 1, not 0"),
+        ({"max_thinning": 0}, "max_thinning must be at least 1, not 0"),
+        ({"num_chains": 3, "num_draws": 33}, "num_chains times num_draws is 99, too few for LOO: take at least 100"),
+        ({"temperatures": []}, r"temperatures must fall from 1 to above 0, .* not \[\]"),
+        ({"temperatures": [0.5]}, "temperatures must fall from 1 to above 0"),
+        ({"temperatures": [1.0, 0.0]}, "temperatures must fall from 1 to above 0"),
+        ({"temperatures": [1.0, 0.5, 0.5]}, "temperatures must fall from 1 to above 0"),
+        ({"evidence": {"num_move": 4}}, "evidence takes .*num_moves.*, and not num_move"),
+        ({"evidence": {"seed": 1}}, "evidence takes .*, and not seed"),
+        ({"evidence": {"method": "chib"}}, 'the method of evidence must be "smc" or "bridge", not \'chib\''),
+        ({"probabilities": {"two": 0.0}}, "probabilities must be positive, and that of two is 0.0"),
+        ({"probabilities": {"two": math.nan}}, "probabilities must be positive, and that of two is nan"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_run(
+    settings: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = tiny()
+    monkeypatch.setattr(comparison, "_study", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=words):
+        compare([candidate(gaussian_diagonal, 2, x, "two")], x, seed=0, **settings)
+
+
 def test_without_arviz_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "arviz_stats", None)
     x = tiny()
@@ -311,10 +396,116 @@ def test_a_likelihood_that_falls_and_a_best_at_the_end_are_said() -> None:
     assert sentence == "AIC prefers 3, the largest K of its family here: try larger ones"
 
 
+def test_the_largest_is_named_that_the_criteria_prefer() -> None:
+    """Two of one K, by their priors; and two instances of one setting, which are one family."""
+    x = tiny()
+    candidates = [candidate(gaussian_diagonal, size, x, name) for size, name in ((1, "1"), (2, "far"), (2, "near"))]
+    rows = [
+        planted(name=name, bic=bic, aic=bic, log_evidence=value)
+        for name, bic, value in (("1", 9.0, -60.0), ("far", 5.0, -50.0), ("near", 6.0, -10.0))
+    ]
+    assert comparison._gaps(rows, candidates) == [
+        "BIC and AIC prefer far, the largest K of its family here: try larger ones",
+        "the evidence prefers near, the largest K of its family here: try larger ones",
+    ]
+    own = [c._replace(family=GaussianIsotropic(1.0)) for c in candidates[:2]]
+    assert len(comparison._gaps(rows[:2], own)) == 1
+    own[1] = own[1]._replace(family=GaussianIsotropic(2.0))
+    assert comparison._gaps(rows[:2], own) == []
+
+
+def test_names_are_shown_as_they_are() -> None:
+    names = ("gaussian [full] K=1", "a [/b]")
+    x = tiny()
+    rows = tuple(planted(name=name) for name in names)
+    candidates = tuple(candidate(gaussian_diagonal, 1, x, name) for name in names)
+    shown = str(Comparison(rows, (), candidates, {}, {}, len(x), 0, False))
+    for name in names:
+        assert f"\n{name} " in shown
+        assert f"prior of {name}: " in shown
+
+
+THREE = (
+    planted(name="A", bic=12.0, aic=11.0, icl=13.0, elpd_loo=-4.0, log_evidence=-9.0, probability=0.99996)
+    ._replace(elpd_loo_difference=0.0, elpd_loo_difference_standard_error=0.0, log_evidence_standard_error=0.25)
+    ._replace(probability_standard_error=1e-5, stacking_weight=0.75),
+    planted(name="B", bic=10.0, aic=13.0, icl=13.5, elpd_loo=-6.5, log_evidence=-7.0, probability=4e-5)
+    ._replace(elpd_loo_difference=2.5, elpd_loo_difference_standard_error=1.5, log_evidence_standard_error=0.5)
+    ._replace(probability_standard_error=1e-5, stacking_weight=0.25),
+    planted(name="C"),
+)
+
+
+def three() -> Comparison:
+    x = tiny()
+    candidates = tuple(candidate(gaussian_diagonal, 1, x, row.name) for row in THREE)
+    return Comparison(THREE, ("a sentence " + 30 * "of words ",), candidates, {}, {}, len(x), 0, False)
+
+
+def test_what_a_row_shows() -> None:
+    first, second, third = (line.split() for line in str(three()).splitlines()[1:4])
+    assert first == ["A", "2", "12.0", "11.0*", "13.0*", "-4.0*", "0.0", "-9.00", "±", "0.25", ">", "0.999", "0.75"]
+    assert second == (
+        ["B", "2", "10.0*", "13.0", "13.5", "-6.5", "-2.5", "±", "1.5", "-7.00", "±", "0.50*", "<", "0.001", "0.25"]
+    )
+    assert third == ["C", "2"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_no_number_is_cut_on_a_narrow_screen(width: int) -> None:
+    console = Console(width=width, color_system=None, force_terminal=False, force_jupyter=False)
+    with console.capture() as capture:
+        console.print(three())
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in capture.get()
+    shown = [
+        " ".join(word for line in lines if line.startswith(f"{row.name} ") for word in line.split()) for row in THREE
+    ]
+    unfolded = [" ".join(line.split()) for line in str(three()).splitlines()[1:4]]
+    for name, narrow, wide in zip("ABC", shown, unfolded, strict=True):
+        assert narrow.replace(f" {name} ", " ").removesuffix(f" {name}") == wide
+    assert sum(line.startswith("candidate ") for line in lines) == {40: 5, 80: 2, 120: 1, 200: 1}[width]
+
+
+def test_a_pipe_folds_nothing() -> None:
+    assert [line for line in str(three()).splitlines() if line.startswith("warning: ")] == [
+        f"warning: {three().warnings[0]}".rstrip()
+    ]
+
+
+def test_the_plot_shows_differences_from_the_best() -> None:
+    criteria, of_loo, evidence, shares = (panel for panel in three().plot().axes)
+
+    def drawn(panel: Any, which: int = 0) -> list[tuple[float, float]]:
+        line = panel.containers[which].lines[0]
+        return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+    assert drawn(criteria, 0) == [(2.0, 0), (0.0, 1)]  # BIC, AIC, ICL, above the lowest
+    assert drawn(criteria, 1) == [(0.0, 0), (2.0, 1)]
+    assert drawn(criteria, 2) == [(0.0, 0), (0.5, 1)]
+    assert criteria.xaxis_inverted()
+    assert drawn(of_loo) == [(0.0, 0), (-2.5, 1)]
+    assert drawn(evidence) == [(-2.0, 0), (0.0, 1)]
+    assert [y for _, y in drawn(shares, 0)] == [0, 1]
+    assert drawn(shares, 1) == [(0.75, 0.2), (0.25, 1.2)]
+    segments = evidence.containers[0].lines[2][0].get_segments()
+    assert [(end[1, 0] - end[0, 0]) / 2 for end in segments] == [0.25, 0.5]
+
+
+def test_draws_that_never_change_are_said_to_be() -> None:
+    tree = xarray.DataTree.from_dict(
+        {"label_invariant": xarray.Dataset({"lp": (("chain", "draw"), np.full((4, 50), -3.0))})}
+    )
+    found, complaints = comparison._diagnostics(tree)
+    assert found == {"max_rhat": None, "min_effective_draws": None}
+    assert complaints == ["nothing varies over the draws: no chain has moved"]
+
+
 def test_bad_runs_are_said_for_the_candidate() -> None:
     """Two far groups of a few rows and five components: what each run finds wrong with it comes out in words."""
     x = torch.tensor([0.0, 0.1, 0.2, 8.0, 8.1, 8.25]).double()[:, None]
-    few = {**QUICK, "num_draws": 20, "num_warmup": 5}
+    few = {**QUICK, "num_draws": 25, "num_warmup": 5}
     found = compare([candidate(gaussian_diagonal, 5, x, "five")], x, seed=0, **few)
     for words in ("EM failed: ", "have no row", "worth too little: R-hat of"):
         assert any(sentence.startswith("five: ") and words in sentence for sentence in found.warnings), words

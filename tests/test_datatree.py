@@ -22,7 +22,7 @@ from mixproof.inference.datatree import loo, relative_efficiency, summary, to_da
 from mixproof.inference.draws import Draws
 from mixproof.inference.labels import align, label_invariant
 from mixproof.inference.log_posterior import LogPosterior
-from mixproof.models import bernoulli
+from mixproof.models import bernoulli, gaussian_tied
 from tests.conftest import Case
 from tests.test_labels import ExactPosterior, binary_rows
 
@@ -261,7 +261,7 @@ def test_predictions_are_drawn_beside_the_data(all_families: list[Case]) -> None
 
 def test_a_summary_of_components_that_do_not_agree_warns(draws: Draws, posterior: LogPosterior, tree: Any) -> None:
     invariant = summary(tree)
-    assert {"lp", "allocation_entropy", "weights_sorted[0]", "mean[0]"} <= set(invariant.index)
+    assert {"lp", "allocation_entropy", "weights_sorted[0]", "row_mean[0]"} <= set(invariant.index)
     assert not any(name.startswith(("weights[", "probs[")) for name in invariant.index)
     with pytest.warns(UserWarning, match=r"not aligned.*align\(\)"):
         both = summary(tree, components=True)
@@ -270,6 +270,29 @@ def test_a_summary_of_components_that_do_not_agree_warns(draws: Draws, posterior
     agreed = summary(aligned, components=True, round_to="none")
     assert agreed.loc["weights[0]", "mean"] == pytest.approx(float(aligned["posterior"]["weights"][..., 0].mean()))
     assert not agreed.index.duplicated().any()
+
+
+def test_a_parameter_and_a_moment_of_the_rows_are_two_rows_of_a_summary() -> None:
+    """The covariance that components share, and that of a row, which holds the distance between them too."""
+    double = partial(torch.tensor, dtype=torch.float64)
+    params = gaussian_tied.Params(double([0.5, 0.5]), double([[-8.0], [8.0]]), double([[2.0]]))
+    x, _ = gaussian_tied.sample(params, 12, torch.Generator().manual_seed(1))
+    posterior = LogPosterior(partial(gaussian_tied.model, num_components=2), x)
+    draws = draws_near(posterior, params, (2, 20), seed=1)
+    tree = to_datatree(draws, posterior, seed=1, family=gaussian_tied, num_predictive=0, num_prior=0)
+    with pytest.warns(UserWarning, match="not aligned"):
+        table = summary(tree, components=True, round_to="none")
+    assert table.loc["covariance[0, 0]", "mean"] == pytest.approx(float(draws.params["covariance"].mean()))
+    moments = [
+        gaussian_tied.moments(
+            gaussian_tied.Params(**{site: value[chain, draw] for site, value in draws.params.items()})
+        )
+        for chain in range(2)
+        for draw in range(20)
+    ]
+    of_rows = float(torch.stack([covariance for _, covariance in moments]).mean())
+    assert table.loc["row_covariance[0, 0]", "mean"] == pytest.approx(of_rows)
+    assert of_rows > 50  # or the two would be hard to tell apart
 
 
 def test_named_and_single_components_need_no_aligning(draws: Draws, exact: ExactPosterior) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mixproof.inference import tempered_smc as smc_module
-from mixproof.inference.bridge_sampling import bridge_sampling, variance_of_mean
+from mixproof.inference.bridge_sampling import _solve, bridge_sampling, variance_of_mean
 from mixproof.inference.draws import Draws
 from mixproof.inference.evidence import Evidence, log_evidence, posterior_probabilities
 from mixproof.inference.exact_evidence import exact_draws, exact_log_evidence
@@ -192,6 +192,78 @@ def test_a_missing_jacobian_is_caught_in_the_bridge(tiny: Tiny) -> None:
     assert refuted(torch.tensor([(bridge.log_evidence - tiny.exact) / bridge.standard_error for bridge in found]))
 
 
+# The bridge on values whose answer is known
+
+
+def log_ratios(seed: int, log_evidence: float, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return log target - log proposal of N(0, 1) e^log_evidence and N(1/2, 1), at draws of each."""
+    generator = seeded(seed)
+    draws = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    proposed = torch.randn(shape[0] * shape[1], generator=generator, dtype=torch.float64) + 0.5
+    first, second = (((u - 0.5).square() - u.square()) / 2 + log_evidence for u in (draws, proposed))
+    return first, second
+
+
+def test_the_root_of_the_bridge_is_the_evidence() -> None:
+    z = []
+    for seed in range(NUM_SEEDS):
+        found = _solve(*log_ratios(seed, -10.0, (16, 50)), torch.ones(16, dtype=torch.float64))
+        z.append((found.log_evidence + 10) / found.standard_error)
+    check_z_scores(torch.tensor(z))
+
+
+def test_draws_of_a_wrong_law_with_weights_that_mend_it() -> None:
+    """Half of the chains are wrong and have no weight; counted like the others they would move the root by far."""
+    z, unweighted = [], []
+    for seed in range(NUM_SEEDS):
+        first, second = log_ratios(seed, -10.0, (16, 50))
+        wrong = first.clone()
+        wrong[::2] += 2.0
+        weights = torch.tensor([0.0, 1.0] * 8, dtype=torch.float64)
+        for scores, own in ((z, weights), (unweighted, torch.ones_like(weights))):
+            found = _solve(wrong, second, own)
+            scores.append((found.log_evidence + 10) / found.standard_error)
+    assert abs(sum(z) / len(z)) * math.sqrt(len(z)) < scipy.stats.norm.isf(RARE / 2)
+    assert refuted(torch.tensor(unweighted))
+
+
+def test_the_unit_of_the_weights_does_not_matter_in_either_half(tiny: Tiny) -> None:
+    """Chains 0, 2, ... are one half, and 1, 3, ... the other."""
+    params = exact_draws(gaussian_diagonal, tiny.x, tiny.prior, num_components=2, num_draws=400, generator=seeded(1))
+    u = tiny.posterior.unconstrain(params._asdict()).reshape(8, 50, -1)
+    weights = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
+    scales = torch.tensor([3.0, 0.2] * 4, dtype=torch.float64)
+    run = partial(bridge_sampling, tiny.posterior, u, seed=1, relabelling=Relabelling(tiny.posterior))
+    assert run(weights=scales * weights) == pytest.approx(run(weights=weights), rel=1e-10)
+    assert run(weights=weights).log_evidence != pytest.approx(run().log_evidence, rel=1e-6)
+
+
+def test_both_halves_are_used(tiny: Tiny) -> None:
+    """A change to any chain changes the result; each half is once what is fitted to and once what is bridged."""
+    params = exact_draws(gaussian_diagonal, tiny.x, tiny.prior, num_components=2, num_draws=400, generator=seeded(1))
+    u = tiny.posterior.unconstrain(params._asdict()).reshape(8, 50, -1)
+    weights = torch.ones(8, dtype=torch.float64)
+    run = partial(bridge_sampling, tiny.posterior, u, seed=1, relabelling=Relabelling(tiny.posterior))
+    alike = run(weights=weights).log_evidence
+    for chain in (0, 1):  # weights bear only on the half that is bridged
+        assert run(weights=weights.clone().index_fill_(0, torch.tensor(chain), 0.0)).log_evidence != alike
+
+
+# Two properties of a run
+
+
+def planted_run(logs: list[float]) -> TemperedSMC:
+    empty = torch.empty(0)
+    return TemperedSMC(torch.tensor(logs, dtype=torch.float64), *[empty] * (len(TemperedSMC._fields) - 1))
+
+
+def test_the_evidence_is_the_mean_of_the_evidences_and_not_of_their_logarithms() -> None:
+    """Evidences 1, 2, 3 and 6: their mean is 3, and the standard error of its logarithm sqrt(14 / 3) / 2 / 3."""
+    found = planted_run([math.log(value) for value in (1.0, 2.0, 3.0, 6.0)])
+    assert found.log_evidence == pytest.approx(math.log(3), rel=1e-14)
+    assert found.standard_error == pytest.approx(math.sqrt(14 / 3) / 2 / 3, rel=1e-14)
+
+
 # Families and programs
 
 
@@ -294,6 +366,15 @@ def test_variance_of_the_mean_of_dependent_chains(correlation: float) -> None:
     spread = series.mean((1, 2)).var() / claimed * (repetitions - 1)
     low, high = scipy.stats.chi2.ppf([RARE / 2, 1 - RARE / 2], repetitions - 1)
     assert low < float(spread) < high
+
+
+@pytest.mark.parametrize("draws", [1, 2, 5])
+def test_variance_of_the_mean_of_many_short_chains(draws: int) -> None:
+    chains, repetitions = 500, 40
+    values = torch.randn(repetitions, chains, draws, generator=seeded(draws), dtype=torch.float64)
+    ratios = torch.stack([variance_of_mean(each) for each in values]) * chains * draws  # the truth is 1 / (C S)
+    error = math.sqrt(2 / (chains - 1) / repetitions)  # of the mean of variances of normal means
+    assert abs(float(ratios.mean()) - 1) < scipy.stats.norm.isf(RARE / 2) * error
 
 
 def test_differences_between_chains_count() -> None:

@@ -312,6 +312,26 @@ def test_posterior_is_over_all_allocations(case: Case) -> None:
     assert torch.allclose(found.coclustering, together, rtol=0, atol=ROUNDINGS * EPS)
 
 
+def test_rows_in_float32_are_summed_in_float64() -> None:
+    """At 1e4, where the squares of float32 have two digits left."""
+    x = (torch.tensor([[-1.2], [-0.7], [0.1], [0.4], [1.1]]) + 1e4).float()
+    prior = gaussian_diagonal.weakly_informative_prior(x.double(), 2)
+    single, double = (exact_posterior(gaussian_diagonal, rows, prior, num_components=2) for rows in (x, x.double()))
+    assert single.log_evidence.dtype == torch.float64
+    assert torch.equal(single.log_evidence, double.log_evidence)
+    assert torch.equal(single.probs, double.probs)
+    run: Any = partial(exact_draws, gaussian_diagonal, prior=prior, num_components=2, num_draws=5)
+    assert torch.equal(run(x=x, generator=seeded(0)).locs, run(x=x.double(), generator=seeded(0)).locs)
+
+
+def test_the_evidence_alone_is_that_of_the_posterior() -> None:
+    """It keeps no allocations; 2^14 of them are two chunks."""
+    x = torch.linspace(-1, 1, 14).double()[:, None]
+    prior = gaussian_diagonal.weakly_informative_prior(x, 2)
+    found = exact_posterior(gaussian_diagonal, x, prior, num_components=2)
+    assert torch.equal(exact_log_evidence(gaussian_diagonal, x, prior, num_components=2), found.log_evidence)
+
+
 def test_exact_draws_are_from_the_posterior_over_allocations() -> None:
     """The mean of the weights given z is known, so that over z is."""
     prior = bernoulli.Prior(*(torch.tensor(value).double() for value in ([1.0, 2.0], [1.5, 1.0], [1.0, 2.0])))

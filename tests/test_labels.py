@@ -21,6 +21,7 @@ from mixproof.inference.labels import (
     component_axes,
     label_invariant,
     log_likelihood,
+    numbering,
     permute,
     responsibilities,
 )
@@ -85,6 +86,42 @@ def test_an_asymmetric_prior_is_seen(case: Case) -> None:
         return
     with pytest.raises(ValueError, match="the prior or a support tells them apart"):
         component_axes(posterior, latent)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6, 1e8])
+def test_components_are_told_apart_far_from_zero(real_case: Case, offset: float) -> None:
+    """Under the weakly informative prior of the data, with concentrations alike, and with two that are not."""
+    if not hasattr(real_case.family, "weakly_informative_prior") or real_case.num_weights > 1:
+        return
+    x = real_case.data(0, 20, k=2) + offset
+    alike = real_case.family.weakly_informative_prior(x, 2)
+    for concentration in ([1.0, 1.0], [1.0, 3.0], [1.0, 1.0 + 1e-4]):
+        prior = alike._replace(concentration=torch.tensor(concentration, dtype=torch.float64))
+        axes, exchangeable = numbering(LogPosterior(real_case.program(2, prior), x))
+        assert axes == expected_axes(real_case, "z")
+        assert exchangeable == (concentration[0] == concentration[1]), concentration
+
+
+def test_weights_that_are_fixed_count_far_from_zero_under_a_flat_prior() -> None:
+    def program(x: Tensor, weights: Tensor) -> None:
+        locs = pyro.sample("locs", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+        gaussians(x, weights, locs, torch.ones(2, dtype=torch.float64))
+
+    double = partial(torch.tensor, dtype=torch.float64)
+    assert numbering(LogPosterior(program, X + 1e6, double([0.5, 0.5]))).exchangeable
+    assert not numbering(LogPosterior(program, X + 1e6, double([0.25, 0.75]))).exchangeable
+
+
+def test_rows_without_a_density_do_not_make_components_alike() -> None:
+    def program(x: Tensor) -> None:
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.2, 0.8])), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Uniform(locs[z] - 1, locs[z] + 1, validate_args=False), obs=x)
+
+    assert not numbering(LogPosterior(program, X)).exchangeable
+    with pytest.raises(ValueError, match="no row has a density at any of"):
+        numbering(LogPosterior(program, X + 1e6))
 
 
 X = torch.tensor([-1.0, 0.2, 0.5, 2.0, 2.5, 4.0], dtype=torch.float64)
@@ -223,8 +260,8 @@ def test_quantities_at_draws_are_those_of_each(draws: Draws, posterior: LogPoste
         entropies = [torch.distributions.Categorical(row).entropy() for row in resp[at]]
         assert torch.allclose(found["allocation_entropy"][at], torch.stack(entropies).sum(), rtol=1e-12)
         mean, covariance = bernoulli.moments(point)
-        assert torch.allclose(found["mean"][at], mean, rtol=1e-13)
-        assert torch.allclose(found["covariance"][at], covariance, rtol=1e-12)
+        assert torch.allclose(found["row_mean"][at], mean, rtol=1e-13)
+        assert torch.allclose(found["row_covariance"][at], covariance, rtol=1e-12)
 
 
 def test_rows_count_as_often_as_the_program_says(draws: Draws, posterior: LogPosterior, exact: ExactPosterior) -> None:
@@ -265,6 +302,19 @@ def test_invariant_quantities_are_invariant(draws: Draws, posterior: LogPosterio
     for name, value in before.items():
         assert torch.allclose(after[name], value, rtol=1e-11), name
     assert torch.allclose(co_clustering(posterior, switched.params), co_clustering(posterior, draws.params), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["lp", "log_likelihood", "allocation_entropy", "locs_sorted"])
+def test_a_site_with_the_name_of_another_quantity_is_refused(name: str) -> None:
+    def program(x: Tensor) -> None:
+        scale = pyro.sample(name, dist.LogNormal(0.0, 1.0))
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        gaussians(x, torch.ones(2) / 2, locs, scale.expand(2))
+
+    posterior = LogPosterior(program, X)
+    params = posterior.constrain(torch.zeros(1, 2, posterior.size, dtype=torch.float64))
+    with pytest.raises(ValueError, match="has the name of another quantity of the draws"):
+        label_invariant(Draws(params, {}, {}), posterior)
 
 
 def permuted_at_random(params: dict[str, Tensor], axes: dict[str, int], size: int, seed: int) -> dict[str, Tensor]:

@@ -139,6 +139,16 @@ def shifted(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(locs[z] + shift, 1.0), obs=x)
 
 
+def test_a_fit_of_another_program_is_refused_in_words() -> None:
+    x, fit = binary_fit()
+    posterior = program(bernoulli, x, 2)
+    for function in (standard_errors, observed_information):
+        with pytest.raises(ValueError, match="the fit lacks the sites weights; it has probs"):
+            function(posterior, {"probs": fit.probs})
+        with pytest.raises(ValueError, match=r"probs of the fit has shape \(2, 4\), not \(2, 5\)"):
+            function(posterior, fit._replace(probs=fit.probs[:, :4]))
+
+
 def test_a_model_that_is_not_identified_is_named() -> None:
     x = torch.cat([torch.randn(40, generator=seeded(0)), 4 + torch.randn(40, generator=seeded(1))]).double()
     family = GaussianIsotropic(1.0)
