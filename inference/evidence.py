@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from mixproof.inference.bridge_sampling import bridge_sampling
@@ -19,7 +18,7 @@ from mixproof.inference.enumeration import default_dtype_of
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.relabelling import Relabelling
 from mixproof.inference.tempered_smc import TemperedSMC, systematic, tempered_smc
-from mixproof.inference.validation import feasible
+from mixproof.inference.validation import feasible_params
 
 
 class Evidence(NamedTuple):
@@ -180,7 +179,7 @@ def posterior_probabilities(
 
 def _check_priors(model: Callable[..., Any], *args: Any, from_prior: bool) -> None:
     """Say in words why a program has no evidence, or not one that starts from draws of its prior."""
-    with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args), InitMessenger(feasible):
+    with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args):
         trace: Any = poutine.trace(model).get_trace(*args)
     latents = [site for site in trace.nodes.values() if site["type"] == "sample" and site["infer"].get("enumerate")]
     rows = {frame.name for site in latents for frame in site["cond_indep_stack"]}

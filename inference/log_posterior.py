@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from mixproof.inference.captured_graph import capture
 from mixproof.inference.enumeration import Coordinates, default_dtype_of, inspect, log_joint_table
 from mixproof.inference.random_state import seeded
-from mixproof.inference.validation import feasible
+from mixproof.inference.validation import feasible_params
 
 MAX_GRAPHS = 8
 """How many graphs are kept, one for each number of points; the one not used for longest goes."""
@@ -51,7 +50,7 @@ class LogPosterior:
     """
 
     def __init__(self, model: Callable[..., Any], *args: Any):
-        with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args), InitMessenger(feasible):
+        with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args):
             trace: Any = poutine.trace(model).get_trace(*args)
         example: dict[str, Any] = {
             name: site["value"].detach()
