@@ -66,6 +66,7 @@ class LogPosterior:
         with torch.no_grad():
             log_joint_table(model, self.program, example, *args)  # says in words what a graph could not
         self.size = len(self.coordinates.inverse(example))
+        self.device = next(iter(example.values())).device
         plates = {frame.name for frame in trace.nodes[self.program.latents[0]]["cond_indep_stack"]}
         self.factors = [name for name, site in trace.nodes.items() if _is_factor(site, plates)]
         self._graphs: dict[Any, Callable[..., Any]] = {}
