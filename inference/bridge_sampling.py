@@ -47,8 +47,8 @@ class _StudentT(NamedTuple):
     factor: Tensor  # (P, P), lower triangular: factor factor^T is the scale matrix
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        normal = torch.randn(count, len(self.loc), generator=generator, dtype=self.loc.dtype)
-        halves = torch.full((count, 1), DEGREES_OF_FREEDOM / 2, dtype=self.loc.dtype)
+        normal = torch.randn(count, len(self.loc), generator=generator, dtype=self.loc.dtype, device=self.loc.device)
+        halves = self.loc.new_full((count, 1), DEGREES_OF_FREEDOM / 2)
         chi2 = 2 * torch._standard_gamma(halves, generator=generator)
         return self.loc + (normal @ self.factor.mT) * (DEGREES_OF_FREEDOM / chi2).sqrt()
 
@@ -91,7 +91,7 @@ def bridge_sampling(
     num_chains, num_draws, size = u.shape
     if num_chains * num_draws < 4 * (size + 1):
         raise ValueError(f"{num_chains * num_draws} draws are too few for {size} coordinates: give {4 * (size + 1)}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(u.device).manual_seed(seed)
     weights = u.new_ones(num_chains) if weights is None else weights
     if num_chains >= 4:
         halves = [(u[0::2], weights[0::2]), (u[1::2], weights[1::2])]
@@ -197,7 +197,7 @@ def variance_of_mean(values: Tensor) -> Tensor:
         return total
     correlations = 1 - (within - covariances) / total
     correlations[0] = 1
-    correlations = correlations * (1 - torch.arange(num_draws, dtype=values.dtype) / num_draws)
+    correlations = correlations * (1 - torch.arange(num_draws, dtype=values.dtype, device=values.device) / num_draws)
     pairs = correlations[: num_draws // 2 * 2].reshape(-1, 2).sum(1)
     positive = (pairs > 0).long().cumprod(0).bool()
     pairs = torch.where(positive, pairs, 0).cummin(0).values

@@ -326,18 +326,18 @@ def compare(
             checkpoint=checkpoint,
             progress=True,
         )
-        if save is not None:
-            for name, tree in found.trees.items():
-                tree.to_netcdf(save / f"{name.replace(' = ', '').replace(', ', '_').replace(' ', '_')}.nc")
     if as_json:
         typer.echo(json.dumps(plain(found.to_dict()), indent=1, allow_nan=False))
     elif sys.stdout.isatty():
         _stdout().print(found)
     else:
         typer.echo(str(found))
-    if plot is not None:
-        with _errors():
+    with _errors():
+        if plot is not None:
             found.plot().savefig(plot)
+        if save is not None:
+            for name, tree in found.trees.items():
+                tree.to_netcdf(save / f"{name.replace(' = ', '').replace(', ', '_').replace(' ', '_')}.nc")
     if found.interrupted:
         raise typer.Exit(130)
 

@@ -70,7 +70,7 @@ def to_datatree(
     from arviz_base import dict_to_dataset
     from xarray import DataTree
 
-    sites = posterior.constrain(torch.zeros(posterior.size, dtype=torch.float64))
+    sites = posterior.constrain(torch.zeros(posterior.size, dtype=torch.float64, device=posterior.device))
     shapes = {site: tuple(value.shape) for site, value in sites.items()}
     found = {site: tuple(value.shape[2:]) for site, value in draws.params.items()}
     if found != shapes:

@@ -237,7 +237,7 @@ def log_joint_table(
     )  # the first enumerated site has the rightmost enumeration dimension
     order = [*range(len(program.latents), len(shape)), *reversed(range(len(program.latents)))]
     table, latent = (part.expand(shape).permute(order).reshape(rows.numel(), -1) for part in (table, latent))
-    return LogJoint(table, log_prior, latent, _row_weights(scales, rows, same_scales).to(table.dtype))
+    return LogJoint(table, log_prior, latent, _row_weights(scales, rows, same_scales).to(table))
 
 
 def _row_weights(scales: Mapping[str, float | Tensor], rows: torch.Size, known_same: bool) -> Tensor:

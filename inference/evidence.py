@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from mixproof.inference.allocation_smc import allocation_smc, integrates_out
@@ -22,7 +21,7 @@ from mixproof.inference.enumeration import default_dtype_of
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.relabelling import Relabelling
 from mixproof.inference.tempered_smc import systematic, tempered_smc
-from mixproof.inference.validation import feasible
+from mixproof.inference.validation import feasible_params
 
 
 class Evidence(NamedTuple):
@@ -222,7 +221,7 @@ def posterior_probabilities(
 
 def _check_priors(model: Callable[..., Any], *args: Any, from_prior: bool) -> None:
     """Say in words why a program has no evidence, or not one that starts from draws of its prior."""
-    with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args), InitMessenger(feasible):
+    with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args):
         trace: Any = poutine.trace(model).get_trace(*args)
     latents = [site for site in trace.nodes.values() if site["type"] == "sample" and site["infer"].get("enumerate")]
     rows = {frame.name for site in latents for frame in site["cond_indep_stack"]}

@@ -94,7 +94,7 @@ def numbering(posterior: LogPosterior, latent: str | None = None) -> Numbering:
     points = _generic_points(posterior, latent)
     sites = {site: value.shape for site, value in points[0][0].items()}
     options = [_candidates(posterior.program.supports[site], shape, size) for site, shape in sites.items()]
-    numbers = torch.arange(size)
+    numbers = torch.arange(size, device=posterior.device)
     permutations = [numbers.roll(1), torch.cat([numbers[:2].flip(0), numbers[2:]])]
     of_likelihood = None
     for choice in itertools.product(*options):
@@ -158,7 +158,7 @@ def _generic_points(posterior: LogPosterior, latent: str) -> list[tuple[dict[str
     try:
         u = posterior.draw_sites(NUM_POINTS, seed=0)
     except ValueError:
-        multiples = torch.arange(1, posterior.size + 1, dtype=torch.float64)
+        multiples = torch.arange(1, posterior.size + 1, dtype=torch.float64, device=posterior.device)
         u = torch.stack([(multiples * root).frac() - 0.5 for root in (2**0.5, 3**0.5, 5**0.5)])
     u = u[u.isfinite().all(1)]
     params = posterior.constrain(u)
@@ -382,7 +382,7 @@ def align(
     permutations, iterations = _agree(resp, int(lp.argmax()), method, max_iterations)
     values, counts = permutations.unique(dim=0, return_counts=True)
     permutations = permutations[:, values[counts.argmax()].argsort()]  # the numbering of most draws is the one kept
-    moved = (permutations != torch.arange(permutations.shape[1])).any(1)
+    moved = (permutations != torch.arange(permutations.shape[1], device=permutations.device)).any(1)
     by_chain = permutations.unflatten(0, lp.shape)
     params = {
         site: renumber(value, by_chain, axes[site]) if site in axes else value for site, value in draws.params.items()
@@ -413,7 +413,7 @@ def _agree(resp: Tensor, pivot: int, method: str, max_iterations: int) -> tuple[
     size = resp.shape[-1]
     average = resp[pivot]
     certain = torch.nn.functional.one_hot(resp.argmax(-1), size).to(resp) if method == "equivalence" else resp
-    permutations = torch.arange(size).expand(len(resp), size)
+    permutations = torch.arange(size, device=resp.device).expand(len(resp), size)
     for iteration in range(1, max_iterations + 1):
         if method == "equivalence":
             target = torch.nn.functional.one_hot(average.argmax(-1), size).to(resp)

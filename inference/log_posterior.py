@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from mixproof.inference.captured_graph import capture
 from mixproof.inference.enumeration import Coordinates, default_dtype_of, inspect, log_joint_table
 from mixproof.inference.random_state import seeded
-from mixproof.inference.validation import feasible
+from mixproof.inference.validation import feasible_params
 
 MAX_GRAPHS = 8
 """How many graphs are kept, one for each number of points; the one not used for longest goes."""
@@ -58,7 +57,7 @@ class LogPosterior:
         self.batch: tuple[Tensor, ...] = _data_sets(args) if batched else ()
         if batched:
             args = tuple(values[0] for values in args)
-        with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args), InitMessenger(feasible):
+        with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args):
             trace: Any = poutine.trace(model).get_trace(*args)
         example: dict[str, Any] = {
             name: site["value"].detach()
@@ -74,6 +73,7 @@ class LogPosterior:
         with torch.no_grad():
             log_joint_table(model, self.program, example, *args)  # says in words what a graph could not
         self.size = len(self.coordinates.inverse(example))
+        self.device = next(iter(example.values())).device
         plates = {frame.name for frame in trace.nodes[self.program.latents[0]]["cond_indep_stack"]}
         self.factors = [name for name, site in trace.nodes.items() if _is_factor(site, plates)]
         self._graphs: dict[Any, Callable[..., Any]] = {}

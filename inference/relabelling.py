@@ -59,7 +59,8 @@ class Relabelling:
 
     def random(self, u: Tensor, generator: torch.Generator) -> Tensor:
         """Return points u (C, P), each under a relabelling of its own, all equally likely."""
-        return self.apply(u, [torch.rand(len(u), size, generator=generator).argsort(1) for _, size in self.axes])
+        keys = [torch.rand(len(u), size, generator=generator, device=u.device) for _, size in self.axes]
+        return self.apply(u, [key.argsort(1) for key in keys])
 
     def apply(self, u: Tensor, permutations: list[Tensor]) -> Tensor:
         """Return points u (C, P) renumbered: of each latent, component j is the one that was number
@@ -95,9 +96,9 @@ class Relabelling:
 
     def is_aligned(self, u: Tensor, references: list[Reference]) -> Tensor:
         """Return which of the points u (M, P) ``align`` leaves as they are, (M,): 1 / K! of any invariant law."""
-        aligned = torch.ones(len(u), dtype=torch.bool)
+        aligned = torch.ones(len(u), dtype=torch.bool, device=u.device)
         for assignment in self._assignments(u, references):
-            aligned &= (assignment == torch.arange(assignment.shape[1])).all(1)
+            aligned &= (assignment == torch.arange(assignment.shape[1], device=u.device)).all(1)
         return aligned
 
     def _assignments(self, u: Tensor, references: list[Reference]) -> list[Tensor]:
@@ -140,4 +141,5 @@ def _learn(features: Tensor, reference: Reference) -> tuple[Reference, float]:
 def _assign(cost: Tensor) -> Tensor:
     """Return for each of M costs (M, j, k) which component j takes each place k, (M, K), at the least total."""
     # of the transpose the rows are places, which scipy returns in order
-    return torch.as_tensor(np.stack([linear_sum_assignment(matrix)[1] for matrix in cost.mT.numpy()]))
+    found = np.stack([linear_sum_assignment(matrix)[1] for matrix in cost.mT.cpu().numpy()])
+    return torch.as_tensor(found, device=cost.device)

@@ -249,8 +249,8 @@ def _em_of_all(
 
     step_of_all = torch.func.vmap(step)
     found = family.Params(*(value.expand(len(rows), *value.shape).clone() for value in params))
-    active = torch.arange(len(rows))
-    converged = torch.zeros(len(rows), dtype=torch.bool)
+    active = torch.arange(len(rows), device=rows.device)
+    converged = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     last = rows.new_full((len(rows),), -math.inf)
     least = rtol + 16 * torch.finfo(rows.dtype).eps
     for _ in range(max_steps):

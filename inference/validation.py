@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -255,7 +256,7 @@ def example_params(family: Any, num_components: int | tuple[int, ...], x: Tensor
         num_components: K as the family's program takes it.
         x: (N, D), the data, whose type and device the parameters get.
     """
-    with torch.no_grad(), InitMessenger(feasible), poutine.trace() as tape:
+    with feasible_params(), poutine.trace() as tape:
         family.model(num_components=num_components, num_data=1, num_features=x.shape[1])
     nodes: Any = tape.trace.nodes
     fields = family.Params._fields
@@ -267,7 +268,7 @@ def data_support(family: Any, num_features: int) -> constraints.Constraint:
     """Return the torch constraint on one row of D features: the support of the site ``x`` of the family's program."""
     num_weights = sum(name.endswith("weights") for name in family.Params._fields)
     sizes = 1 if num_weights == 1 else (1,) * num_weights
-    with torch.no_grad(), InitMessenger(feasible), poutine.trace() as tape:
+    with feasible_params(), poutine.trace() as tape:
         family.model(num_components=sizes, num_data=1, num_features=num_features)
     program: Any = tape.trace
     return program.nodes["x"]["fn"].support
@@ -282,15 +283,26 @@ def _parameter_sites(
         if value.ndim < least:
             raise ValueError(f"{name} must have at least {least} axis, and is the number {value.item()}")
     features = num_features if num_features is not None else (params[1].shape[-1] if params[1].ndim else 1)
-    with torch.no_grad(), InitMessenger(feasible), poutine.trace() as tape:
+    with feasible_params(*params), poutine.trace() as tape:
         family.model(num_components=num_components(params), prior=prior, num_data=1, num_features=features)
     nodes: Any = tape.trace.nodes
     known = {name for name in params._fields if nodes[name]["infer"].get("_deterministic")}
     return {name: (nodes[name]["fn"], nodes[name]["value"] if name in known else None) for name in params._fields}
 
 
-def feasible(site: dict[str, Any]) -> Tensor:
-    """Return a value in the support of a site, for tracing a program whose priors are flat and cannot be drawn from."""
+@contextmanager
+def feasible_params(*like: Any) -> Iterator[None]:
+    """Give parameter sites values in their supports, for running a program whose priors are flat, cannot be drawn from.
+
+    The values lie where the first tensor of ``like`` does.
+    """
+    device = next((value.device for value in like if isinstance(value, Tensor)), torch.device("cpu"))
+    # torch looks at each call of its own in the context of a device, which the CPU need not pay for
+    with torch.no_grad(), InitMessenger(_feasible), nullcontext() if device.type == "cpu" else device:
+        yield
+
+
+def _feasible(site: dict[str, Any]) -> Tensor:
     distribution = site["fn"]
     if distribution.support.is_discrete:
         return torch.zeros(distribution.shape(), dtype=torch.long)

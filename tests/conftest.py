@@ -22,12 +22,11 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
 from sklearn.datasets import load_digits, load_iris, load_sample_image
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from mixproof.inference.validation import feasible
+from mixproof.inference.validation import feasible_params
 from mixproof.models import families
 
 # The instances are tiny: a second thread costs each operation more than it saves, twentyfold on a busy machine.
@@ -72,7 +71,7 @@ class Case:
     def sites(self, k: int = 3, num_features: int = NUM_FEATURES) -> dict[str, Any]:
         """Return the program's sites, run at an arbitrary point of its supports."""
         program = partial(self.program(k), num_data=2, num_features=num_features)
-        with torch.no_grad(), InitMessenger(feasible), poutine.trace() as tape:
+        with feasible_params(), poutine.trace() as tape:
             program()
         nodes: Any = tape.trace.nodes
         return {name: site for name, site in nodes.items() if site["type"] == "sample"}
