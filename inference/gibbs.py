@@ -10,8 +10,8 @@ temperatures (Geyer 1991) in the alternating order of Okabe et al. 2001, whose g
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.draws import Draws
-from mixproof.inference.validation import check_num_components, check_prior, check_rows, example_params
+from mixproof.inference.split_merge import draw_allocations, reallocate
+from mixproof.inference.validation import check_num_components, check_params, check_prior, check_rows, example_params
 from mixproof.models.initial import partition
 
 TABLE_ENTRIES = 1 << 17
@@ -40,6 +41,8 @@ def gibbs(
     num_draws: int,
     num_warmup: int,
     generator: torch.Generator,
+    init: Mapping[str, Tensor] | None = None,
+    split_merge: bool = False,
     temperatures: Sequence[float] | None = None,
     relabel: bool = False,
     checkpoint: str | Path | None = None,
@@ -48,8 +51,9 @@ def gibbs(
 ) -> Draws:
     """Draw from the posterior of a mixture's parameters under its conjugate prior.
 
-    Each chain starts from a draw of the parameters given a partition of the rows around its own seeds by k-means++:
-    prior draws leave every row to one component where the prior is vague, and random labels make all components alike.
+    Unless ``init`` is given, each chain starts from a draw of the parameters given a partition of the rows around its
+    own seeds by k-means++: prior draws leave every row to one component where the prior is vague, and random labels
+    make all components alike.
 
     Args:
         family: a family of the contract.
@@ -60,6 +64,10 @@ def gibbs(
         num_draws: S, from each chain, at least 1; every sweep after the warm-up is kept.
         num_warmup: how many sweeps of each chain come before, and are not kept.
         generator: the only source of randomness, on the device of x.
+        init: (C, *shape) by site that is not known, where the chains start, inside the supports; None as said above.
+        split_merge: whether each sweep also proposes another allocation of the rows of two components at once, as
+            ``mixproof.inference.split_merge`` says. Chains that stick in modes then leave them; others only become
+            slower. For families with ``log_marginal``.
         temperatures: powers of the likelihood, falling from 1 to above 0: each chain becomes so many replicas, of which
             the draws are those at 1. For families whose rows are complete once their components are known.
         relabel: whether to permute the components of each draw at random, where the prior makes them exchangeable
@@ -70,9 +78,10 @@ def gibbs(
 
     Returns:
         ``Draws`` of the parameter sites that are not known, with ``lp`` = log p(x, params), the components summed out.
-        The attributes hold the settings and, with temperatures, ``swap_rates`` between neighbours and ``round_trips``,
-        how often a replica came back to temperature 1 from the lowest. An interrupt from the keyboard is a warning once
-        draws are kept, and they are returned.
+        The attributes hold the settings and, with split-merge moves, ``split_merge_rate``, how many of them changed the
+        allocation, and, with temperatures, ``swap_rates`` between neighbours and ``round_trips``, how often a replica
+        came back to temperature 1 from the lowest; all replicas and the warm-up count. An interrupt from the keyboard
+        is a warning once draws are kept, and they are returned.
 
     Raises:
         TypeError, ValueError: the data, the prior or a setting are not what they must be, the prior is None, or the
@@ -89,8 +98,11 @@ def gibbs(
     if generator.device.type != x.device.type:
         raise ValueError(f"the generator is on {generator.device} and x on {x.device}: put both on one device")
     ladder = _check_temperatures(family, temperatures, x)
+    if split_merge and not hasattr(family, "log_marginal"):
+        raise ValueError("split-merge moves need a family with log_marginal, and this one has none: leave them out")
     chains = _Chains(family, x, prior, num_components, num_chains, ladder, generator)
-    run = _Run(chains, num_draws, num_warmup)
+    start = None if init is None else chains.check_start(init)
+    run = _Run(chains, num_draws, num_warmup, start, split_merge)
     if relabel:
         chains.check_exchangeable()
     file = None if checkpoint is None else Path(checkpoint)
@@ -236,6 +248,26 @@ class _Chains:
             return self.family.draw_statistics(params, x, resp, self.generator)
         return self.family.statistics(params, x, resp)
 
+    def check_start(self, init: Mapping[str, Tensor]) -> Any:
+        """Return the parameters of every replica, those of one chain alike, from (C, *shape) by site."""
+        if init.keys() != self.axes.keys():
+            raise ValueError(f"init must have the sites {', '.join(self.axes)}, and has {', '.join(init) or 'none'}")
+        one = _member(self._template, 0)
+        for name in self.axes:
+            shape, expected = tuple(torch.as_tensor(init[name]).shape), (self.num_chains, *getattr(one, name).shape)
+            if shape != expected:
+                raise ValueError(f"init[{name!r}] must have shape {expected}, one start for each chain, not {shape}")
+        starts = [
+            check_params(self.family, one._asdict() | {name: init[name][chain] for name in self.axes})
+            for chain in range(self.num_chains)
+        ]
+        return type(one)(
+            *(
+                torch.stack(values).to(self.x).repeat_interleave(len(self.ladder), 0)
+                for values in zip(*starts, strict=True)
+            )
+        )
+
     def sweep(self, params: Any, powers: Tensor | None) -> tuple[Any, Tensor]:
         """Return parameters after both draws, and log p(x | params)^power, (B,), at those given.
 
@@ -247,11 +279,39 @@ class _Chains:
         form = self._form(params)
         total: Any = None
         for number, x in enumerate(self._blocks):
-            resp, log_densities = _draw_allocations(form.table(number, x), powers, self.generator)
+            resp, log_densities = draw_allocations(form.table(number, x), powers, self.generator)
             log_lik += log_densities
             part = form.sums(number, x, resp if powers is None else resp * powers[:, None, None])
             total = part if total is None else _add(total, part)
         return self.family.draw(params, form.statistics(total), self.prior, self.generator), log_lik
+
+    def split_merge_sweep(self, params: Any, powers: Tensor | None) -> tuple[Any, Tensor, Tensor]:
+        """Return what ``sweep`` does with a split-merge move between both draws, and whether it moved, (B,)."""
+        resp, log_lik = draw_allocations(self.table(params, powers), None, self.generator)
+        resp, moved = reallocate(self, params, resp, powers)
+        return self.draw(params, resp, powers), log_lik, moved
+
+    def table(self, params: Any, powers: Tensor | None) -> Tensor:
+        """Return log p(x_n, z_n = k | params)^power, (B, K, N)."""
+        form = self._form(params)
+        table = torch.cat([form.table(number, x) for number, x in enumerate(self._blocks)], -1)
+        return table if powers is None else table * powers[:, None, None]
+
+    def draw(self, params: Any, resp: Tensor, powers: Tensor | None) -> Any:
+        """Return parameters in proportion to p(x, z | params)^power p(params), z as 0 and 1 in resp (B, K, N)."""
+        return self.family.draw(params, self._complete(params, resp, powers), self.prior, self.generator)
+
+    def log_marginal(self, params: Any, resp: Tensor, powers: Tensor | None) -> Tensor:
+        """Return the log of the integral, (B,), of p(x, z | params)^power p(params) over the parameters."""
+        return self.family.log_marginal(self._complete(params, resp, powers), self.prior)
+
+    def _complete(self, params: Any, resp: Tensor, powers: Tensor | None) -> Any:
+        """Return the statistics of all rows in components resp (B, K, N), each counted as often as its power says."""
+        form = self._form(params)
+        weighted = resp if powers is None else resp * powers[:, None, None]
+        parts = weighted.split([len(x) for x in self._blocks], -1)
+        blocks = enumerate(zip(self._blocks, parts, strict=True))
+        return form.statistics(reduce(_add, (form.sums(number, x, part) for number, (x, part) in blocks)))
 
     def log_likelihood(self, params: Any, powers: Sequence[Tensor]) -> list[Tensor]:
         """Return log p(x | params)^power, (B,), for each of several powers (B,)."""
@@ -311,7 +371,7 @@ class _Moments(_Plain):
         return bool(growth <= torch.finfo(center.dtype).eps ** -0.5)
 
     def table(self, number: int, x: Tensor) -> Tensor:
-        return (self._natural @ self.chains._features[number]).unflatten(0, (self.chains.num_replicas, -1))
+        return (self._natural @ self.chains._features[number]).unflatten(0, (len(self.params[0]), -1))
 
     def sums(self, number: int, x: Tensor, resp: Tensor) -> Any:
         if hasattr(self.chains.family, "draw_statistics"):
@@ -322,27 +382,7 @@ class _Moments(_Plain):
         if not isinstance(total, Tensor):
             return total
         stats = self._inner.statistics_of(total.mT, self._flat, self.chains._center)
-        return self._back(type(stats)(*(value.unflatten(0, (self.chains.num_replicas, -1)) for value in stats)))
-
-
-def _draw_allocations(table: Tensor, powers: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return components drawn in proportion to exp(power table), (B, K, n) of 0 and 1, and log sum_k exp, (B,).
-
-    By inverting the distribution function of each row, in the place of the table.
-    """
-    if powers is not None:
-        table.mul_(powers[:, None, None])
-    largest = table.amax(1, keepdim=True)
-    cumulated = table.sub_(largest).exp_()
-    for k in range(1, table.shape[1]):  # as cumsum, which is slower along an inner axis
-        cumulated[:, k] += cumulated[:, k - 1]
-    normaliser = cumulated[:, -1].clone()
-    uniform = torch.rand(normaliser.shape, generator=generator, dtype=table.dtype, device=table.device)
-    resp = cumulated.gt_(uniform.mul_(normaliser)[:, None])  # 1 from the component drawn onwards
-    resp[:, -1] = 1  # the product may round up to the normaliser
-    for k in range(table.shape[1] - 1, 0, -1):
-        resp[:, k] -= resp[:, k - 1]
-    return resp, normaliser.log_().add_(largest[:, 0]).sum(-1)
+        return self._back(type(stats)(*(value.unflatten(0, (len(self.params[0]), -1)) for value in stats)))
 
 
 def _same(stats: Any) -> Any:
@@ -363,8 +403,9 @@ def _member(params: Any, i: Tensor | int) -> Any:
 class _Run:
     """Where a run is: parameters of all replicas, which temperature each has, and the draws kept so far."""
 
-    def __init__(self, chains: _Chains, num_draws: int, num_warmup: int):
+    def __init__(self, chains: _Chains, num_draws: int, num_warmup: int, init: Any, split_merge: bool):
         self._chains, self._num_draws, self._num_warmup = chains, num_draws, num_warmup
+        self._init, self._split_merge = init, split_merge
         self._initial = checkpoints.digest(chains.generator.get_state())
         self.num_sweeps = 0
         x, shape = chains.x, (chains.num_chains, len(chains.ladder))
@@ -373,6 +414,7 @@ class _Run:
         self._from_hottest = torch.zeros(shape, dtype=torch.bool, device=x.device)  # whether it was there since rung 0
         self._round_trips = torch.zeros((), dtype=torch.int64, device=x.device)
         self._swaps = torch.zeros(2, max(shape[1] - 1, 0), dtype=torch.int64, device=x.device)  # accepted, tried
+        self._moves = torch.zeros(2, dtype=torch.int64, device=x.device)  # split-merge moves accepted, tried
         self._kept: dict[str, Tensor] = {}
         self._log_lik = x.new_empty(chains.num_chains, num_draws)
 
@@ -383,7 +425,7 @@ class _Run:
     def start(self) -> None:
         """Draw where the replicas start, unless the run goes on from a checkpoint."""
         if self._params is None:
-            self._params = self._chains.draw_start()
+            self._params = self._chains.draw_start() if self._init is None else self._init
         for name in self._chains.axes:
             if name not in self._kept:
                 value = getattr(self._params, name)
@@ -398,7 +440,12 @@ class _Run:
             self._swap()
             powers = chains.ladder[self._rung.flatten()]
             cold = (self._rung == 0).flatten().nonzero()[:, 0]  # in the order of the chains
-        params, log_lik = chains.sweep(self._params, powers)
+        if self._split_merge:
+            params, log_lik, moved = chains.split_merge_sweep(self._params, powers)
+            self._moves[0] += moved.sum()
+            self._moves[1] += len(moved)
+        else:
+            params, log_lik = chains.sweep(self._params, powers)
         if self.num_sweeps >= self._num_warmup:
             place = self.num_sweeps - self._num_warmup
             for name, kept in self._kept.items():
@@ -463,6 +510,8 @@ class _Run:
             "num_draws": size,
             "relabel": relabel,
         }
+        if self._split_merge:
+            attributes["split_merge_rate"] = float(self._moves[0] / self._moves[1])
         if len(chains.ladder) > 1:
             attributes["temperatures"] = chains.ladder.tolist()
             attributes["swap_rates"] = (self._swaps[0] / self._swaps[1]).tolist()
@@ -495,6 +544,8 @@ class _Run:
             "num_components": chains.num_components,
             "num_chains": chains.num_chains,
             "num_warmup": self._num_warmup,
+            "init": checkpoints.digest(self._init),
+            "split_merge": self._split_merge,
             "temperatures": chains.ladder.tolist(),
             "generator": self._initial,
         }
@@ -508,6 +559,7 @@ class _Run:
             "from_hottest": self._from_hottest,
             "round_trips": self._round_trips,
             "swaps": self._swaps,
+            "moves": self._moves,
             "log_lik": self._log_lik[:, : self.num_kept],
         }
         if self._params is not None:
@@ -526,8 +578,8 @@ class _Run:
             return
         fields = self._chains.family.Params._fields
         self._params = self._chains.family.Params(*(found[f"params.{name}"].to(device) for name in fields))
-        self._rung, self._from_hottest, self._round_trips, self._swaps = (
-            found[name].to(device) for name in ("rung", "from_hottest", "round_trips", "swaps")
+        self._rung, self._from_hottest, self._round_trips, self._swaps, self._moves = (
+            found[name].to(device) for name in ("rung", "from_hottest", "round_trips", "swaps", "moves")
         )
         self.num_sweeps = min(int(found["num_sweeps"]), self._num_warmup + self._num_draws)
         size = min(found["log_lik"].shape[1], self._num_draws)
