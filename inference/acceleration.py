@@ -30,7 +30,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.inference.validation import feasible_params, num_components
+from mixproof.inference.validation import feasible_params, num_components, settings_of
 
 MEMORY = 5
 """How many earlier points the method looks back on; more of them reach back to where EM was another linear map."""
@@ -189,7 +189,7 @@ class _Coordinates:
     def __init__(self, family: Any, params: Any):
         mean, covariance = family.moments(params)
         self.loc, self.scale = mean.double().cpu(), covariance.diagonal().sqrt().double().cpu()
-        with feasible_params(), poutine.trace() as tape:
+        with feasible_params(*settings_of(family)), poutine.trace() as tape:
             family.model(num_components=num_components(params), num_data=1, num_features=len(mean))
         nodes: Any = tape.trace.nodes
         self.supports: dict[str, constraints.Constraint] = {}

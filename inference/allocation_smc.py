@@ -115,7 +115,8 @@ def allocation_smc(
     size: Any = check_num_components(family, num_components)
     rows = check_rows(family, x).to(torch.float64)
     prior = check_prior(family, prior, example_params(family, size, rows)[0])
-    particles = _Particles(family, rows, prior, size, num_replicates, num_chains, torch.Generator().manual_seed(seed))
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    particles = _Particles(family, rows, prior, size, num_replicates, num_chains, generator)
     sizes = {"num_replicates": num_replicates, "num_chains": num_chains, "num_moves": num_moves}
     identity = {
         "engine": "allocation_smc",
@@ -178,13 +179,13 @@ class _Particles:
         self.family, self.prior, self.generator = family, prior, generator
         self.size, self.shape = num_components, (num_replicates, num_chains)
         self.batch = num_replicates * num_chains
-        order = torch.rand(num_replicates, len(x), generator=generator).argsort(1)
+        order = torch.rand(num_replicates, len(x), generator=generator, device=x.device).argsort(1)
         self.x = x[order]  # (R, N, D)
         template, _ = example_params(family, num_components, x)
         if "locs" in template._fields:  # second moments are about them, and lose nothing where the data are
             template = template._replace(locs=x.mean(0).expand_as(template.locs))
         self.about = type(template)(*(value.expand(self.batch, *value.shape) for value in template))
-        labels = torch.eye(num_components, dtype=x.dtype)[:, None]  # (K, 1, K): one row, in each component
+        labels = torch.eye(num_components, dtype=x.dtype, device=x.device)[:, None]  # (K, 1, K): one row in each
         per_label = torch.func.vmap(lambda row, resp: family.statistics(template, row, resp), (None, 0))
         of_rows = torch.func.vmap(per_label, (0, None))(x[:, None], labels)
         self.of_rows = _map(lambda value: value[order], of_rows)  # (R, N, K, ...)
@@ -197,7 +198,7 @@ class _Particles:
 
     def add_row(self) -> None:
         """Weigh the particles by the predictive density of the next row, and draw its component."""
-        every = torch.arange(self.batch)
+        every = torch.arange(self.batch, device=self.x.device)
         row = _map(lambda value: value[:, self.num_rows].repeat_interleave(self.shape[1], 0), self.of_rows)
         options = _map(lambda before, more: before[:, None] + more, self.stats, row)  # (B, K, ...)
         log_joint = self.family.log_marginal(options, self.prior)
@@ -217,7 +218,7 @@ class _Particles:
         self.sizes.append(float(self.effective_sample_size().min()))
         self.log_evidences = self.log_evidences + self.log_weights.logsumexp(1) - math.log(self.shape[1])
         chosen = systematic(self.log_weights.softmax(1), self.shape[1], self.generator)
-        chosen = (chosen + torch.arange(self.shape[0])[:, None] * self.shape[1]).flatten()
+        chosen = (chosen + torch.arange(self.shape[0], device=chosen.device)[:, None] * self.shape[1]).flatten()
         self.stats = _map(lambda value: value[chosen], self.stats)
         self.log_weights = torch.zeros_like(self.log_weights)
 
@@ -239,7 +240,7 @@ class _Particles:
         """Draw all allocations given parameters, and return log p(x | params), (B,)."""
         at_once = max(TABLE_ENTRIES // (self.num_rows * self.size), 1)
         parts, log_likelihoods = [], []
-        for some in torch.arange(self.batch).split(at_once):
+        for some in torch.arange(self.batch, device=self.x.device).split(at_once):
             x = self.x[some // self.shape[1], : self.num_rows]
             table = torch.func.vmap(self.family.log_joint)(_map(lambda value, at=some: value[at], params), x)
             resp = torch.nn.functional.one_hot(_draw(table, self.generator), self.size).to(x)
@@ -279,5 +280,6 @@ def _map(function: Any, *trees: Any) -> Any:
 def _draw(log_terms: Tensor, generator: torch.Generator) -> Tensor:
     """Return numbers (...) drawn in proportion to exp(log_terms), (..., K)."""
     cumulated = log_terms.softmax(-1).cumsum(-1)
-    uniform = torch.rand(cumulated.shape[:-1], generator=generator, dtype=cumulated.dtype)
+    shape = cumulated.shape[:-1]
+    uniform = torch.rand(shape, generator=generator, dtype=cumulated.dtype, device=cumulated.device)
     return (cumulated <= (uniform * cumulated[..., -1])[..., None]).sum(-1).clamp_max(log_terms.shape[-1] - 1)

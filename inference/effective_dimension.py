@@ -34,7 +34,7 @@ def effective_dimension(family: Any, posterior: LogPosterior, params: Any, *, se
         params: its ``Params``; fields that the program does not draw, such as fixed weights, are taken as they are.
         seed: draws the points and the rows.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(posterior.device).manual_seed(seed)
     size, found = posterior.size, 0
 
     def of_row(u: Tensor, row: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def effective_dimension(family: Any, posterior: LogPosterior, params: Any, *, se
     for _ in range(NUM_POINTS):  # at each the rank is that or, where a point happens to be special, less
         parts = []
         for site, shape in posterior.coordinates.shapes.items():
-            part = torch.randn(shape.numel(), generator=generator, dtype=torch.float64)
+            part = torch.randn(shape.numel(), generator=generator, dtype=torch.float64, device=posterior.device)
             parts.append(SPREAD * part if _is_real(posterior.program.supports[site]) else part)
         u = torch.cat(parts)
         rows, _ = family.sample(params._replace(**posterior.constrain(u)), 4 * size + 32, generator)

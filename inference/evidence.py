@@ -177,9 +177,9 @@ def _resampled(particles: Draws, shares: Tensor, seed: int) -> Draws:
     """Return particles of replicates in these shares (R,), of mean 1."""
     lp = particles.sample_stats["lp"]
     weights = shares[:, None].expand_as(lp).flatten() / lp.numel()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(lp.device).manual_seed(seed)
     chosen = systematic(weights[None], len(weights), generator)[0]
-    chosen = chosen[torch.randperm(len(chosen), generator=generator)].reshape(lp.shape)
+    chosen = chosen[torch.randperm(len(chosen), generator=generator, device=lp.device)].reshape(lp.shape)
     params = {site: value.flatten(0, 1)[chosen] for site, value in particles.params.items()}
     attributes = particles.attributes | {"num_chains": len(lp), "num_draws": lp.shape[1]}
     return Draws(params, {"lp": lp.flatten()[chosen]}, attributes)

@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam, PyroOptim
 from torch import Tensor
@@ -23,7 +22,7 @@ from mixproof.inference.enumeration import bind, default_dtype_of
 from mixproof.inference.hmc import initial_points
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
 from mixproof.inference.random_state import seeded
-from mixproof.inference.validation import feasible
+from mixproof.inference.validation import feasible_params
 
 _GUIDES: dict[str, Any] = {
     "AutoNormal": AutoNormal,
@@ -237,7 +236,7 @@ def _guide(model: Callable[..., Any], name: str, law: NormalApproximation, *args
     """Return Pyro's guide of a name with the parameters of a law."""
     posterior, loc, scale_tril = law.posterior, law.loc[0], law.scale_tril[0]
     guide = _GUIDES[name](poutine.block(model, hide=list(posterior.program.latents)))
-    with pyro.get_param_store().scope(), default_dtype_of(*args), InitMessenger(feasible):
+    with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args):
         guide._setup_prototype(*args)
     scale = scale_tril.diagonal()
     if name == "AutoNormal":

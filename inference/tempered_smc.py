@@ -105,10 +105,10 @@ def tempered_smc(
     Journal of Computational and Graphical Statistics 25, section 3.3; all states kept: Dau and Chopin 2022, JRSS B 84.
     """
     check_settings(num_replicates, num_chains, num_moves, efficiency)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(posterior.device).manual_seed(seed)
     starts = posterior.draw_prior(num_replicates * num_chains, seed=seed)
     kernel = _Kernel(posterior, generator)
-    path = _Path(starts, torch.zeros(num_replicates, dtype=starts.dtype))
+    path = _Path(starts, starts.new_zeros(num_replicates))
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None:
         sizes = {"num_replicates": num_replicates, "num_chains": num_chains, "num_moves": num_moves}
@@ -246,9 +246,10 @@ class _Kernel:
         """Return the state after a move of every point, and the mean probability of acceptance."""
         count, size = state.u.shape
         # Lengths vary over the points and moves, so that no period of the dynamics returns a point to its start.
-        share = torch.rand(count, generator=self.generator, dtype=state.u.dtype)
+        share = torch.rand(count, generator=self.generator, dtype=state.u.dtype, device=state.u.device)
         longest = min(max(round(math.pi / 2 / self.step_size), 1), MAX_STEPS)
-        num_steps = int(torch.randint((longest + 1) // 2, longest + 1, (), generator=self.generator))
+        few, device = (longest + 1) // 2, state.u.device
+        num_steps = int(torch.randint(few, longest + 1, (), generator=self.generator, device=device))
         state, step = hmc_step(
             self.white,  # type: ignore[arg-type]  # all it asks of a posterior is a call
             state,
@@ -365,8 +366,9 @@ def _next_temperature(log_lik: Tensor, temperature: float, efficiency: float) ->
 
 def systematic(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Return the numbers (R, count) of particles drawn in proportion to weights (R, S), by systematic resampling."""
-    offsets = torch.rand(len(weights), 1, generator=generator, dtype=weights.dtype)
-    places = (torch.arange(count, dtype=weights.dtype) + offsets) / count
+    like = {"dtype": weights.dtype, "device": weights.device}
+    offsets = torch.rand(len(weights), 1, generator=generator, **like)
+    places = (torch.arange(count, **like) + offsets) / count
     return torch.searchsorted(weights.cumsum(1), places).clamp_max(weights.shape[1] - 1)
 
 

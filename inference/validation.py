@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
+from torch.utils._pytree import tree_leaves
 
 
 def check_data(
@@ -256,7 +258,7 @@ def example_params(family: Any, num_components: int | tuple[int, ...], x: Tensor
         num_components: K as the family's program takes it.
         x: (N, D), the data, whose type and device the parameters get.
     """
-    with feasible_params(), poutine.trace() as tape:
+    with feasible_params(*settings_of(family)), poutine.trace() as tape:
         family.model(num_components=num_components, num_data=1, num_features=x.shape[1])
     nodes: Any = tape.trace.nodes
     fields = family.Params._fields
@@ -268,7 +270,7 @@ def data_support(family: Any, num_features: int) -> constraints.Constraint:
     """Return the torch constraint on one row of D features: the support of the site ``x`` of the family's program."""
     num_weights = sum(name.endswith("weights") for name in family.Params._fields)
     sizes = 1 if num_weights == 1 else (1,) * num_weights
-    with feasible_params(), poutine.trace() as tape:
+    with feasible_params(*settings_of(family)), poutine.trace() as tape:
         family.model(num_components=sizes, num_data=1, num_features=num_features)
     program: Any = tape.trace
     return program.nodes["x"]["fn"].support
@@ -294,12 +296,17 @@ def _parameter_sites(
 def feasible_params(*like: Any) -> Iterator[None]:
     """Give parameter sites values in their supports, for running a program whose priors are flat, cannot be drawn from.
 
-    The values lie where the first tensor of ``like`` does.
+    The values lie where the first tensor of ``like`` does: the data's, the parameters' or those of a family's settings.
     """
     device = next((value.device for value in like if isinstance(value, Tensor)), torch.device("cpu"))
     # torch looks at each call of its own in the context of a device, which the CPU need not pay for
     with torch.no_grad(), InitMessenger(_feasible), nullcontext() if device.type == "cpu" else device:
         yield
+
+
+def settings_of(family: Any) -> list[Any]:
+    """Return the numbers and tensors that a family is set to: none of a module."""
+    return tree_leaves(vars(family)) if is_dataclass(family) else []
 
 
 def _feasible(site: dict[str, Any]) -> Tensor:

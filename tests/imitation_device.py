@@ -104,12 +104,13 @@ def imitated() -> Iterator[None]:
             if torch.device(device).type != NAME:
                 return made(device)
             there = _Generator()
-            _generators.add(there._cdata)
+            _generators[there._cdata] = there
             return there
 
     with pytest.MonkeyPatch.context() as patch, _Mode():
         patch.setattr(torch, "Generator", Either)
         yield
+    _generators.clear()
 
 
 class _Generator(torch.Generator):
@@ -118,8 +119,8 @@ class _Generator(torch.Generator):
         return DEVICE
 
 
-_generators: set[int] = set()
-"""Those of the device, by their address, as torch does not hand on their class."""
+_generators: dict[int, torch.Generator] = {}
+"""Those of the device, by their address, as torch does not hand on their class; kept, that none gets it again."""
 
 
 class _Mode(TorchDispatchMode):

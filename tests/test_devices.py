@@ -161,7 +161,7 @@ FRONT_DOORS: dict[str, Callable[[Tensor, Any, Any], Any]] = {
     "sample": lambda x, start, prior: sample(gaussian_full, start, 10, generator=generator_at(x)),
     "svi": lambda x, start, prior: (
         guide_draws(
-            svi(model_under(prior), "AutoNormal", x, num_steps=5, seed=0), model_under(prior), x, num_draws=3, seed=1
+            model_under(prior), svi(model_under(prior), "AutoNormal", x, num_steps=5, seed=0), x, num_draws=3, seed=1
         ).params
     ),
     "tempered gibbs": lambda x, start, prior: few_draws(x, prior, temperatures=(1.0, 0.5)).params,
@@ -170,10 +170,10 @@ FRONT_DOORS: dict[str, Callable[[Tensor, Any, Any], Any]] = {
     "nuts": lambda x, start, prior: nuts(model_under(prior), x, num_chains=1, num_draws=2, num_warmup=3, seed=0).params,
     "exact evidence": lambda x, start, prior: exact_log_evidence(gaussian_full, x[:6], prior, num_components=2),
     "smc": lambda x, start, prior: log_evidence(
-        model_under(prior), x[:8], method="smc", seed=0, num_replicates=2, num_chains=4, num_moves=2
+        model_under(prior), x[:8], method="smc", seed=0, num_replicates=4, num_chains=4, num_moves=4
     )[:2],
     "bridge": lambda x, start, prior: log_evidence(
-        model_under(prior), x[:8], seed=0, num_replicates=2, num_chains=4, num_moves=2
+        model_under(prior), x[:8], seed=0, num_replicates=4, num_chains=4, num_moves=4
     )[:2],
     "stephens": lambda x, start, prior: (
         align(few_draws(x, prior), LogPosterior(model_under(prior), x), method="stephens").params
