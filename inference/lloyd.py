@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
@@ -29,19 +30,34 @@ from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
 from mixproof.inference.validation import check_data, check_row_weights
 from mixproof.models.initial import check_num_components
 
-CHUNK = 2**18
-"""How many distances to work on at a time: they fit the cache of a core."""
+CHUNK = 2**17
+"""How many numbers a core works on at a time: they fit its cache."""
 
 
 class Clusters(Protocol):
-    """The centres of the clusters of fixed rows, brought up to date by the rows that change cluster."""
+    """Both half-steps on fixed rows, from one to the next."""
+
+    objective: Tensor
+    """(), J of the labels and centres of the last ``update``."""
+
+    def assign(self, centers: Tensor) -> Tensor:
+        """Return the labels (N,) of the centres (K, D) nearest to the rows."""
+        ...
+
+    def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring up to date the labels of the last call; return which rows (n,) changed, and their labels before."""
+        ...
+
+    def doubt(self, row: int) -> None:
+        """Have the next call ask again for the label of a row, which has been changed from outside."""
+        ...
 
     def update(self, labels: Tensor, centers: Tensor) -> Tensor:
         """Return the centres (K, D) of all rows by their labels (N,); a cluster without weight keeps its centre."""
         ...
 
     def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the centres (K, D) after some rows (n,) left the clusters ``before`` (n,), and how much J fell."""
+        """Return the centres (K, D) after some rows (n,) left the clusters ``before`` (n,), and by how much J fell."""
         ...
 
 
@@ -70,62 +86,171 @@ class Clustering(NamedTuple):
 
 
 class Means:
-    """The means of clusters. Deviations are what is summed, so that nothing is lost far from zero."""
+    """The means of clusters, and which of them is nearest to each row.
+
+    A product of matrices in single precision tells all squared distances but for what is equal for all centres. The
+    rows between whose centres its rounding could decide are asked again, by differences, as in ``assign``.
+    """
 
     def __init__(self, x: Tensor, weights: Tensor) -> None:
         self.x, self.weights = x, weights
+        low, high = torch.aminmax(x)
+        self.origin, self.scale = x.mean(0).double(), (high - low).double()
+        self._lay_out(torch.float32)
+
+    def _lay_out(self, dtype: torch.dtype) -> None:
+        """Copy the rows, centred and scaled, features first: operations then run over neighbouring numbers."""
+        self.columns = torch.ones(self.x.shape[1] + 1, len(self.x), dtype=dtype, device=self.x.device)
+        self.reach = self.columns.new_zeros(())  # the squared norm of the longest column
+        size, factor = max(1, 2**16 // self.x.shape[1]), 1 / self.scale
+        for rows, columns in zip(self.x.split(size), self.columns[:-1].split(size, 1), strict=True):
+            columns.copy_((rows - self.origin).mul_(factor).to(dtype).mT)
+            self.reach = torch.maximum(self.reach, columns.square().sum(0).amax())
+
+    def assign(self, centers: Tensor) -> Tensor:
+        self.codes = self._nearest(centers)
+        labels = self.codes.long().sub_(len(centers))
+        self._decide(labels, torch.arange(len(labels), device=labels.device), centers)
+        return labels
+
+    def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        last, self.codes = self.codes, self._nearest(centers)
+        rows = (self.codes != last).nonzero()[:, 0]
+        found = self.codes.index_select(0, rows).long().sub_(len(centers))
+        self._decide(found, rows, centers)
+        return _relabel(labels, rows, found)
+
+    def _decide(self, found: Tensor, rows: Tensor, centers: Tensor) -> None:
+        """Find by differences the labels of rows (n,) that have none."""
+        k = len(centers)
+        doubtful = ((found < 0) | (found >= k)).nonzero()[:, 0]
+        if len(doubtful) > len(self.x) // 8 and self.columns.dtype == torch.float32:
+            self._lay_out(torch.float64)
+        if len(doubtful):
+            rows = rows[doubtful]
+            found[doubtful] = labels = assign(self.x.index_select(0, rows), centers, SQUARED_EUCLIDEAN)
+            self.codes[rows] = (labels + k).to(self.codes)
+
+    def _nearest(self, centers: Tensor) -> Tensor:
+        """Return k plus the label (N,) of the nearest centre, or no such number where rounding could decide it."""
+        k, size = len(centers), _chunk(centers)
+        location = (centers - self.origin) / self.scale
+        squares = location.square().sum(1, keepdim=True)
+        factors = torch.cat([-2 * location, squares], 1).to(self.columns)
+        eps, tiny = (
+            max(torch.finfo(dtype).eps for dtype in (self.columns.dtype, self.x.dtype)),
+            torch.finfo(self.columns.dtype).tiny,
+        )
+        slack = 4 * (self.x.shape[1] + 8) * (eps * (self.reach + squares.max().to(self.columns)) + tiny)
+        numbers = torch.arange(k, 2 * k, dtype=self.columns.dtype, device=self.x.device)  # two exceed any single one
+        codes, memory = self.columns.new_empty(len(self.x)), self.columns.new_empty((k + 1) * size)
+        for columns, some in zip(self.columns.split(size, 1), codes.split(size), strict=True):
+            n = len(some)
+            table = torch.mm(factors, columns, out=memory[: k * n].view(k, n))
+            least = torch.amin(table, 0, out=memory[k * n : (k + 1) * n])
+            torch.mv(table.le_(least.add_(slack)).mT, numbers, out=some)
+        return codes
+
+    def doubt(self, row: int) -> None:
+        self.codes[row] = 0
 
     def update(self, labels: Tensor, centers: Tensor) -> Tensor:
-        means = torch.zeros_like(centers)
-        for _ in range(2):
-            sums, totals = _sums(self.x, means, labels, self.weights)
-            means = torch.where(totals > 0, means + sums / totals, centers)
+        sums, totals, _ = _sums(self.x, labels, self.weights, len(centers))
+        means = torch.where(totals > 0, sums / totals, centers)
+        # Deviations lose nothing far from zero.
+        sums, _, self.objective = _sums(self.x, labels, self.weights, len(centers), means)
         self.totals = self.totals_summed = totals
-        return means
+        return torch.where(totals > 0, means + sums / totals, centers)
 
     def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        x, weights = self.x.index_select(0, rows), self.weights[rows]
-        come, gain = _sums(x, centers, labels[rows], weights)
-        gone, loss = _sums(x, centers, before, weights)
-        self.totals = self.totals + gain - loss
-        if (self.totals < self.totals_summed / 2).any():  # what has left would weigh in by its rounding
-            shift = self.update(labels, centers) - centers
+        k, size = len(centers), _chunk(centers)
+        # Deviations from the new centre, of the rows that come less those that go; and the weight that goes from each
+        # cluster to each.
+        sums = torch.zeros_like(centers, dtype=torch.float64)
+        flow = sums.new_zeros(k, k)
+        for some, left in zip(rows.split(size), before.split(size), strict=True):
+            joined, weights = labels.index_select(0, some), self.weights.index_select(0, some).double()
+            deviations = self.x.index_select(0, some).sub_(centers.index_select(0, joined)).double()
+            signs = sums.new_zeros(k, len(some)).scatter_(0, joined[None], weights[None])
+            sums.addmm_(signs.scatter_(0, left[None], -weights[None]), deviations)
+            flow += torch.bincount(left * k + joined, weights, k * k).view(k, k)
+        steps = (centers - centers[:, None]).double()  # from one centre to another
+        fall = 2 * (sums * (centers - self.origin)).sum() + (flow * steps.square().sum(-1)).sum()
+        sums -= (flow[:, None] @ steps)[:, 0]
+        self.totals = self.totals + (flow.sum(0) - flow.sum(1))[:, None]
+        if (self.totals < self.totals_summed / 64).any():  # what has left would weigh in by its rounding
+            shift = (self.update(labels, centers) - centers).double()
         else:
-            shift = (come - gone) / self.totals
-        return centers + shift, (self.totals * shift.square()).sum()  # the theorem of Huygens and Steiner
+            shift = sums / self.totals
+        gain = (self.totals * shift.square()).sum()  # the theorem of Huygens and Steiner
+        return centers + shift.to(centers), fall + gain
 
 
 class Medians:
     """The coordinate-wise medians of clusters; between two rows that share the weight evenly, the midpoint.
 
-    Each feature is sorted once, and the sorted rows are cut into about sqrt(N) blocks. The weight of every cluster in
+    Each feature is sorted once, and the sorted rows are cut into some 2 sqrt(N) blocks. The weight of every cluster in
     every block is kept, which says in which block a median lies; only the rows of that block are looked at.
     """
 
     def __init__(self, x: Tensor, weights: Tensor) -> None:
         self.x, self.weights = x, weights
-        self.values, self.order = x.mT.sort(-1)  # (D, N)
-        self.size = 1 << len(x).bit_length() // 2
+        columns = x.mT.contiguous()
+        # On a CPU numpy sorts several times as fast as torch.
+        self.order = torch.from_numpy(np.argsort(columns.numpy())) if x.device.type == "cpu" else columns.argsort()
+        self.values = columns.gather(1, self.order)  # (D, N)
+        self.size = max(1, 1 << len(x).bit_length() // 2 >> 1)
         self.num_blocks = -(-len(x) // self.size)
         block = (torch.arange(len(x), device=x.device) // self.size).expand_as(self.order)
         self.block = torch.empty_like(self.order).scatter_(1, self.order, block).mT.contiguous()  # (N, D)
         # Weights in whole multiples of a power of two have exact sums in any order.
         unit = 2.0 ** (60 - math.frexp(weights.double().sum().item())[1])
         self.mass = torch.where(weights > 0, (weights.double() * unit).round().clamp_min(1), 0).long()
+        self.safe_until = torch.empty_like(weights, dtype=torch.float64)  # on the path of the centres
+
+    def assign(self, centers: Tensor) -> Tensor:
+        self.centers, self.path, self.num_moves = centers, self.safe_until.new_zeros(()), 0
+        self.safe_until.fill_(-torch.inf)
+        labels = torch.zeros_like(self.mass)
+        self.reassign(labels, centers)
+        return labels
+
+    def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask only where the centres have moved by the gap between the two nearest to a row since it was asked.
+
+        By the triangle inequality: its own centre and any other move together by the two largest shifts at most. Gaps
+        are rounded down.
+        """
+        rounding = 4 * (centers.shape[1] + 8) * torch.finfo(centers.dtype).eps
+        shifts = (centers - self.centers).abs().sum(1).double()
+        self.path = self.path + shifts.topk(min(2, len(shifts))).values.sum()
+        self.centers, self.num_moves = centers, self.num_moves + 1
+        rows = (self.safe_until <= self.path * (1 + self.num_moves * rounding)).nonzero()[:, 0]
+        found = torch.empty_like(rows)
+        for some, own in zip(rows.split(_chunk(centers)), found.split(_chunk(centers)), strict=True):
+            table = torch.cdist(self.x.index_select(0, some), centers, p=1)
+            least, nearest = table.min(1)
+            own.copy_(nearest)
+            other = table.scatter_(1, nearest[:, None], torch.inf).amin(1)
+            self.safe_until.index_copy_(0, some, other.double() * (1 - rounding) - least + self.path)
+        return _relabel(labels, rows, found)
+
+    def doubt(self, row: int) -> None:
+        self.safe_until[row] = -torch.inf
 
     def update(self, labels: Tensor, centers: Tensor) -> Tensor:
         self.table = labels.new_zeros(*centers.shape, self.num_blocks)  # mass
         self._put(self.mass, labels, self.block)
-        return self._medians(labels, centers)
+        medians = self._medians(labels, centers)
+        self.objective = self.weights @ deviations(self.x, labels, medians, MANHATTAN)
+        return medians
 
     def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
         self._put(-self.mass[rows], before, self.block[rows])
         self._put(self.mass[rows], labels[rows], self.block[rows])
         medians = self._medians(labels, centers)
-        touched = (medians != centers).any(1)[labels].nonzero()[:, 0]
-        x, own = self.x[touched], labels[touched]
-        fall = deviations(x, own, centers, MANHATTAN) - deviations(x, own, medians, MANHATTAN)
-        return medians, self.weights[touched] @ fall
+        last, self.objective = self.objective, self.weights @ deviations(self.x, labels, medians, MANHATTAN)
+        return medians, last - self.objective
 
     def _put(self, mass: Tensor, labels: Tensor, block: Tensor) -> None:
         """Add the mass (n,) of rows to the table, given their clusters (n,) and their blocks (n, D)."""
@@ -136,89 +261,25 @@ class Medians:
     def _medians(self, labels: Tensor, centers: Tensor) -> Tensor:
         up_to = self.table.cumsum(-1)  # (K, D, number of blocks)
         total = up_to[..., -1:]
-        offsets = torch.arange(self.size, device=labels.device)
-        clusters = torch.arange(len(centers), device=labels.device)[:, None, None]
-        order, values = (sorted_.expand(len(centers), -1, -1) for sorted_ in (self.order, self.values))
-        middle = []
         slack = total >> 50  # the weights' own rounding: thirds add up to a half only to that
-        for goal in (total - slack, total + slack + 1):  # the lower row reaches half of the mass, the upper one more
-            block = (2 * up_to < goal).sum(-1, keepdim=True).clamp_max(self.num_blocks - 1)
-            places = (block * self.size + offsets).clamp_max(len(labels) - 1)  # (K, D, size)
-            rows = order.gather(-1, places)
-            mass = self.mass[rows] * (labels[rows] == clusters)
-            reached = (up_to - self.table).gather(-1, block) + mass.cumsum(-1)
-            place = (2 * reached < goal).sum(-1, keepdim=True).clamp_max(self.size - 1)
-            middle.append(values.gather(-1, places.gather(-1, place))[..., 0])
-        return torch.where(total[..., 0] > 0, (middle[0] + middle[1]) / 2, centers)
+        # The lower row reaches half of the mass, the upper one more.
+        goals = (torch.cat([total - slack, total + slack + 1], -1) + 1) >> 1  # (K, D, 2)
+        block = torch.searchsorted(up_to, goals).clamp_max_(self.num_blocks - 1)
+        passed = up_to.gather(-1, block) - self.table.gather(-1, block)
+        clusters, features, offsets = (torch.arange(n, device=labels.device) for n in (*centers.shape, self.size))
+        places = (block[..., None] * self.size + offsets).clamp_max_(len(labels) - 1)
+        places += features[:, None, None] * len(labels)
+        rows = self.order.view(-1).index_select(0, places.view(-1))
+        mass = self.mass.index_select(0, rows).view_as(places)
+        mass *= labels.index_select(0, rows).view_as(places) == clusters[:, None, None, None]
+        reached = passed[..., None] + mass.cumsum_(-1)
+        place = torch.searchsorted(reached, goals[..., None]).clamp_max_(self.size - 1)
+        middle = self.values.view(-1).index_select(0, places.gather(-1, place).view(-1)).view_as(goals)
+        return torch.where(total[..., 0] > 0, middle.sum(-1) / 2, centers)
 
 
 SQUARED_EUCLIDEAN = Metric(2, Means, kmeans_plusplus)
 MANHATTAN = Metric(1, Medians, kmedians_plusplus)
-
-
-class Assignment:
-    """The nearest centre of every row, kept while the centres move.
-
-    By the triangle inequality a row keeps its label until the centres have moved by the gap between its two nearest:
-    its own centre and any other together move by the two largest shifts at most. Gaps are rounded down.
-    """
-
-    def __init__(self, x: Tensor, centers: Tensor, metric: Metric) -> None:
-        self.x, self.centers, self.metric = x, centers, metric
-        self.rounding = 4 * (x.shape[1] + 8) * torch.finfo(x.dtype).eps
-        if metric.power == 2:
-            self.origin = x.mean(0)
-            self.centred = (x - self.origin).double()
-            self.norms = torch.linalg.vector_norm(self.centred, dim=1).square()
-        self.labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        self.path = x.new_zeros((), dtype=torch.float64)  # how far the centres have moved
-        self.num_moves = 0
-        self.safe_until = torch.full(x.shape[:1], -torch.inf, dtype=torch.float64, device=x.device)  # on the path
-        self.follow(centers)
-
-    def follow(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring the labels up to date; return the numbers (n,) of the rows that changed, and their labels before."""
-        shifts = torch.linalg.vector_norm((centers - self.centers).double(), self.metric.power, dim=1)
-        self.path = self.path + shifts.topk(min(2, len(shifts))).values.sum()
-        self.centers = centers
-        self.num_moves += 1
-        suspects = (self.safe_until <= self.path * (1 + self.num_moves * self.rounding)).nonzero()[:, 0]
-        suspects = self._measure(suspects)
-        before = self.labels.index_select(0, suspects)
-        chunks = suspects.split(_chunk(centers))
-        self.labels[suspects] = torch.cat([self._table(rows, centers)[0].min(0).indices for rows in chunks])
-        unsure = self._measure(suspects)  # rounding could decide
-        self.labels[unsure] = assign(self.x.index_select(0, unsure), centers, self.metric)
-        changed = (self.labels.index_select(0, suspects) != before).nonzero()[:, 0]
-        return suspects[changed], before[changed]
-
-    def _measure(self, rows: Tensor) -> Tensor:
-        """Note until when the labels of some rows are safe, and return the rows (n,) that are not safe even now."""
-        suspects = []
-        for some in rows.split(_chunk(self.centers)):
-            gap = self._gap(some, self.labels.index_select(0, some), self.centers)
-            self.safe_until.index_copy_(0, some, gap + self.path)
-            suspects.append(some[~(gap > 0)])
-        return torch.cat(suspects)
-
-    def _gap(self, rows: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
-        """Return by how much farther than the centre of its label (n,) the nearest other centre is from each row."""
-        table, norm, error = self._table(rows, centers)
-        own = table.gather(0, labels[None])[0]
-        other = table.scatter_(0, labels[None], torch.inf).amin(0)
-        if self.metric.power == 2:
-            own, other = (own + norm + error).sqrt(), (other + norm - error).clamp_min(0).sqrt()
-        return other.double() * (1 - self.rounding) - own
-
-    def _table(self, rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return distances (K, n) less what is equal for all centres, the latter (n,), and the rounding (n,)."""
-        if self.metric.power == 1:
-            zero = centers.new_zeros(())
-            return torch.cdist(centers, self.x.index_select(0, rows), p=1), zero, zero
-        origin, norm = (centers - self.origin).double(), self.norms.index_select(0, rows)
-        squares = origin.square().sum(1)
-        table = torch.addmm(squares[:, None], origin, self.centred.index_select(0, rows).mT, alpha=-2)
-        return table, norm, self.rounding * (norm + squares.max())
 
 
 def assign(x: Tensor, centers: Tensor, metric: Metric) -> Tensor:
@@ -233,7 +294,7 @@ def assign(x: Tensor, centers: Tensor, metric: Metric) -> Tensor:
     # power is monotone and may be left out.
     exact = "donot_use_mm_for_euclid_dist"
     chunks = x.split(_chunk(centers))
-    return torch.cat([torch.cdist(rows, centers, metric.power, compute_mode=exact).argmin(1) for rows in chunks])
+    return torch.cat([torch.cdist(rows, centers, metric.power, compute_mode=exact).min(1).indices for rows in chunks])
 
 
 def update(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric, weights: Tensor | None = None) -> Tensor:
@@ -260,32 +321,58 @@ def deviations(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric) -> Te
     """
     ones = torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
     size = _chunk(x[:1])
-    distances = []
-    for rows, own in zip(x.split(size), labels.split(size), strict=True):
-        differences = rows - centers.index_select(0, own)
+    memory = x.new_empty(min(size, len(x)), x.shape[1])
+    distances = torch.empty_like(x[:, 0])
+    for rows, own, some in zip(x.split(size), labels.split(size), distances.split(size), strict=True):
+        differences = _differences(rows, own, centers, memory)
         powers = differences.square_() if metric.power == 2 else differences.abs_()
-        distances.append(powers.double() @ ones)  # a product is much faster than a sum over few features
-    return torch.cat(distances).to(x.dtype)
+        some.copy_(powers.double() @ ones)  # a product is much faster than a sum over few features
+    return distances
 
 
-def _sums(x: Tensor, centers: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weighted sums (K, D) of the deviations of rows (n, D) from their centres, and of the weights (K, 1).
+def _differences(x: Tensor, labels: Tensor, centers: Tensor, memory: Tensor) -> Tensor:
+    """Return the differences (n, D) of rows from the centres of their clusters, in memory (m, D) for m >= n of them."""
+    own = torch.index_select(centers, 0, labels, out=memory[: len(x)])
+    return torch.sub(x, own, out=own)
 
-    As products with indicators, which are the same on every run also on a GPU.
+
+def _sums(
+    x: Tensor, labels: Tensor, weights: Tensor, k: int, centers: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weighted sums over rows (n, D): (K, D), (K, 1) of the weights, () of the squared distances from centres.
+
+    The first is of deviations from centres, or of the rows themselves if there are none. Products with indicators are
+    the same on every run also on a GPU.
     """
-    sums = torch.zeros_like(centers, dtype=torch.float64)
-    totals = torch.zeros_like(sums[:, :1])
-    size = _chunk(centers)
-    for rows, own, counts in zip(x.split(size), labels.split(size), weights.split(size), strict=True):
-        indicators = sums.new_zeros(len(centers), len(rows)).scatter_(0, own[None], counts[None].double())
-        sums += indicators @ (rows - centers.index_select(0, own)).double()
+    sums = torch.zeros(k, x.shape[1], dtype=torch.float64, device=x.device)
+    totals, squares, ones = sums.new_zeros(k, 1), sums.new_zeros(()), torch.ones_like(sums[0])
+    size = min(_chunk(sums), len(x))
+    memory, flags = x.new_empty(size, x.shape[1]), sums.new_empty(k * size)
+    for rows, own, counts in zip(x.split(size), labels.split(size), weights.double().split(size), strict=True):
+        indicators = flags[: k * len(rows)].view(k, -1).zero_().scatter_(0, own[None], counts[None])
         totals += indicators.sum(1, keepdim=True)
-    return sums.to(x.dtype), totals.to(x.dtype)
+        if centers is None:
+            sums.addmm_(indicators, rows.double())
+        else:
+            differences = _differences(rows, own, centers, memory).double()
+            sums.addmm_(indicators, differences)
+            squares += counts @ (differences.square_() @ ones)
+    return sums.to(x.dtype), totals.to(x.dtype), squares.to(x.dtype)
 
 
 def _chunk(centers: Tensor) -> int:
     """Return how many rows to work on at a time."""
-    return max(1, CHUNK // max(centers.shape))
+    num_cores = torch.get_num_threads() if centers.device.type == "cpu" else 2**7
+    return max(1, num_cores * CHUNK // max(centers.shape))
+
+
+def _relabel(labels: Tensor, rows: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Give rows (n,) the labels found; return those that changed, and their labels before."""
+    before = labels.index_select(0, rows)
+    changed = (found != before).nonzero()[:, 0]
+    rows, found, before = (values.index_select(0, changed) for values in (rows, found, before))
+    labels.index_copy_(0, rows, found)
+    return rows, before
 
 
 def lloyd(
@@ -435,40 +522,43 @@ def _lloyd(
 ) -> Clustering:
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, not {max_steps}")
-    assignment = Assignment(x, centers, metric)
-    labels, k = assignment.labels, len(centers)
+    k, labels = len(centers), clusters.assign(centers)
+    weighed = bool((weights > 0).all())
 
-    def follow(centers: Tensor) -> tuple[Tensor, Tensor]:
-        rows, before = assignment.follow(centers)
+    def reassign(centers: Tensor) -> tuple[Tensor, Tensor]:
+        rows, before = clusters.reassign(labels, centers)
+        if weighed:
+            return rows, before
         count = weights[rows] > 0  # the others move nothing
         return rows[count], before[count]
 
-    _fill_empty_clusters(x, weights, assignment, centers, clusters, 1)
+    _fill_empty_clusters(x, weights, labels, centers, metric, clusters, 1)
     centers = clusters.update(labels, centers)
     counts = _counts(labels, weights, k)
-    first = (weights * deviations(x, labels, centers, metric)).sum()
+    first = clusters.objective
     if not first.isfinite():
         raise ValueError(f"the objective overflows {x.dtype}: rescale x, whose largest entry is {x.abs().max():.3g}")
     falls: list[Tensor] = []  # by how much each later step lowers J
     for step in range(2, max_steps + 2):
-        rows, before = follow(centers)
+        rows, before = reassign(centers)
         if not len(rows):  # clear the rounding that the moves have gathered before the last word
             centers = clusters.update(labels, centers)
-            rows, before = follow(centers)
+            rows, before = reassign(centers)
         if not len(rows) or step > max_steps:
             break
-        x_, weights_, after = x.index_select(0, rows), weights[rows], labels[rows]
-        fall = weights_ @ (deviations(x_, before, centers, metric) - deviations(x_, after, centers, metric))
+        after, weights_ = labels.index_select(0, rows), weights.index_select(0, rows)
         counts += _counts(after, weights_, k) - _counts(before, weights_, k)
         if counts.all():
-            centers, gain = clusters.move(rows, before, labels, centers)
+            centers, fall = clusters.move(rows, before, labels, centers)
         else:
-            gain = (weights * deviations(x, labels, centers, metric)).sum()
-            _fill_empty_clusters(x, weights, assignment, centers, clusters, step)
+            x_ = x.index_select(0, rows)
+            fall = weights_ @ (deviations(x_, before, centers, metric) - deviations(x_, after, centers, metric))
+            fall = fall + (weights * deviations(x, labels, centers, metric)).sum()
+            _fill_empty_clusters(x, weights, labels, centers, metric, clusters, step)
             centers = clusters.update(labels, centers)
             counts = _counts(labels, weights, k)
-            gain = gain - (weights * deviations(x, labels, centers, metric)).sum()
-        falls.append(fall + gain)
+            fall = fall - (weights * deviations(x, labels, centers, metric)).sum()
+        falls.append(fall)
     converged = not len(rows)
     if not converged:
         labels[rows] = before
@@ -484,9 +574,10 @@ def _raise_unless_sum(
 ) -> None:
     """Raise unless J fell by what the steps lowered it, to rounding: it then fell at each of them."""
     eps = torch.finfo(x.dtype).eps
-    size, total = torch.linalg.vector_norm(x, torch.inf, dim=0), weights.sum()
+    low, high = torch.aminmax(x)
+    size, total = torch.maximum(-low, high), weights.sum()
     # A centre is rounded to eps times its size, at each move anew, and the sums are rounded to eps times theirs.
-    drift = 2 * eps * num_steps * size
+    drift = (2 * eps * num_steps * size).expand(x.shape[1])
     rounding = 8 * eps * num_steps * (x.shape[1] + len(x).bit_length()) * first
     rounding = rounding + total * drift.pow(metric.power).sum() + 2 * num_steps * drift.sum() * (total * first).sqrt()
     if not (first - fall - last).abs() <= rounding:
@@ -502,17 +593,17 @@ def _counts(labels: Tensor, weights: Tensor, k: int) -> Tensor:
 
 
 def _fill_empty_clusters(
-    x: Tensor, weights: Tensor, assignment: Assignment, centers: Tensor, clusters: Clusters, step: int
+    x: Tensor, weights: Tensor, labels: Tensor, centers: Tensor, metric: Metric, clusters: Clusters, step: int
 ) -> None:
     """Leave no cluster empty: each empty one takes the row farthest from its own centre.
 
     One at a time, about centres brought up to date: the row then gives up a positive distance, so that J falls, and it
     leaves other rows behind in its old cluster, since a row alone lies on its centre. Rows without weight stay.
     """
-    k, labels = len(centers), assignment.labels
+    k = len(centers)
     while len(empty := (_counts(labels, weights, k) == 0).nonzero()):
         centers = clusters.update(labels, centers)
-        distances = deviations(x, labels, centers, assignment.metric).where(weights > 0, 0)
+        distances = deviations(x, labels, centers, metric).where(weights > 0, 0)
         farthest = int(distances.argmax())
         if distances[farthest] == 0:
             raise ValueError(
@@ -525,7 +616,7 @@ def _fill_empty_clusters(
             stacklevel=4,
         )
         labels[farthest] = cluster
-        assignment.safe_until[farthest] = -torch.inf
+        clusters.doubt(farthest)
 
 
 def _warn_unless_converged(clustering: Clustering) -> None:
