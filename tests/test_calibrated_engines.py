@@ -75,7 +75,7 @@ FAULTS: dict[str, list[Callable[[pytest.MonkeyPatch], None]]] = {
 }
 
 
-SIZES = {"gibbs": {"num_chains": 32, "num_warmup": 10, "num_draws": 15}}
+SIZES = {"gibbs": {"num_chains": 4, "num_warmup": 10, "num_draws": 100}}
 
 
 def calibration(engine: str, name: str = FAMILY) -> Any:
