@@ -104,6 +104,55 @@ def numbering(posterior: LogPosterior, latent: str | None = None) -> Numbering:
     return Numbering(of_likelihood, False)
 
 
+class Exchange(NamedTuple):
+    """An order of the latents of a program under which its density is the same, components and all."""
+
+    order: tuple[int, ...]
+    """Which latent, by its number in the program, takes the place of each."""
+    sources: dict[str, str]
+    """By site, the one whose value it takes; sites that keep theirs are left out."""
+
+
+def exchanges(posterior: LogPosterior) -> list[Exchange]:
+    """Measure under which orders of its latents the posterior of a program is the same, the order as it is first.
+
+    The summands of a sum of two mixtures under one prior are told apart by nothing but their names: the parameters of
+    both can change places. Sites that number the components of two latents are paired in the order of the program;
+    that it makes no difference is tried at points that nothing singles out, as in ``numbering``.
+
+    Args:
+        posterior: the program with its data.
+    """
+    latents, sizes = posterior.program.latents, posterior.program.latent_sizes
+    found = [Exchange(tuple(range(len(latents))), {})]
+    if len(latents) == 1:
+        return found
+    axes = [numbering(posterior, latent).axes or {} for latent in latents]
+    points = [(params, _log_joint(posterior, params)) for params in _generic_points(posterior)]
+    for order in itertools.permutations(range(len(latents))):
+        pairs = [(place, other) for place, other in enumerate(order) if place != other]
+        if not pairs or any(
+            sizes[place] != sizes[other] or list(axes[place].values()) != list(axes[other].values())
+            for place, other in pairs
+        ):
+            continue
+        sources = {site: source for i, j in pairs for site, source in zip(axes[i], axes[j], strict=True)}
+        if all(_is_symmetry(posterior, params, before, order, sources) for params, before in points):
+            found.append(Exchange(order, sources))
+    return found
+
+
+def _is_symmetry(
+    posterior: LogPosterior, params: Mapping[str, Tensor], before: LogJoint, order: tuple[int, ...], sources: Any
+) -> bool:
+    """Return whether sites that take the values of others reorder the table, and leave the prior as it is."""
+    if any(params[site].shape != params[source].shape for site, source in sources.items()):
+        return False
+    after = _log_joint(posterior, {site: params[sources.get(site, site)] for site in params})
+    table = before.rows.reshape(-1, *posterior.program.latent_sizes).permute(0, *(place + 1 for place in order))
+    return _equal(after.rows, table.reshape(before.rows.shape)) and _equal(after.log_prior, before.log_prior)
+
+
 def latent_site(posterior: LogPosterior, latent: str | None = None) -> str:
     """Return the enumerated site of that name, or the only one.
 
@@ -277,8 +326,8 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
     Returns:
         By name, (C, S, ...): ``lp``, log p(x, params); ``log_likelihood``, log p(x | params); ``allocation_entropy``,
         the entropy of p(z | x, params), summed over rows; each parameter that numbers exchangeable components, sorted
-        along that axis, as ``*_sorted``; the other parameters as they are; and of a family ``mean`` and ``covariance``
-        of one row.
+        along that axis, as ``*_sorted``, together with those that may change places with it (``exchanges``); the other
+        parameters as they are; and of a family ``mean`` and ``covariance`` of one row.
     """
 
     def of_rows(joint: LogJoint) -> dict[str, Tensor]:
@@ -294,9 +343,15 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
     for latent in posterior.program.latents:
         of_latent, exchangeable = numbering(posterior, latent)
         axes |= of_latent if of_latent is not None and exchangeable else {}
+    partners: dict[str, set[str]] = {site: {site} for site in draws.params}
+    for exchange in exchanges(posterior):
+        for site, source in exchange.sources.items():
+            partners[site].add(source)
     for site, value in draws.params.items():
         if site in axes:
-            found[f"{site}_sorted"] = value.sort(dim=axes[site] + 2).values
+            group = [other for other in draws.params if other in partners[site]]
+            together = torch.cat([draws.params[other] for other in group], axes[site] + 2)
+            found[f"{'_and_'.join(group)}_sorted"] = together.sort(dim=axes[site] + 2).values
         else:
             found[site] = value
     if family is not None:
