@@ -132,7 +132,7 @@ def exchanges(posterior: LogPosterior) -> list[Exchange]:
     for order in itertools.permutations(range(len(latents))):
         pairs = [(place, other) for place, other in enumerate(order) if place != other]
         if not pairs or any(
-            sizes[place] != sizes[other] or list(axes[place].values()) != list(axes[other].values())
+            not axes[place] or sizes[place] != sizes[other] or list(axes[place].values()) != list(axes[other].values())
             for place, other in pairs
         ):
             continue
