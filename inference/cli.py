@@ -280,7 +280,7 @@ def compare(
         Method | None,
         typer.Option(
             help="How the evidence is estimated: smc, sequential Monte Carlo alone; bridge, from the draws of the "
-            "Gibbs chains, which is blind to modes that they miss. By default a bridge from the former's particles."
+            "Gibbs chains, which is blind to modes that they miss. By default a bridge from the particles of smc."
         ),
     ] = None,
     replicates: Annotated[int, typer.Option(min=2, help="Replicates of the particles, for the evidence.")] = 32,

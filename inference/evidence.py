@@ -106,14 +106,12 @@ def log_evidence(
     run: Any
     if integrates_out(family):
         size, prior = _bound(model, family, args)
-        engine, run = (
-            "allocation_smc",
-            allocation_smc(family, args[0], prior, num_components=size, seed=seed, progress=progress, **settings),
-        )
-        params, lp = {
+        settings |= {"seed": seed, "progress": progress}
+        engine, run = "allocation_smc", allocation_smc(family, args[0], prior, num_components=size, **settings)
+        lp = run.lp
+        params = {
             name: value for name, value in run.params._asdict().items() if name in posterior.coordinates.transforms
         }
-        lp = run.lp
     else:
         turn = None if relabelling is None else relabelling.random
         engine, run = "tempered_smc", tempered_smc(posterior, seed=seed, relabel=turn, progress=progress, **settings)

@@ -112,6 +112,55 @@ def numbering(posterior: LogPosterior, latent: str | None = None) -> Numbering:
     return Numbering(of_likelihood, False)
 
 
+class Exchange(NamedTuple):
+    """An order of the latents of a program under which its density is the same, components and all."""
+
+    order: tuple[int, ...]
+    """Which latent, by its number in the program, takes the place of each."""
+    sources: dict[str, str]
+    """By site, the one whose value it takes; sites that keep theirs are left out."""
+
+
+def exchanges(posterior: LogPosterior) -> list[Exchange]:
+    """Measure under which orders of its latents the posterior of a program is the same, the order as it is first.
+
+    The summands of a sum of two mixtures under one prior are told apart by nothing but their names: the parameters of
+    both can change places. Sites that number the components of two latents are paired in the order of the program;
+    that it makes no difference is tried at points that nothing singles out, as in ``numbering``.
+
+    Args:
+        posterior: the program with its data.
+    """
+    latents, sizes = posterior.program.latents, posterior.program.latent_sizes
+    found = [Exchange(tuple(range(len(latents))), {})]
+    if len(latents) == 1:
+        return found
+    axes = [numbering(posterior, latent).axes or {} for latent in latents]
+    points = [(params, _log_joint(posterior, params)) for params in _generic_points(posterior)]
+    for order in itertools.permutations(range(len(latents))):
+        pairs = [(place, other) for place, other in enumerate(order) if place != other]
+        if not pairs or any(
+            not axes[place] or sizes[place] != sizes[other] or list(axes[place].values()) != list(axes[other].values())
+            for place, other in pairs
+        ):
+            continue
+        sources = {site: source for i, j in pairs for site, source in zip(axes[i], axes[j], strict=True)}
+        if all(_is_symmetry(posterior, params, before, order, sources) for params, before in points):
+            found.append(Exchange(order, sources))
+    return found
+
+
+def _is_symmetry(
+    posterior: LogPosterior, params: Mapping[str, Tensor], before: LogJoint, order: tuple[int, ...], sources: Any
+) -> bool:
+    """Return whether sites that take the values of others reorder the table, and leave the prior as it is."""
+    if any(params[site].shape != params[source].shape for site, source in sources.items()):
+        return False
+    after = _log_joint(posterior, {site: params[sources.get(site, site)] for site in params})
+    table = before.rows.reshape(-1, *posterior.program.latent_sizes).permute(0, *(place + 1 for place in order))
+    return _equal(after.rows, table.reshape(before.rows.shape)) and _equal(after.log_prior, before.log_prior)
+
+
 def latent_site(posterior: LogPosterior, latent: str | None = None) -> str:
     """Return the enumerated site of that name, or the only one.
 
@@ -306,8 +355,9 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
     Returns:
         By name, (C, S, ...): ``lp``, log p(x, params); ``log_likelihood``, log p(x | params); ``allocation_entropy``,
         the entropy of p(z | x, params), summed over rows; each parameter that numbers exchangeable components, sorted
-        along that axis, as ``*_sorted``; the other parameters as they are; and of a family ``row_mean`` and
-        ``row_covariance``, the moments of one row given the parameters.
+        along that axis, as ``*_sorted``, together with those that may change places with it (``exchanges``); the other
+        parameters as they are; and of a family ``row_mean`` and ``row_covariance``, the moments of one row given the
+        parameters.
 
     Raises:
         ValueError: a site of the program has the name of one of the others.
@@ -326,14 +376,24 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
     for latent in posterior.program.latents:
         of_latent, exchangeable = numbering(posterior, latent)
         axes |= of_latent if of_latent is not None and exchangeable else {}
+    partners: dict[str, set[str]] = {site: {site} for site in draws.params}
+    for exchange in exchanges(posterior):
+        for site, source in exchange.sources.items():
+            partners[site].add(source)
     if family is not None:
         moments = torch.func.vmap(torch.func.vmap(family.moments))(family.Params(**draws.params))
         found |= dict(zip(("row_mean", "row_covariance"), moments, strict=True))
+    taken = set(found)
     for site, value in draws.params.items():
-        name = f"{site}_sorted" if site in axes else site
-        if name in found:
+        group = [other for other in draws.params if other in partners[site]]
+        name = f"{'_and_'.join(group)}_sorted" if site in axes else site
+        if name in taken:
             raise ValueError(f'the site "{site}" has the name of another quantity of the draws, {name}: rename it')
-        found[name] = value.sort(dim=axes[site] + 2).values if site in axes else value
+        if site in axes:
+            axis = axes[site] + 2
+            found[name] = torch.cat([draws.params[other] for other in group], axis).sort(dim=axis).values
+        else:
+            found[name] = value
     return found
 
 

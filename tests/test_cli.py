@@ -640,6 +640,44 @@ def test_a_plot_that_cannot_be_drawn_costs_no_table(
     assert "matplotlib is not installed: pip install 'mixproof[compare]'" in " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
+def test_a_comparison_survives_ctrl_c_and_a_kill(eruptions: Path, tmp_path: Path) -> None:
+    """Real signals to real processes, while the particles of the second candidate are under way."""
+    runs = tmp_path / "runs"
+    arguments = ("compare", eruptions, "-k", "1-2", "--family", "laplace", "--json", *QUICK_COMPARISON)
+    command = [sys.executable, "-m", "mixproof.inference.cli", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def stopped_by(sent: signal.Signals) -> tuple[int, str]:
+        process = subprocess.Popen(
+            [*command, "--checkpoint", str(runs)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        file, seen = runs / "2.evidence", set[int]()
+        while process.poll() is None and len(seen) < 3:
+            if file.exists():
+                seen.add(file.stat().st_mtime_ns)
+            time.sleep(0.001)
+        process.send_signal(sent)
+        return process.wait(), process.communicate()[0]
+
+    code, shown = stopped_by(signal.SIGINT)
+    assert code == 130
+    document = json.loads(shown)
+    assert document["interrupted"]
+    assert [row["name"] for row in document["candidates"]] == ["laplace K = 1"]
+    code, shown = stopped_by(signal.SIGKILL)
+    assert (code, shown) == (-signal.SIGKILL, "")
+    ends = [
+        subprocess.run([*command, *more], env=environment, capture_output=True, text=True, check=True).stdout
+        for more in (("--checkpoint", str(runs)), ())
+    ]
+    assert ends[0] == ends[1]
+
+
 def test_without_arviz_the_command_says_how_to_get_it(eruptions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "arviz_stats", None)
     result = run("compare", eruptions, "-k", 1, "--family", "laplace")

@@ -22,10 +22,11 @@ from mixproof.inference.bridge_sampling import _solve, bridge_sampling, variance
 from mixproof.inference.draws import Draws
 from mixproof.inference.evidence import Evidence, log_evidence, posterior_probabilities
 from mixproof.inference.exact_evidence import exact_draws, exact_log_evidence
+from mixproof.inference.gibbs import gibbs
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
 from mixproof.inference.relabelling import Relabelling
 from mixproof.inference.tempered_smc import TemperedSMC, tempered_smc
-from mixproof.models import bernoulli, gaussian_diagonal
+from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_sum
 
 if TYPE_CHECKING:
     from tests.conftest import Case
@@ -327,6 +328,33 @@ def test_the_evidence_that_neal_published() -> None:
     assert abs(smc.log_evidence - bridge.log_evidence) < scipy.stats.t.isf(RARE / 2, 31) * error
 
 
+def check_routes_agree(x: Tensor, family: Any, num_components: int, limit: float) -> None:
+    """Particles by rows, their bridge, and a bridge from the draws of Gibbs chains: three routes to one number."""
+    prior = family.weakly_informative_prior(x, num_components)
+    program = partial(family.model, num_components=num_components, prior=prior)
+    found = log_evidence(program, x, family=family, seed=1)
+    chains = gibbs(
+        family,
+        x,
+        prior,
+        num_components=num_components,
+        num_chains=32,
+        num_draws=250,
+        num_warmup=250,
+        generator=seeded(2),
+    )
+    other = log_evidence(program, x, draws=chains, seed=3)
+    smc = found.diagnostics["smc_log_evidence"], found.diagnostics["smc_standard_error"]
+    for (left, left_error), (right, right_error) in itertools.combinations((smc, found[:2], other[:2]), 2):
+        error = math.hypot(left_error, right_error)
+        assert error < limit
+        assert abs(left - right) < 4 * error
+
+
+def test_routes_agree_on_old_faithful(real_data: dict[str, Tensor]) -> None:
+    check_routes_agree(real_data["faithful"], gaussian_full, 2, 0.5)
+
+
 # Relabelling
 
 
@@ -500,3 +528,52 @@ def test_the_same_seed_gives_the_same_evidence_and_draws(tiny: Tiny, capsys: pyt
     captured = capsys.readouterr()
     assert "SMC temperature" in captured.err
     assert not captured.out
+
+
+# A sum of two mixtures under one prior
+
+
+def sum_of_two(same: bool) -> LogPosterior:
+    """Return the posterior of a sum of two mixtures of two, under priors that are the same or not."""
+    rows = torch.tensor([[-4.0], [-3.5], [0.2], [4.1], [3.6]], dtype=torch.float64)
+    one, few = torch.ones(2, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
+    part = gaussian_full.Prior(one, torch.zeros(1, dtype=torch.float64), few, 20 * few, few[None, None])
+    other = part if same else part._replace(strength=2 * few)
+    prior = gaussian_sum.Prior(part, other)
+    return LogPosterior(partial(gaussian_sum.model, num_components=(2, 2), prior=prior), rows)
+
+
+def test_summands_under_one_prior_may_change_places() -> None:
+    posterior = sum_of_two(same=True)
+    relabelling = Relabelling(posterior)
+    assert relabelling.log_count == pytest.approx(math.log(2 * 2 * 2))
+    u = posterior.draw_prior(400, seed=1)
+    renamed = relabelling.random(u, seeded(2))
+    one = torch.ones(len(u), dtype=torch.float64)
+    density = [(posterior(v, one), posterior.log_jacobian(v)) for v in (u, renamed)]
+    for sides in zip(*((found.log_prior - jacobian, found.log_likelihood) for found, jacobian in density), strict=True):
+        torch.testing.assert_close(*sides, rtol=1e-9, atol=1e-9)
+    references = relabelling.learn(u)
+    aligned = relabelling.align(renamed, references)
+    torch.testing.assert_close(aligned, relabelling.align(u, references), rtol=1e-9, atol=1e-9)
+    assert relabelling.is_aligned(aligned, references).all()
+    inside = int(relabelling.is_aligned(renamed, references).sum())  # one in eight of an invariant law
+    assert scipy.stats.binomtest(inside, len(u), 1 / 8).pvalue > RARE
+    assert Relabelling(sum_of_two(same=False)).log_count == pytest.approx(math.log(2 * 2))
+
+
+def test_draws_of_one_order_of_the_summands_give_the_whole_evidence() -> None:
+    """Draws whose x has the larger spread show half of the posterior: log 2 is added to it, as of labels."""
+    posterior = sum_of_two(same=True)
+    whole = log_evidence(posterior.model, *posterior.args, seed=1, num_replicates=16, num_chains=16, num_moves=7)
+    params = {site: value.clone() for site, value in whole.draws.params.items()}
+    spread = [params[f"{part}_covariances"].sum((2, 3, 4)) for part in "xy"]
+    swap = spread[0] < spread[1]
+    for name in ("weights", "locs", "covariances"):
+        x, y = whole.draws.params[f"x_{name}"], whole.draws.params[f"y_{name}"]
+        where = swap.reshape(*swap.shape, *[1] * (x.ndim - 2))
+        params[f"x_{name}"], params[f"y_{name}"] = torch.where(where, y, x), torch.where(where, x, y)
+    half = whole.draws._replace(params=params)
+    found = log_evidence(posterior.model, *posterior.args, draws=half, seed=2)
+    error = math.hypot(found.standard_error, whole.standard_error)
+    assert abs(found.log_evidence - whole.log_evidence) < 4 * error
