@@ -247,7 +247,9 @@ def _is_factor(site: Mapping[str, Any], plates: set[str]) -> bool:
     """Whether a site adds to the density outside one of the plates of the rows without being drawn."""
     if site["type"] != "sample" or not site["is_observed"] or site["infer"].get("_deterministic"):
         return False
-    return type(site["fn"]).__name__ != "_Subsample" and not plates <= {frame.name for frame in site["cond_indep_stack"]}
+    return type(site["fn"]).__name__ != "_Subsample" and not plates <= {
+        frame.name for frame in site["cond_indep_stack"]
+    }
 
 
 def _is_parameter(site: Mapping[str, Any]) -> bool:
