@@ -28,7 +28,8 @@ class Evaluation(NamedTuple):
     gradient: Tensor
     """(C, P), of log_prior + temperature * log_likelihood in the coordinates."""
     log_prior: Tensor
-    """(C,), log p(params) + log |d params / d u|: the prior density over the coordinates u."""
+    """(C,), log p(params) + log |d params / d u|, of the sites outside the rows: the prior density over the coordinates
+    u, unless a parameter lies in the plates of the rows, as a random effect does: its density is in the likelihood."""
     log_likelihood: Tensor
     """(C,), log p(data | params), the discrete latents summed out."""
 
