@@ -140,8 +140,8 @@ def calibrate(
 
     Raises:
         ValueError: a prior is improper, the program is not as above otherwise, the engine leaves a site out or returns
-            numbers that are not finite or more draws than before, there are fewer draws than ``num_ranks`` asks for, or the checkpoint belongs to
-            another run.
+            numbers that are not finite or more draws than before, there are fewer draws than ``num_ranks`` asks for, or
+            the checkpoint belongs to another run.
         OSError: the checkpoint cannot be read or written.
 
     Warns:

@@ -185,8 +185,8 @@ def hmc(
         batched: whether the arguments are tensors (C, ...) that hold C data sets, of which each chain has its own. The
             chains then differ in their posterior and share what the warm-up learns from all.
         target_acceptance: the mean acceptance probability to tune the step size for, between 0 and 1.
-        checkpoint: a file for the state of the run. If it exists, the run goes on from there to the same draws. It holds
-            what tells other data, settings and, by the log posterior where the chains stand, another program.
+        checkpoint: a file for the state of the run. If it exists, the run goes on from there to the same draws. Other
+            data and settings are told, and another program by the log posterior where the chains stand.
         checkpoint_every: after how many draws to write it, at least 1; the end writes it too.
         progress: whether to show the draws on stderr.
 
