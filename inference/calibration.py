@@ -8,6 +8,7 @@ arXiv:1804.06788). Each quantity's ranks are held against the simultaneous band 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -139,13 +140,14 @@ def calibrate(
 
     Raises:
         ValueError: a prior is improper, the program is not as above otherwise, the engine leaves a site out or returns
-            numbers that are not finite, there are fewer draws than ``num_ranks`` asks for, or the checkpoint belongs to
-            another run.
+            numbers that are not finite or more draws than before, there are fewer draws than ``num_ranks`` asks for, or
+            the checkpoint belongs to another run.
         OSError: the checkpoint cannot be read or written.
 
     Warns:
-        The draws are worth too few independent ones to judge by, or the run was interrupted: it then keeps the
-        simulations that were done.
+        The draws are worth too few independent ones to judge by, or the run was interrupted, be it that the engine
+        returned fewer draws than before: it then keeps the simulations that were done, and is undecided if they do not
+        refute.
     """
     for name, number in {"num_simulations": num_simulations, "checkpoint_every": checkpoint_every}.items():
         if number < 1:
@@ -173,6 +175,7 @@ def calibrate(
 
     starts = range(len(found[0].effective_sizes) if found else 0, num_simulations, size)
     bar: dict[str, Any] = {"console": Console(stderr=True), "disable": not progress, "description": "simulations"}
+    cut = False
     try:
         for calls, first in enumerate(
             track(starts, total=num_simulations / size, completed=starts.start // size, **bar), 1
@@ -183,8 +186,8 @@ def calibrate(
             truth = {name: torch.stack([one.params[name] for one in made]) for name in made[0].params}
             chains = _by_simulation(draws, truth, batch_size is not None)
             values = _evaluate(compared, truth, chains, data)
-            if found and any(value.shape[1] != found[0].values[name].shape[1] for name, value in values.items()):
-                raise KeyboardInterrupt  # which the engine answered by what it had drawn so far
+            if found and (cut := _is_cut(values, found[0].values)):
+                break
             num_chains = next(iter(chains.values())).shape[1]
             found.append(_Done(values, _least_effective_size(values, num_chains)))
             if calls % checkpoint_every == 0:
@@ -192,8 +195,11 @@ def calibrate(
     except KeyboardInterrupt:
         if not found:
             raise
+        cut = True
+    if cut:
         num_done = sum(len(part.effective_sizes) for part in found)
-        warnings.warn(f"interrupted: {num_done} of {num_simulations} simulations were done and count", stacklevel=2)
+        words = f"interrupted: {num_done} of {num_simulations} simulations were done and count"
+        warnings.warn(words, stacklevel=2)
     keep()
     values, effective_sizes = _Done.joined(found)
     num_draws = next(iter(values.values())).shape[1] - 1
@@ -204,7 +210,21 @@ def calibrate(
     ranks = {name: _ranks(value, num_ranks - 1, generator) for name, value in values.items()}
     checks = [_check(name, rank, num_ranks, 1 - false_alarm / len(ranks)) for name, rank in ranks.items()]
     subject = f"ranks in {len(effective_sizes)} simulations among {num_ranks - 1} thinned draws"
-    return Calibration(ranks, num_ranks, effective_sizes, conclude(subject, checks, seed), false_alarm)
+    report = conclude(subject, checks, seed)
+    if cut and report.ok:  # that few ranks lie in a band as wide as theirs says little
+        report = dataclasses.replace(report, verdict="undecided")
+    return Calibration(ranks, num_ranks, effective_sizes, report, false_alarm)
+
+
+def _is_cut(values: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> bool:
+    """Return whether an engine answered an interrupt by what it had drawn so far, less than the first time."""
+    size, expected = (next(iter(each.values())).shape[1] - 1 for each in (values, first))
+    if size > expected:
+        raise ValueError(
+            f"the engine returned {size} draws, and {expected} in the first simulation: it must return as many for any "
+            "data, since ranks among more draws are other ranks"
+        )
+    return size < expected
 
 
 class _Done(NamedTuple):

@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
@@ -70,18 +72,31 @@ def load(path: Path, run: dict[str, Any]) -> dict[str, Tensor] | None:
 
 
 def digest(values: Any) -> str:
-    """Return a short name for the exact values of tensors in nested tuples, or of None."""
+    """Return a short name for the exact values of tensors, arrays, numbers and strings, in any nest of containers.
+
+    Raises:
+        TypeError: there is something else, whose value cannot be told.
+    """
     found = hashlib.sha256()
 
     def add(value: Any) -> None:
-        if isinstance(value, tuple):
+        if isinstance(value, Mapping):
+            value = [part for item in value.items() for part in item]
+        if isinstance(value, tuple | list):
+            found.update(f"{len(value)} values".encode())
             for part in value:
                 add(part)
-        elif isinstance(value, Tensor):
-            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().to(torch.float64).numpy().tobytes())
+        elif isinstance(value, Tensor | np.ndarray | np.generic):
+            array = torch.as_tensor(value).detach().cpu().contiguous()
+            found.update(f"{array.dtype}{tuple(array.shape)}".encode())
+            found.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
+            found.update(f"{type(value).__name__} {value!r}".encode())
         else:
-            found.update(repr(value).encode())
+            raise TypeError(
+                f"a checkpoint cannot tell one {type(value).__name__} from another: bind it with functools.partial, or "
+                "give its numbers"
+            )
 
     add(values)
     return found.hexdigest()[:16]

@@ -16,6 +16,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
 
+import mixproof.models.positive_definite  # noqa: F401 - registers the coordinates of positive definite matrices
+
 Model = Callable[..., Any]
 
 
@@ -264,10 +266,9 @@ def _same(left: float | Tensor, right: float | Tensor) -> bool:
 
 
 def unconstrain(support: constraints.Constraint) -> Transform:
-    """Return a smooth map from unconstrained coordinates onto a support, one to one where torch has such a map.
+    """Return a smooth map from unconstrained coordinates onto a support, one to one where there is such a map.
 
-    For positive definite matrices torch has none: the coordinates are a square matrix of which the upper triangle is
-    ignored.
+    For positive definite matrices torch has none, and it is ``LogCholesky``, which its module registers.
     """
     try:
         return biject_to(support)

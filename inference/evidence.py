@@ -81,8 +81,9 @@ def log_evidence(
     Raises:
         TypeError: ``draws`` are no ``Draws``.
         ValueError: the method is unknown or takes no draws, a prior is improper or not a density, the program has
-            ``pyro.param`` sites or observes something that prior draws do not know of, the program is not that of the
-            family, the draws are not of its sites; or as ``tempered_smc``, ``allocation_smc`` and ``bridge_sampling``.
+            ``pyro.param`` sites, or without ``draws`` observes something that prior draws do not know of or has a
+            parameter in the plates of the rows, the program is not that of the family, the draws are not of its sites;
+            or as ``tempered_smc``, ``allocation_smc`` and ``bridge_sampling``.
         RuntimeError: as ``tempered_smc``.
         OSError: the checkpoint cannot be read or written, which is tried first.
     """
@@ -230,7 +231,7 @@ def _check_priors(model: Callable[..., Any], *args: Any, from_prior: bool) -> No
             )
         if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
             continue
-        outside = not rows & {frame.name for frame in site["cond_indep_stack"]}
+        outside = not rows <= {frame.name for frame in site["cond_indep_stack"]}
         if site["infer"].get("_deterministic") or not outside:
             continue
         if site["is_observed"]:

@@ -185,8 +185,9 @@ def hmc(
         batched: whether the arguments are tensors (C, ...) that hold C data sets, of which each chain has its own. The
             chains then differ in their posterior and share what the warm-up learns from all.
         target_acceptance: the mean acceptance probability to tune the step size for, between 0 and 1.
-        checkpoint: a file for the state of the run. If it exists, the run goes on from there to the same draws.
-        checkpoint_every: after how many draws to write it, at least 1.
+        checkpoint: a file for the state of the run. If it exists, the run goes on from there to the same draws. Other
+            data and settings are told, and another program by the log posterior where the chains stand.
+        checkpoint_every: after how many draws to write it, at least 1; the end writes it too.
         progress: whether to show the draws on stderr.
 
     Returns:
@@ -196,7 +197,8 @@ def hmc(
 
     Raises:
         ValueError: a setting is out of range, the program is not one that ``LogPosterior`` takes, a prior is improper
-            and there is no ``init``, or a start has density 0.
+            and there is no ``init``, a start has density 0, or the checkpoint belongs to another run.
+        TypeError: there is a checkpoint, and an argument of the program holds something else than numbers and strings.
         OSError: the checkpoint cannot be read or written.
     """
     least = {"num_chains": (num_chains, 1), "num_draws": (num_draws, 1), "num_warmup": (num_warmup, 20)}
@@ -210,7 +212,7 @@ def hmc(
     file = None if checkpoint is None else Path(checkpoint)
     identity = {
         "engine": "hmc",
-        "data": checkpoints.digest(args),
+        "data": None if file is None else checkpoints.digest(args),
         "batched": batched,
         "init": checkpoints.digest(u),
         "num_chains": num_chains,
@@ -232,14 +234,14 @@ def hmc(
             while run.iteration < num_warmup + num_draws:
                 run.advance()
                 bar.update(task, completed=run.iteration)
-                if file is not None and run.iteration % checkpoint_every == 0:
+                # not after an interrupt: it may leave half a draw, and the file must lead to the same draws
+                whole = run.iteration % checkpoint_every == 0 or run.iteration == num_warmup + num_draws
+                if file is not None and whole:
                     checkpoints.save(file, identity, run.tensors())
         except KeyboardInterrupt:
             if not run.kept:
                 raise
             warnings.warn(f"stopped after {len(run.kept)} of {num_draws} draws", ConvergenceWarning, stacklevel=2)
-    if file is not None:
-        checkpoints.save(file, identity, run.tensors())
     draws = run.draws()
     _warn(draws)
     return draws
@@ -330,8 +332,7 @@ class _Run:
         self.seed = seed
         self.iteration = 0
         self.window: list[Tensor] = []  # (2, C, P) each: the coordinates and the slope at each draw of the window
-        self.kept: list[Tensor] = []  # (C, P) each
-        self.stats: list[Tensor] = []  # (C, 6) each
+        self.kept: list[tuple[Tensor, Tensor]] = []  # (C, P), the coordinates, and (C, 6), what is said of them
 
     def start(self, u: Tensor, tuning: Tuning | None = None) -> None:
         """Put the chains at u (C, P)."""
@@ -360,8 +361,8 @@ class _Run:
             return
         height = self.state.evaluation.log_prior + self.state.evaluation.log_likelihood
         diverging, n_steps = step.diverging.to(self.one), num_steps * self.one
-        self.kept.append(self.state.u)
-        self.stats.append(torch.stack([height, step.acceptance_rate, diverging, n_steps, step_size, step.energy], 1))
+        stats = torch.stack([height, step.acceptance_rate, diverging, n_steps, step_size, step.energy], 1)
+        self.kept.append((self.state.u, stats))
 
     def _learn(self, before: Tensor, step: Step, travelled: Tensor) -> None:
         """Adapt the tuning to one draw: to its acceptance, to where it went, and to a whole window at its end."""
@@ -380,27 +381,41 @@ class _Run:
     def tensors(self) -> dict[str, Tensor]:
         """Return all that a run needs to go on."""
         found = {f"tuning.{name}": value for name, value in self.tuning._asdict().items()}
-        for name in ("window", "kept", "stats"):
-            if values := getattr(self, name):
-                found[name] = torch.stack(values)
+        if self.window:
+            found["window"] = torch.stack(self.window)
+        if self.kept:
+            found["kept"], found["stats"] = map(torch.stack, zip(*self.kept, strict=True))
         return {
             **found,
             "u": self.state.u,
+            "height": _height(self.state.evaluation),
             "iteration": torch.tensor(self.iteration),
             "rng": self.generator.get_state(),
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up a run where ``tensors`` was called."""
+        """Take up a run where ``tensors`` was called.
+
+        Raises:
+            ValueError: the log posterior there is another one, to half of the digits.
+        """
         self.start(tensors["u"], Tuning(**{name: tensors[f"tuning.{name}"] for name in Tuning._fields}))
+        height, before = _height(self.state.evaluation), tensors["height"].to(self.one)
+        chain = int((height - before).abs().argmax())
+        rounding = math.sqrt(torch.finfo(height.dtype).eps)
+        if not torch.isclose(height[chain], before[chain], rtol=rounding, atol=rounding):
+            raise ValueError(
+                f"the checkpoint belongs to another program: the log posterior where chain {chain} stands is "
+                f"{float(height[chain]):.10g}, and was {float(before[chain]):.10g}: delete it, or give another file"
+            )
         self.generator.set_state(tensors["rng"])
         self.iteration = int(tensors["iteration"])
-        for name in ("window", "kept", "stats"):
-            setattr(self, name, list(tensors[name]) if name in tensors else [])
+        self.window = list(tensors.get("window", ()))
+        self.kept = list(zip(tensors.get("kept", ()), tensors.get("stats", ()), strict=True))
 
     def draws(self) -> Draws:
         """Return the draws so far, (C, S, ...), with what is said of them."""
-        u, stats = torch.stack(self.kept, 1), torch.stack(self.stats, 1)
+        u, stats = (torch.stack(each, 1) for each in zip(*self.kept, strict=True))
         height, acceptance_rate, diverging, n_steps, step_size, energy = stats.unbind(-1)
         lp = height - self.posterior.log_jacobian(u)
         sample_stats = {

@@ -28,7 +28,8 @@ class Evaluation(NamedTuple):
     gradient: Tensor
     """(C, P), of log_prior + temperature * log_likelihood in the coordinates."""
     log_prior: Tensor
-    """(C,), log p(params) + log |d params / d u|: the prior density over the coordinates u."""
+    """(C,), log p(params) + log |d params / d u|, of the sites outside the rows: the prior density over the coordinates
+    u, unless a parameter lies in the plates of the rows, as a random effect does: its density is in the likelihood."""
     log_likelihood: Tensor
     """(C,), log p(data | params), the discrete latents summed out."""
 
@@ -72,10 +73,12 @@ class LogPosterior:
         self.coordinates = Coordinates(self.program.supports, example)
         with torch.no_grad():
             log_joint_table(model, self.program, example, *args)  # says in words what a graph could not
-        self.size = len(self.coordinates.inverse(example))
-        self.device = next(iter(example.values())).device
-        plates = {frame.name for frame in trace.nodes[self.program.latents[0]]["cond_indep_stack"]}
+        self._inside = self.coordinates.inverse(example)
+        self.size = len(self._inside)
+        self.device = self._inside.device
+        plates = _plates(trace.nodes[self.program.latents[0]])
         self.factors = [name for name, site in trace.nodes.items() if _is_factor(site, plates)]
+        self.in_rows = [name for name in example if plates <= _plates(trace.nodes[name])]
         self._graphs: dict[Any, Callable[..., Any]] = {}
         self._by_point = False
 
@@ -89,10 +92,7 @@ class LogPosterior:
         graph = self._graphs.pop(key, None)
         if graph is None:
             try:
-                with torch.no_grad(), pyro.validation_enabled(False), default_dtype_of(*self.args, u):
-                    graph = capture(
-                        torch.func.vmap(torch.func.grad(self._at, has_aux=True)), u, temperature, *self.batch
-                    )
+                graph = self._captured(u)
             except RuntimeError as error:  # vmap and tracing refuse to branch on values
                 found = self._one_by_one(u, temperature)  # the program's own errors come from here
                 self._by_point = True
@@ -109,6 +109,13 @@ class LogPosterior:
         with torch.no_grad():
             gradient, (log_prior, log_likelihood) = graph(u, temperature, *self.batch)
         return Evaluation(gradient, log_prior, log_likelihood)
+
+    def _captured(self, u: Tensor) -> Callable[..., Any]:
+        """Return the graph for points like u (C, P): traced at others, where no matrix is singular to rounding."""
+        inside = self._inside.to(u) + torch.linspace(-0.5, 0.5, u.numel()).to(u).reshape(u.shape)
+        powers = torch.linspace(0.5, 1, len(u)).to(u)
+        with torch.no_grad(), pyro.validation_enabled(False), default_dtype_of(*self.args, u):
+            return capture(torch.func.vmap(torch.func.grad(self._at, has_aux=True)), inside, powers, *self.batch)
 
     def log_density(self, u: Tensor) -> Tensor:
         """Return log p(u, data), (), at one point u (P,), differentiable as often as one likes."""
@@ -169,9 +176,16 @@ class LogPosterior:
 
         Raises:
             ValueError: a parameter has an improper prior, as every ``pyro.param`` has, or part of the prior is a
-                ``pyro.factor`` or an observation outside the rows, so that the program does not draw from it.
+                ``pyro.factor`` or an observation outside the rows, so that the program does not draw from it, or a
+                parameter lies in the rows, so that its density counts as likelihood.
         """
         draws = self.draw_sites(num_draws, seed=seed)
+        if self.in_rows:
+            raise ValueError(
+                f"the parameter {', '.join(self.in_rows)} lies in the plates of the rows: its density is part of the "
+                "likelihood, to which a way from the prior comes last; integrate it out of the program, or draw by hmc "
+                'and give the draws to method="bridge"'
+            )
         if self.factors:
             raise ValueError(
                 f"the prior includes the density of {', '.join(self.factors)}, which the program does not draw from: "
@@ -249,9 +263,11 @@ def _is_factor(site: Mapping[str, Any], plates: set[str]) -> bool:
     """Whether a site adds to the density outside one of the plates of the rows without being drawn."""
     if site["type"] != "sample" or not site["is_observed"] or site["infer"].get("_deterministic"):
         return False
-    return type(site["fn"]).__name__ != "_Subsample" and not plates <= {
-        frame.name for frame in site["cond_indep_stack"]
-    }
+    return type(site["fn"]).__name__ != "_Subsample" and not plates <= _plates(site)
+
+
+def _plates(site: Mapping[str, Any]) -> set[str]:
+    return {frame.name for frame in site.get("cond_indep_stack", ())}
 
 
 def _is_parameter(site: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
@@ -180,6 +181,7 @@ def check_prior(family: Any, prior: Any, params: Any) -> Any:
     if prior is None:
         return None
     prior = _convert(prior, family.Prior, params[0])
+    _check_shapes(family, prior, num_components(params), _num_features(params))
     try:
         sites = _parameter_sites(family, params, None, prior)
     except (ValueError, RuntimeError) as error:
@@ -223,6 +225,26 @@ def _convert(prior: Any, expected: Any, like: Tensor) -> Any:
         if not torch.isfinite(values[name]).all():
             raise ValueError(f"{name} of the prior must be finite, and is {value}")
     return expected(**values)
+
+
+def _num_features(params: Any) -> int:
+    return params[1].shape[-1] if params[1].ndim else 1
+
+
+def _check_shapes(family: Any, prior: Any, size: Any, num_features: int) -> None:
+    """Hold a prior against the family's own for other rows, and each part of one against that of its family.
+
+    Some wrong shapes broadcast where K = D, and mean one thing to the program and another to the closed forms.
+    """
+    if isinstance(prior[0], tuple):
+        for part, part_size in zip(prior, size, strict=True):
+            _check_shapes(sys.modules[type(part).__module__], part, part_size, num_features)
+    elif hasattr(family, "weakly_informative_prior"):
+        rows = torch.eye(num_features + 1, num_features, dtype=torch.float64)
+        for name, expected in family.weakly_informative_prior(rows, size)._asdict().items():
+            shape = getattr(prior, name).shape
+            if shape != expected.shape:
+                raise ValueError(f"{name} of the prior must have shape {tuple(expected.shape)}, not {tuple(shape)}")
 
 
 def num_components(params: Any) -> int | tuple[int, ...]:
@@ -284,7 +306,7 @@ def _parameter_sites(
         least = 1 if name.endswith("weights") else 0
         if value.ndim < least:
             raise ValueError(f"{name} must have at least {least} axis, and is the number {value.item()}")
-    features = num_features if num_features is not None else (params[1].shape[-1] if params[1].ndim else 1)
+    features = num_features if num_features is not None else _num_features(params)
     with feasible_params(*params), poutine.trace() as tape:
         family.model(num_components=num_components(params), prior=prior, num_data=1, num_features=features)
     nodes: Any = tape.trace.nodes

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models.conjugate import draw_beta, draw_dirichlet, log_allocations
-from mixproof.models.initial import partition, row_weights
+from mixproof.models.initial import check_num_components, check_rows, partition, row_weights
 
 
 class Params(NamedTuple):
@@ -221,7 +221,14 @@ def init_params(
 
 
 def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
-    """Return the uniform prior, on the simplex and on the unit interval, for rows x (N, D)."""
+    """Return the uniform prior, on the simplex and on the unit interval, for rows x (N, D).
+
+    Raises:
+        TypeError: x is not a floating tensor, or the number of components is not an integer.
+        ValueError: x is not a finite matrix, or the number of components is below 1.
+    """
+    check_rows(x)
+    num_components = check_num_components(num_components)
     return Prior(x.new_ones(num_components), torch.ones_like(x[0]), torch.ones_like(x[0]))
 
 
@@ -342,5 +349,5 @@ class UniformWeights:
         return UniformWeights.Params(torch.full_like(start.weights, 1 / num_components), start.probs)
 
     def weakly_informative_prior(self, x: Tensor, num_components: int) -> UniformWeights.Prior:
-        """Return the uniform prior on the unit interval, for rows x (N, D)."""
-        return self.Prior(torch.ones_like(x[0]), torch.ones_like(x[0]))
+        """Return the uniform prior on the unit interval, for rows x (N, D), or raise as that of all parameters."""
+        return self.Prior(*weakly_informative_prior(x, num_components)[1:])

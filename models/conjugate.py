@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixproof.models.initial import check_num_components, check_rows
+
 
 def draw_gamma(shape: Tensor, generator: torch.Generator) -> Tensor:
     """Return draws (...) from Gamma(shape, 1), one for each shape (...); at least the smallest normal number."""
@@ -55,8 +57,8 @@ class DataScale(NamedTuple):
     component, so that they scatter ten times as far as its rows do. The law of one variance is then the same in each
     Gaussian family, and families differ in the evidence by their shapes alone. Weights are uniform on the simplex.
 
-    Such a prior hardly moves a mode, and the evidence depends on it: locations a hundredfold more exact raise it by
-    log 10 for each location and feature. See how conclusions depend on the prior.
+    Such a prior hardly moves a mode, unless outliers, which enter S, set the scale. The evidence depends on it: locations
+    a hundredfold more exact raise it by log 10 for each location and feature. See how conclusions depend on the prior.
     """
 
     loc: Tensor  # (D,), the mean of the rows
@@ -68,8 +70,12 @@ def data_scale(x: Tensor, num_components: int) -> DataScale:
     """Return the location and the scale of rows x (N, D) for a prior of K components.
 
     Raises:
-        ValueError: there is only one row, or a column is constant: no scale can be read off.
+        TypeError: x is not a floating tensor, or the number of components is not an integer.
+        ValueError: x is not a finite matrix, the number of components is below 1, there is only one row, or a column is
+            constant: no scale can be read off.
     """
+    check_rows(x)
+    num_components = check_num_components(num_components)
     if len(x) < 2:
         raise ValueError("one row says nothing of the scale of the data: give a prior of your own")
     constant = (x == x[0]).all(0)

@@ -278,7 +278,7 @@ def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
     """Return a proper prior on the scale of rows x (N, D), as ``DataScale`` says; mean variances diag S / K^(2 / D).
 
     Raises:
-        ValueError: as ``data_scale``.
+        TypeError, ValueError: as ``data_scale``.
     """
     loc, covariance, shrinkage = data_scale(x, num_components)
     rate = covariance.diagonal() * shrinkage / 2

@@ -236,7 +236,7 @@ class GaussianIsotropic:
         """Return a proper prior on the scale of rows x (N, D): locations as far apart as they, of variance tr S / D.
 
         Raises:
-            ValueError: as ``data_scale``.
+            TypeError, ValueError: as ``data_scale``.
         """
         loc, covariance, _ = data_scale(x, num_components)
         return self.Prior(loc.new_ones(num_components), loc, self.variance / covariance.diagonal().mean())

@@ -284,10 +284,10 @@ def init_params(
 
 
 def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
-    """Return a proper prior on the scale of rows x (N, D), as ``DataScale`` says; the mean variance tr S / D K^(2 / D).
+    """Return a proper prior on the scale of rows x (N, D), as ``DataScale`` says; mean variance tr S / (D K^(2 / D)).
 
     Raises:
-        ValueError: as ``data_scale``.
+        TypeError, ValueError: as ``data_scale``.
     """
     loc, covariance, shrinkage = data_scale(x, num_components)
     rate = covariance.diagonal().mean() * shrinkage / 2

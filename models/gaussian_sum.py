@@ -483,7 +483,7 @@ class KnownNoise:
         """Return a proper prior for x on the scale of the sums (N, D), which bounds its own, less the noise's mean.
 
         Raises:
-            ValueError: as ``data_scale``.
+            TypeError, ValueError: as ``data_scale``.
         """
         prior = gaussian_full.weakly_informative_prior(x, num_components)
         return prior._replace(loc=prior.loc - self.noise.weights.to(x) @ self.noise.locs.to(x))

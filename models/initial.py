@@ -28,13 +28,7 @@ def partition(
         ValueError: x is not a finite matrix, the method is another one, or K is below 1 or above the number of rows
             that count.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError("x must be a floating tensor: torch.as_tensor(x, dtype=torch.float64) makes one of numbers")
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"x must have shape (N, D) with at least one row and one column, not {tuple(x.shape)}")
-    if not torch.isfinite(x).all():
-        row, column = (~torch.isfinite(x)).nonzero()[0].tolist()
-        raise ValueError(f"x[{row}, {column}] is {x[row, column].item()}: drop or impute the row")
+    check_rows(x)
     weights = row_weights(x, weights)
     num_components = check_num_components(num_components, int((weights > 0).sum()))
     if method == "k-means++":
@@ -48,6 +42,22 @@ def partition(
     scaled = rescale(x)
     labels = torch.cdist(scaled, scaled[rows.to(x.device)], compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
     return torch.nn.functional.one_hot(labels, num_components).to(x.dtype)
+
+
+def check_rows(x: Tensor) -> None:
+    """Say what is wrong with rows x (N, D).
+
+    Raises:
+        TypeError: x is not a floating tensor.
+        ValueError: x is not a matrix with an entry, or an entry is not finite.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError("x must be a floating tensor: torch.as_tensor(x, dtype=torch.float64) makes one of numbers")
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"x must have shape (N, D) with at least one row and one column, not {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        row, column = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise ValueError(f"x[{row}, {column}] is {x[row, column].item()}: drop or impute the row")
 
 
 def row_weights(x: Tensor, weights: Tensor | None) -> Tensor:
@@ -90,7 +100,7 @@ def rescale(x: Tensor) -> Tensor:
     return x / math.ldexp(1.0, math.frexp(x.abs().max().item())[1] - 1)
 
 
-def check_num_components(num_components: Any, num_rows: int) -> int:
+def check_num_components(num_components: Any, num_rows: float = math.inf) -> int:
     """Return the number of components as an int, or say why data of so many rows cannot carry it.
 
     Raises:

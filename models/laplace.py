@@ -278,7 +278,7 @@ def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
     which there is a mean; the locations scatter about the medians ten times as far as the rows of a component.
 
     Raises:
-        ValueError: as ``data_scale``.
+        TypeError, ValueError: as ``data_scale``.
     """
     _, _, shrinkage = data_scale(x, num_components)
     loc = x.median(0).values

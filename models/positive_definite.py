@@ -29,6 +29,21 @@ def cholesky(covariances: Tensor) -> Tensor:
     return torch.where(regular[..., None, None], factor, torch.nan)
 
 
+def check_regular(covariance: Tensor, num_rows: int) -> None:
+    """Raise unless the covariance (D, D) of so many rows is positive definite beyond rounding.
+
+    Raises:
+        ValueError: it is singular.
+    """
+    if num_rows <= len(covariance):
+        raise ValueError(
+            f"x has {num_rows} rows of {len(covariance)} columns, whose covariance is singular: give a prior of your "
+            "own, or take a family of fewer parameters"
+        )
+    if cholesky(covariance).isnan().any():
+        raise ValueError("the columns of x are linearly dependent: drop those that follow from others")
+
+
 def log_det(factor: Tensor) -> Tensor:
     """Return log det of L L^T from its lower triangular factor L of shape (..., D, D)."""
     return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -87,6 +102,11 @@ class InverseWishart(TorchDistribution):
     def __init__(
         self, df: Tensor, scale: Tensor, batch_shape: torch.Size | None = None, validate_args: bool | None = None
     ):
+        if df.ndim or scale.ndim != 2:
+            raise ValueError(
+                f"the degrees of freedom must be one number and the scale one matrix, not of shapes {tuple(df.shape)} "
+                f"and {tuple(scale.shape)}: use expand for a batch"
+            )
         self.df, self.scale = df, scale
         super().__init__(batch_shape or torch.Size(), scale.shape[-2:], validate_args=validate_args)
         if self._validate_args and not (df > scale.shape[-1] - 1).all():

@@ -323,6 +323,27 @@ def test_interrupt_keeps_the_simulations_that_were_done() -> None:
         location_calibration(engine, 100)
 
 
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_wrong_engine_does_not_hold_by_ending_the_study(change: int) -> None:
+    """It is five standard deviations off, and changes how many draws it returns."""
+    calls: list[int] = []
+
+    def engine(x: Tensor, seed: int) -> Draws:
+        calls.append(seed)
+        draws = torch.randn(1, 50 + change * len(calls), generator=torch.Generator().manual_seed(seed)).double()
+        return Draws({"mean": 5 + draws}, {}, {})
+
+    run = partial(calibrate, location, engine, ROWS, num_simulations=200, seed=SEED, num_ranks=20)
+    if change > 0:
+        with pytest.raises(ValueError, match="returned 52 draws, and 51 in the first simulation"):
+            run()
+        return
+    with pytest.warns(UserWarning, match="interrupted: 1 of 200"):
+        found = run()
+    assert found.report.verdict == "undecided"
+    assert not found.ok
+
+
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_a_run_that_was_interrupted_or_killed_goes_on_to_the_same_ranks(batch_size: int | None, tmp_path: Path) -> None:
     """Ties are broken at random, and in the same way, though the file knows names and no order."""

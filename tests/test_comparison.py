@@ -34,6 +34,7 @@ from mixproof.models import (
     gaussian_tied,
 )
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
+from mixproof.models.positive_definite import InverseWishart
 
 if TYPE_CHECKING:
     from tests.conftest import Case
@@ -297,6 +298,52 @@ def test_a_column_without_scale_is_refused_in_words() -> None:
         gaussian_full.weakly_informative_prior(torch.tensor([[1.0, 2.0], [2.0, 2.0]]).double(), 2)
     with pytest.raises(ValueError, match="one row says nothing"):
         gaussian_diagonal.weakly_informative_prior(torch.ones(1, 2).double(), 1)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_that_give_no_prior_are_refused_in_words(case: Case, size: int) -> None:
+    if not hasattr(case.family, "weakly_informative_prior"):
+        assert case.num_weights > 1
+        return
+    make, x = case.family.weakly_informative_prior, case.data(3, 20)
+    spoilt = x.clone()
+    spoilt[3, 1] = math.nan
+    for rows, number, words in (
+        (x.numpy(), size, "x must be a floating tensor"),
+        (x.long(), size, "x must be a floating tensor"),
+        (x[:, 0], size, r"x must have shape \(N, D\)"),
+        (spoilt, size, r"x\[3, 1\] is nan"),
+        (x, 0, "the number of components must be at least 1, not 0"),
+        (x, 1.5, "the number of components must be an integer, not 1.5"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            make(rows, number)
+
+
+@pytest.mark.parametrize("family", [gaussian_full, gaussian_tied])
+def test_a_singular_covariance_gives_no_prior(family: Any) -> None:
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(ValueError, match="3 rows of 3 columns, whose covariance is singular"):
+        family.weakly_informative_prior(x[:3], 2)
+    x[:, 2] = x[:, 0] - 2 * x[:, 1]
+    with pytest.raises(ValueError, match="columns of x are linearly dependent"):
+        family.weakly_informative_prior(x, 2)
+
+
+def test_priors_of_another_shape_are_refused_where_they_broadcast() -> None:
+    """K = D = 2: two degrees of freedom could be those of two components or of two columns."""
+    params = example_params(gaussian_full, 2, tiny().expand(-1, 2))[0]
+    prior = gaussian_full.Prior(*(torch.as_tensor(v) for v in ([1.0, 1.0], [0.0, 0.0], 0.1, 4.0, torch.eye(2))))
+    assert check_prior(gaussian_full, prior, params).df.shape == ()
+    for name, value in {"df": [4.0, 50.0], "strength": [0.1, 1.0], "loc": [[0.0, 0.0], [1.0, 1.0]]}.items():
+        wrong = prior._replace(**{name: torch.tensor(value)})
+        with pytest.raises(ValueError, match=rf"{name} of the prior must have shape \("):
+            check_prior(gaussian_full, wrong, params)
+        pair = gaussian_sum.Prior(prior, wrong)
+        with pytest.raises(ValueError, match=rf"{name} of the prior must have shape \("):
+            check_prior(gaussian_sum, pair, example_params(gaussian_sum, (2, 2), tiny().expand(-1, 2))[0])
+    with pytest.raises(ValueError, match="must be one number and the scale one matrix, not of shapes"):
+        InverseWishart(torch.tensor([4.0, 50.0]), torch.eye(2))
 
 
 def test_bad_candidates_are_refused_before_any_run() -> None:

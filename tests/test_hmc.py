@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,22 +221,29 @@ def test_chains_with_data_of_their_own_follow_their_own_posteriors() -> None:
         hmc(conjugate, X.reshape(3, 2), batched=True, num_chains=2, num_draws=5, num_warmup=20, seed=0)
 
 
+def interrupt(patch: pytest.MonkeyPatch, iteration: int) -> None:
+    """Raise KeyboardInterrupt where the leapfrog steps of an iteration begin."""
+    calls, step = 0, hmc_module.leapfrog
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == iteration + 1:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    patch.setattr(hmc_module, "leapfrog", interrupted)
+
+
 def test_same_seed_same_draws_and_resuming_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"num_chains": 3, "num_draws": 20, "num_warmup": 40, "seed": 4}
     whole = hmc(share_of_two, X, **settings)
     other = hmc(share_of_two, X, **{**settings, "seed": 5})
     assert not torch.equal(whole.params["share"], other.params["share"])
-    advance = hmc_module._Run.advance
-    for stop in (33, 52):  # while it warms up, and while it draws
-
-        def interrupted(run: Any, stop: int = stop) -> None:
-            if run.iteration == stop:
-                raise KeyboardInterrupt
-            advance(run)
-
+    for stop in (33, 52):  # while it warms up, and while it draws; where momenta are drawn and the draw is not made
         file = tmp_path / f"run{stop}"
         with monkeypatch.context() as patch:
-            patch.setattr(hmc_module._Run, "advance", interrupted)
+            interrupt(patch, stop)
             if stop < 40:
                 with pytest.raises(KeyboardInterrupt):
                     hmc(share_of_two, X, **settings, checkpoint=file, checkpoint_every=10)
@@ -249,6 +257,31 @@ def test_same_seed_same_draws_and_resuming_changes_nothing(tmp_path: Path, monke
             assert torch.equal(resumed.sample_stats[name], value)
     with pytest.raises(ValueError, match="belongs to another run, which differs in seed"):
         hmc(share_of_two, X, **{**settings, "seed": 5}, checkpoint=file)
+
+
+def test_a_checkpoint_of_another_program_or_other_data_is_refused(tmp_path: Path) -> None:
+    """The prior is no argument of the program; the data lie in containers."""
+
+    def model(data: Any, loc: float) -> None:
+        rows = torch.as_tensor(data["x"][0])
+        mean = pyro.sample("mean", dist.Normal(loc, 0.5))
+        with pyro.plate("data", len(rows)):
+            pyro.sample("z", dist.Categorical(torch.ones(1)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=rows)
+
+    settings: dict[str, Any] = {"num_chains": 2, "num_draws": 3, "num_warmup": 20, "seed": 0}
+    file = tmp_path / "run"
+    rows = np.linspace(-1, 1, 5000)
+    first = hmc(partial(model, loc=0.0), {"x": [rows]}, **settings, checkpoint=file)
+    again = hmc(partial(model, loc=0.0), {"x": [rows.copy()]}, **settings, checkpoint=file)
+    assert torch.equal(again.params["mean"], first.params["mean"])
+    with pytest.raises(ValueError, match=r"belongs to another program: the log posterior where chain [01] stands is -"):
+        hmc(partial(model, loc=1.0), {"x": [rows]}, **settings, checkpoint=file)
+    rows[2500] += 1e-12
+    with pytest.raises(ValueError, match="belongs to another run, which differs in data"):
+        hmc(partial(model, loc=0.0), {"x": [rows]}, **settings, checkpoint=file)
+    with pytest.raises(TypeError, match="cannot tell one partial from another"):
+        hmc(share_of_two, partial(model), **settings, checkpoint=file)
 
 
 def test_a_data_set_without_a_start_is_named() -> None:

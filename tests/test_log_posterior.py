@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +16,12 @@ from pyro import poutine
 from scipy import stats
 from torch import Tensor
 from torch.distributions import constraints
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mixproof.inference import captured_graph, log_posterior
 from mixproof.inference.captured_graph import capture
 from mixproof.inference.enumeration import log_joint_table
+from mixproof.inference.evidence import log_evidence
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.models.positive_definite import InverseWishart
 
@@ -388,6 +392,40 @@ def test_improper_priors_are_named() -> None:
     assert posterior.draw_sites(2, seed=0).shape == (2, 2)
 
 
+def random_effects(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 0.5))
+    with pyro.plate("data", len(x)):
+        effect = pyro.sample("effect", dist.Normal(loc + 3 * _bernoulli("z", 0.3), 1.0))
+        pyro.sample("x", dist.Normal(effect, 1.0), obs=x)
+
+
+def test_a_parameter_in_the_rows_has_no_way_from_the_prior() -> None:
+    """Its density is part of the likelihood: at power 0 of that it would have none."""
+    x = X.reshape(-1)[:3]
+    with pytest.raises(ValueError, match=r'parameter effect lies in the plates of the rows.*draws to method="bridge"'):
+        LogPosterior(random_effects, x).draw_prior(2, seed=0)
+    for method in ("smc", "bridge"):
+        with pytest.raises(ValueError, match="parameter effect lies in the plates of the rows"):
+            log_evidence(random_effects, x, method=method, seed=0, relabel=False)
+    assert LogPosterior(random_effects, x).draw_sites(2, seed=0).shape == (2, 4)
+
+
+def test_positive_definite_sites_need_no_family() -> None:
+    """In a process of its own, which imports no model."""
+    script = """
+import pyro, torch
+from mixproof.inference.log_posterior import LogPosterior
+def model(x):
+    pyro.sample("c", pyro.distributions.ImproperUniform(torch.distributions.constraints.positive_definite, (), (3, 3)))
+    with pyro.plate("rows", 4):
+        z = pyro.sample("z", pyro.distributions.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        pyro.sample("x", pyro.distributions.Normal(z, 1.0), obs=x)
+print(LogPosterior(model, torch.zeros(4)).size)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["6"]
+
+
 def test_a_program_without_continuous_parameters_is_refused() -> None:
     def model(x: Tensor) -> None:
         mixture(torch.tensor([0.4, 0.6]), torch.tensor([0.0, 1.0]), torch.tensor(1.0), x)
@@ -524,6 +562,29 @@ def test_a_graph_keeps_differences_of_large_numbers() -> None:
 
     expected = torch.tensor([0.0, -50.5], dtype=torch.float64)
     assert (capture(function, m)(m) - expected).abs().max() <= 101 * 1.5e-8 * math.sqrt(101)
+
+
+def test_every_constant_lives_as_long_as_its_place_in_the_graph() -> None:
+    """Equal operations are told by the identity of tensors, which a later tensor could take over from a dead one."""
+    rewriter = captured_graph._Rewriter(make_fx(lambda x: torch.where(x > 0, 2 * x.exp(), 0.0))(X), [X])
+    rewriter.run()
+    assert rewriter.made
+    for (_, _, leaves), (_, values) in rewriter.made.items():
+        assert [leaf for leaf in leaves if isinstance(leaf, int)] == [id(value.example) for value in values]
+
+
+@pytest.mark.parametrize("singular_first", [False, True])
+def test_a_singular_matrix_spoils_its_own_point_alone(singular_first: bool) -> None:
+    posterior = LogPosterior(matrices, X.reshape(-1))
+    regular = points(posterior, 3)
+    far = regular.clone()
+    far[2] = torch.tensor([400.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    far[2, 1], far[2, 2] = 1e200, -400.0
+    expected = posterior(regular, powers(3))
+    again = LogPosterior(matrices, X.reshape(-1))
+    found = (again if singular_first else posterior)(far, powers(3))
+    assert_close(found.log_likelihood[:2], expected.log_likelihood[:2])
+    assert not torch.isfinite(found.log_likelihood[2])
 
 
 def test_a_graph_that_came_out_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
