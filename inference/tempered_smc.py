@@ -52,6 +52,11 @@ class TemperedSMC(NamedTuple):
         evidences = (self.log_evidences - self.log_evidence).exp()
         return float(evidences.std()) / math.sqrt(len(evidences))
 
+    @property
+    def effective_replicates(self) -> float:
+        """How many replicates of equal evidences the mean is worth: the square of their sum by the sum of squares."""
+        return float((2 * self.log_evidences.logsumexp(0) - (2 * self.log_evidences).logsumexp(0)).exp())
+
 
 def tempered_smc(
     posterior: LogPosterior,
@@ -134,20 +139,20 @@ def tempered_smc(
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(f"stopped at temperature {temperature:.2g}: there is no evidence before temperature 1")
             raise
-    spread = float(log_evidences.std())
-    if spread > 1:
-        warnings.warn(
-            f"the replicates' log evidences differ by a standard deviation of {spread:.2f}: above 1, a few replicates "
-            "decide the mean and its standard error is too small; raise num_chains or num_moves",
-            stacklevel=2,
-        )
-    return TemperedSMC(
+    found = TemperedSMC(
         log_evidences,
         u,
         log_prior,
         log_lik,
         *(torch.tensor(values, dtype=starts.dtype) for values in (temperatures, sizes, rates, steps)),
     )
+    if found.effective_replicates < num_replicates / math.e:  # as of a log-normal law of standard deviation 1
+        warnings.warn(
+            f"the mean of the evidences of {num_replicates} replicates rests on {found.effective_replicates:.1f} of "
+            "them, and its standard error is too small; raise num_chains or num_moves",
+            stacklevel=2,
+        )
+    return found
 
 
 class _Kernel:
