@@ -59,6 +59,11 @@ def log_mean_evidence(log_evidences: Tensor) -> tuple[float, float]:
     mean = float(log_evidences.logsumexp(0)) - math.log(len(log_evidences))
     return mean, float((log_evidences - mean).exp().std()) / math.sqrt(len(log_evidences))
 
+    @property
+    def effective_replicates(self) -> float:
+        """How many replicates of equal evidences the mean is worth: the square of their sum by the sum of squares."""
+        return float((2 * self.log_evidences.logsumexp(0) - (2 * self.log_evidences).logsumexp(0)).exp())
+
 
 def tempered_smc(
     posterior: LogPosterior,
@@ -136,21 +141,20 @@ def tempered_smc(
             reached = path.temperatures[-1]
             interrupt.add_note(f"stopped at temperature {reached:.2g}: there is no evidence before temperature 1")
             raise
-    log_evidences = path.log_evidences
-    spread = float(log_evidences.std())
-    if spread > 1:
-        warnings.warn(
-            f"the replicates' log evidences differ by a standard deviation of {spread:.2f}: above 1, a few replicates "
-            "decide the mean and its standard error is too small; raise num_chains or num_moves",
-            stacklevel=2,
-        )
-    return TemperedSMC(
-        log_evidences,
+    found = TemperedSMC(
+        path.log_evidences,
         u,
         log_prior,
         log_lik,
         *(torch.tensor(getattr(path, name), dtype=starts.dtype) for name in _Path.LISTS),
     )
+    if found.effective_replicates < num_replicates / math.e:  # as of a log-normal law of standard deviation 1
+        warnings.warn(
+            f"the mean of the evidences of {num_replicates} replicates rests on {found.effective_replicates:.1f} of "
+            "them, and its standard error is too small; raise num_chains or num_moves",
+            stacklevel=2,
+        )
+    return found
 
 
 class _Path:

@@ -14,6 +14,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.signal
 import torch
 import xarray
 from torch import Tensor
@@ -154,6 +155,23 @@ def test_loo_does_not_depend_on_labels(draws: Draws, posterior: LogPosterior, tr
     assert loo(other).elpd == pytest.approx(loo(tree).elpd, rel=1e-12)
     assert float(arviz_stats.rhat(other["posterior"]["probs"]).min()) > 1.1
     assert float(arviz_stats.rhat(other["label_invariant"].to_dataset()).to_array().max()) < 1.01
+
+
+def test_draws_are_worth_what_the_densities_of_rows_repeat_one_another() -> None:
+    """Of p = exp(1.5 z), z an autoregression of correlation 0.8^k: neither that of log p nor that of the ranks of p."""
+    correlation, scale, shape = 0.8, 1.5, (4, 4000, 40)
+    noise = np.random.default_rng(1).standard_normal(shape)
+    noise[:, 1:] *= math.sqrt(1 - correlation**2)
+    rows = scale * scipy.signal.lfilter([1], [1, -correlation], noise, axis=1)
+    tree = xarray.DataTree.from_dict(
+        {"log_likelihood": xarray.Dataset({"x": (("chain", "draw", "obs_id"), rows - 1000)})}  # e^-1000 is 0
+    )
+    lags = correlation ** np.arange(1, 200)
+    of_density = 1 / (1 + 2 * (np.expm1(scale**2 * lags) / np.expm1(scale**2)).sum())
+    of_logarithm = (1 - correlation) / (1 + correlation)
+    found = relative_efficiency(tree)
+    assert abs(found - of_density) < abs(found - of_logarithm) / 4
+    assert of_density > 1.5 * of_logarithm
 
 
 def test_predictions_are_those_of_the_program(tree: Any, exact: ExactPosterior) -> None:

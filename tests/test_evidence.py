@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -263,6 +264,23 @@ def test_the_evidence_is_the_mean_of_the_evidences_and_not_of_their_logarithms()
     found = planted_run([math.log(value) for value in (1.0, 2.0, 3.0, 6.0)])
     assert found.log_evidence == pytest.approx(math.log(3), rel=1e-14)
     assert found.standard_error == pytest.approx(math.sqrt(14 / 3) / 2 / 3, rel=1e-14)
+
+
+def test_replicates_that_decide_the_mean_are_counted_and_those_that_miss_a_mode_are_not() -> None:
+    assert planted_run([-3.0] * 32).effective_replicates == pytest.approx(32, rel=1e-12)
+    assert planted_run([-3.0] * 31 + [-149.0]).effective_replicates == pytest.approx(31, rel=1e-12)
+    assert planted_run([-3.0] * 31 + [7.0]).effective_replicates == pytest.approx(1, abs=0.01)
+    assert planted_run([math.log(value) for value in (1.0, 2.0, 3.0)]).effective_replicates == pytest.approx(36 / 14)
+
+
+@pytest.mark.parametrize(("effective", "warns"), [(2.9, True), (3.0, False)])  # 8 / e is 2.94
+def test_few_replicates_that_decide_the_mean_are_a_warning(
+    effective: float, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TemperedSMC, "effective_replicates", effective)
+    run = partial(tempered_smc, coins(2).posterior, seed=1, num_replicates=8, num_chains=4, num_moves=3)
+    with pytest.warns(UserWarning, match="of 8 replicates rests on 2.9 of them") if warns else nullcontext():
+        run()
 
 
 # Families and programs
