@@ -70,6 +70,8 @@ def reallocate(data: CompleteData, params: Any, resp: Tensor, powers: Tensor | N
         ``Allocations``: a draw from p(z | x)^power, the parameters integrated out, where z is one.
     """
     batch, num_components, _ = resp.shape
+    if num_components == 1:
+        return Allocations(resp, torch.zeros(batch, dtype=torch.bool, device=resp.device))
     uniform = torch.rand(batch, num_components, generator=data.generator, device=resp.device)
     pair = uniform.argsort(1)[:, :2]
     chosen = one_hot(pair, num_components).sum(1).to(resp)  # (B, K)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ import torch
 from torch import Tensor
 
 from mixproof.inference import checkpoint
+from mixproof.inference import gibbs as gibbs_module
+from mixproof.inference import split_merge as split_merge_module
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import Coordinates
 from mixproof.inference.exact_evidence import exact_draws, exact_posterior
@@ -260,11 +264,36 @@ def test_exact_posterior_sees_planted_faults(fault: str, all_families: list[Case
     assert largest_score(scores) > bound(len(scores))
 
 
-def test_swaps_that_are_always_accepted_are_seen(all_families: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+def faulty_swaps() -> dict[str, Any]:
+    """Return log likelihoods to the powers, by which swaps are accepted, wrong in one respect each."""
+    right = gibbs_module._Chains.log_likelihood
+
+    def with_prior(self: Any, params: Any, powers: list[Tensor]) -> list[Tensor]:
+        log_prior = torch.func.vmap(partial(self.family.log_prior, prior=self.prior))(params)
+        return [value + power * log_prior for value, power in zip(right(self, params, powers), powers, strict=True)]
+
+    return {
+        "always accepted": lambda self, params, powers: [self.x.new_zeros(self.num_replicas)] * 2,
+        "temperature of the prior too": with_prior,
+    }
+
+
+@pytest.mark.parametrize("fault", faulty_swaps())
+def test_wrong_swaps_are_seen(fault: str, all_families: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in all_families if case.family is gaussian_diagonal)
-    monkeypatch.setattr(f"{MODULE}._Chains.log_likelihood", lambda self, params, powers: [self.x.new_zeros(self.num_replicas)] * 2)  # fmt: skip  # noqa: E501
+    monkeypatch.setattr(f"{MODULE}._Chains.log_likelihood", faulty_swaps()[fault])
     scores = scores_against_exact(gaussian_diagonal, case, temperatures=(1.0, 0.6, 0.2))
     assert largest_score(scores) > bound(len(scores))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperatures", [None, (1.0, 0.4)])
+def test_split_merge_moves_keep_the_exact_posterior(case: Case, temperatures: Any) -> None:
+    """With temperatures too, at which a move must count each row as often as its power says."""
+    if not hasattr(case.family, "log_marginal"):
+        return
+    scores = scores_against_exact(case.family, case, split_merge=True, temperatures=temperatures)
+    assert largest_score(scores) < bound(len(scores))
 
 
 @pytest.mark.slow
@@ -341,6 +370,67 @@ def test_tempered_chains_change_modes_as_often_as_is_right() -> None:
     assert draws.attributes["round_trips"] > 40
 
 
+THREE_CLUSTERS = torch.tensor([[-8.3], [-8.0], [-7.5], [-0.4], [0.1], [0.2], [7.5], [7.9], [8.4]]).double()
+CHAINS_OF_MODES = 40
+
+
+def modes_of_three_clusters(**options: Any) -> tuple[Tensor, float]:
+    """Return whether rows 3 and 0 are together, (C, S) from two components, and how probable it is exactly.
+
+    The middle one of three clusters shares a component with the left or with the right one: its three rows would have
+    to change at once, against odds of exp(-24) each.
+    """
+    family = GaussianIsotropic(1.0)
+    prior = family.Prior(*(torch.tensor(value).double() for value in ([1.0, 1.0], [0.0], 0.05)))
+    exact = exact_posterior(family, THREE_CLUSTERS, prior, num_components=2)
+    draws = gibbs(
+        family, THREE_CLUSTERS, prior, num_components=2, num_chains=CHAINS_OF_MODES, num_draws=150, num_warmup=100,
+        generator=seeded(2), **options,
+    )  # fmt: skip
+    locs, log_weights = draws.params["locs"][..., 0], draws.params["weights"].log()
+    log_joint = log_weights[..., None, :] - (THREE_CLUSTERS[[0, 3]] - locs[..., None, :]).square() / 2
+    resp = log_joint.softmax(-1)
+    return (resp[..., 0, :] * resp[..., 1, :]).sum(-1), exact.coclustering[0, 3].item()
+
+
+def test_split_merge_moves_change_modes_as_often_as_is_right() -> None:
+    stuck, expected = modes_of_three_clusters()
+    assert 0.1 < expected < 0.9
+    assert ((stuck > 0.99).all(1) | (stuck < 0.01).all(1)).all()  # every chain stays where it began
+    together, _ = modes_of_three_clusters(split_merge=True)
+    shares = together.mean(1)
+    assert ((shares > 0.01) & (shares < 0.99)).all()
+    assert largest_score(z_scores(shares[:, None], expected)) < bound(1)
+
+
+def faulty_moves() -> dict[str, Any]:
+    """Return split-merge moves that are wrong in one respect each."""
+    source = inspect.getsource(split_merge_module.reallocate)
+    found = {}
+    for name, right, wrong in (
+        ("no Hastings's ratio", " - log_proposal", ""),
+        ("Hastings's ratio turned over", " - log_proposal", " + log_proposal"),
+        ("always accepted", "uniform.log() < gain", "uniform < 1"),
+        ("no marginal likelihood", "data.log_marginal(params, z, powers)", "0"),
+        ("density of one scan", "tables.where(z > 0, 0)", "tables[:1].where(z > 0, 0)"),
+    ):
+        assert right in source
+        namespace = dict(vars(split_merge_module))
+        exec(source.replace(right, wrong), namespace)
+        found[name] = namespace["reallocate"]
+    return found
+
+
+@pytest.mark.parametrize("fault", faulty_moves())
+def test_wrong_split_merge_moves_are_seen(
+    fault: str, all_families: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in all_families if case.family is gaussian_diagonal)
+    monkeypatch.setattr(f"{MODULE}.reallocate", faulty_moves()[fault])
+    scores = scores_against_exact(gaussian_diagonal, case, split_merge=True)
+    assert largest_score(scores) > bound(len(scores))
+
+
 def test_relabelled_draws_are_the_same_up_to_the_order_of_components(case: Case) -> None:
     k, prior = case.num_components(3), case.prior(2)
     prior = even(prior)
@@ -375,6 +465,42 @@ def test_components_that_the_prior_tells_apart_are_not_relabelled() -> None:
             family, x, prior, num_components=2, num_chains=1, num_draws=1, num_warmup=0, generator=seeded(0),
             relabel=True,
         )  # fmt: skip
+
+
+# Where chains start
+
+
+def last(draws: Draws) -> dict[str, Tensor]:
+    """Return where each chain ended, as another run takes it."""
+    return {name: value[:, -1] for name, value in draws.params.items()}
+
+
+def test_chains_start_where_they_are_told(case: Case) -> None:
+    ends = last(run(case))
+    options: dict[str, Any] = {} if hasattr(case.family, "draw_statistics") else {"temperatures": (1.0, 0.5)}
+    draws = run(case, 1, init=ends, num_warmup=0)
+    for name, value in ends.items():
+        assert torch.allclose(draws.params[name][:, 0], value, rtol=1e-15)
+    assert all(torch.isfinite(value).all() for value in run(case, 1, init=ends, **options).params.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"locs": None}, ValueError, "init must have the sites weights, locs, variances, and has weights, variances"),
+        ({"locs": torch.zeros(3, 2, 2)}, ValueError, r"init\['locs'\] must have shape \(3, 3, 2\), one start for each"),
+        ({"variances": -torch.ones(3, 3, 2)}, ValueError, "variances.* must be positive"),
+        ({"locs": torch.full((3, 3, 2), math.nan)}, ValueError, "locs.* is nan: every parameter must be finite"),
+    ],
+)
+def test_bad_starts_get_one_sentence(
+    change: dict[str, Any], error: type[Exception], words: str, all_families: list[Case]
+) -> None:
+    case = next(case for case in all_families if case.family is gaussian_diagonal)
+    changed = last(run(case)) | change
+    init = {name: value for name, value in changed.items() if value is not None}
+    with pytest.raises(error, match=words):
+        run(case, init=init)
 
 
 # What it computes on the way
@@ -452,7 +578,8 @@ def test_more_components_than_rows_and_a_single_row_are_fine(case: Case) -> None
 
 
 def test_a_run_goes_on_to_the_identical_draws(case: Case, tmp_path: Path) -> None:
-    options: dict[str, Any] = {} if hasattr(case.family, "draw_statistics") else {"temperatures": (1.0, 0.5)}
+    complete = not hasattr(case.family, "draw_statistics")
+    options: dict[str, Any] = {"temperatures": (1.0, 0.5), "split_merge": True} if complete else {}
     expected = run(case, num_draws=20, **options)
     for num_draws in (3, 11, 20):
         found = run(case, num_draws=num_draws, checkpoint=tmp_path / "state", **options)
@@ -470,7 +597,8 @@ from mixproof.models import gaussian_full
 x, prior = torch.load(sys.argv[1], weights_only=False)
 torch.set_num_threads(1)
 gibbs(gaussian_full, x, gaussian_full.Prior(*prior), num_components=3, num_chains=4, num_draws=int(sys.argv[3]),
-      num_warmup=5, generator=torch.Generator().manual_seed(4), checkpoint=Path(sys.argv[2]), checkpoint_every=1)
+      num_warmup=5, generator=torch.Generator().manual_seed(4), checkpoint=Path(sys.argv[2]), checkpoint_every=1,
+      split_merge=True)
 """
 
 
@@ -494,6 +622,7 @@ def test_a_killed_run_goes_on_to_the_identical_draws(all_families: list[Case], t
     assert state is not None
     num_draws = state["log_lik"].shape[1] + 7
     settings: dict[str, Any] = {"num_components": 3, "num_chains": 4, "num_draws": num_draws, "num_warmup": 5}
+    settings["split_merge"] = True
     found = gibbs(gaussian_full, x, prior, **settings, generator=seeded(4), checkpoint=file)
     expected = gibbs(gaussian_full, x, prior, **settings, generator=seeded(4))
     assert all(torch.equal(found.params[name], expected.params[name]) for name in expected.params)
@@ -502,13 +631,16 @@ def test_a_killed_run_goes_on_to_the_identical_draws(all_families: list[Case], t
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"seed": 1}, "generator"), ({"num_chains": 4}, "num_chains"), ({"num_warmup": 3}, "num_warmup"),
-     ({"x": torch.zeros(40, 2).double()}, "x"), ({"temperatures": (1.0, 0.5)}, "temperatures")],
+     ({"x": torch.zeros(40, 2).double()}, "x"), ({"temperatures": (1.0, 0.5)}, "temperatures"),
+     ({"split_merge": True}, "split_merge"), ({"init": "drawn"}, "init")],
 )  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused(
     change: dict[str, Any], words: str, all_families: list[Case], tmp_path: Path
 ) -> None:
     case = next(case for case in all_families if case.family is gaussian_diagonal)
-    run(case, checkpoint=tmp_path / "state")
+    drawn = run(case, checkpoint=tmp_path / "state")
+    if "init" in change:
+        change = {"init": last(drawn)}
     with pytest.raises(ValueError, match=f"belongs to another run, which differs in {words}"):
         run(case, checkpoint=tmp_path / "state", **change)
 
@@ -586,6 +718,8 @@ def test_improper_priors_and_incomplete_rows_are_refused(case: Case) -> None:
     if hasattr(case.family, "draw_statistics"):
         with pytest.raises(ValueError, match="temperatures need rows that are complete"):
             run(case, temperatures=(1.0, 0.5))
+        with pytest.raises(ValueError, match="split-merge moves need a family with log_marginal"):
+            run(case, split_merge=True)
 
 
 def test_a_family_without_draw_is_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixproof.inference.gibbs import _Chains
+from mixproof.inference.gibbs import gibbs
 from mixproof.inference.joint_distribution_test import Transition, joint_distribution_test
 from mixproof.models import gaussian_spherical
 
@@ -105,26 +105,33 @@ def test_wrong_settings_and_transitions_are_told() -> None:
         verdict(lambda params, x, generator: {name: value * torch.nan for name, value in params.items()})
 
 
-def gibbs_sweep(case: Case, prior: Any, num_components: Any) -> Callable[..., dict[str, Tensor]]:
+def gibbs_sweep(case: Case, prior: Any, split_merge: bool) -> Callable[..., dict[str, Tensor]]:
     """Return the sweep of ``gibbs`` as a transition of chains, each with rows of its own."""
 
     def transition(params: dict[str, Tensor], x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        found = []
-        for chain, rows in enumerate(x):
-            chains = _Chains(case.family, rows, prior, num_components, 1, rows.new_ones(1), generator)
-            known = chains.draw_prior()
-            start = known._replace(**{name: value[chain][None] for name, value in params.items()})
-            found.append(chains.sweep(start, None)[0]._asdict())
-        return {name: torch.cat([after[name] for after in found]) for name in params}
+        settings = {"num_components": case.num_components(2), "num_chains": 1, "num_draws": 1, "num_warmup": 1}
+        found = [
+            gibbs(
+                case.family,
+                rows,
+                prior,
+                **settings,
+                generator=generator,
+                init={name: value[chain][None] for name, value in params.items()},
+                split_merge=split_merge,
+            ).params
+            for chain, rows in enumerate(x)
+        ]
+        return {name: torch.cat([after[name][:, 0] for after in found]) for name in params}
 
     return transition
 
 
-def gibbs_report(case: Case, num_chains: int, num_steps: int, num_reference: int) -> Any:
-    prior, num_components = case.prior(k=2), case.num_components(2)
+def gibbs_report(case: Case, num_chains: int, num_steps: int, num_reference: int, split_merge: bool = False) -> Any:
+    prior = case.prior(k=2)
     return joint_distribution_test(
         case.program(2, prior),
-        gibbs_sweep(case, prior, num_components),
+        gibbs_sweep(case, prior, split_merge),
         torch.zeros(5, 2, dtype=torch.float64),
         num_chains=num_chains,
         num_steps=num_steps,
@@ -139,6 +146,9 @@ def test_gibbs_sweeps_of_every_family_hold(case: Case) -> None:
 
 
 @pytest.mark.slow
-def test_gibbs_sweeps_of_every_family_hold_for_long(case: Case) -> None:
-    report = gibbs_report(case, 100, 20, 2000)
+@pytest.mark.parametrize("split_merge", [False, True])
+def test_gibbs_sweeps_of_every_family_hold_for_long(case: Case, split_merge: bool) -> None:
+    if split_merge and not hasattr(case.family, "log_marginal"):
+        return
+    report = gibbs_report(case, 100, 20, 2000, split_merge)
     assert report.ok, str(report)
