@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mixproof.inference import checkpoint as checkpoints
-from mixproof.inference.tempered_smc import check_settings, log_mean_evidence, systematic
+from mixproof.inference.tempered_smc import check_settings, effective_replicates, log_mean_evidence, systematic
 from mixproof.inference.validation import check_num_components, check_prior, check_rows, example_params
 
 TABLE_ENTRIES = 1 << 22
@@ -153,7 +153,7 @@ def allocation_smc(
     found = AllocationSMC(
         particles.log_evidences, params, lp, torch.tensor(particles.resampled_at), torch.tensor(particles.sizes)
     )
-    effective = float(1 / found.log_evidences.softmax(0).square().sum())
+    effective = effective_replicates(found.log_evidences)
     if effective < MIN_REPLICATES:
         warnings.warn(
             f"{effective:.1f} of {num_replicates} replicates decide the mean of their evidences, whose standard error "

@@ -262,7 +262,8 @@ def compare(
     chosen = None if probabilities is None else {name: probabilities[name] for name in evidences}
     posterior = posterior_probabilities(evidences, chosen) if evidences else {}
     elpds = {study.name: study.elpd for study in studies if study.elpd is not None}
-    ranking = _ranking(elpds, of_loo := [])
+    of_loo: list[str] = []
+    ranking = _ranking(elpds, of_loo)
     rows = []
     for study in studies:
         row = study.row

@@ -136,7 +136,7 @@ def exchanges(posterior: LogPosterior) -> list[Exchange]:
     if len(latents) == 1:
         return found
     axes = [numbering(posterior, latent).axes or {} for latent in latents]
-    points = [(params, _log_joint(posterior, params)) for params in _generic_points(posterior)]
+    points = _generic_points(posterior, latents[0])
     for order in itertools.permutations(range(len(latents))):
         pairs = [(place, other) for place, other in enumerate(order) if place != other]
         if not pairs or any(

@@ -59,10 +59,10 @@ def log_mean_evidence(log_evidences: Tensor) -> tuple[float, float]:
     mean = float(log_evidences.logsumexp(0)) - math.log(len(log_evidences))
     return mean, float((log_evidences - mean).exp().std()) / math.sqrt(len(log_evidences))
 
-    @property
-    def effective_replicates(self) -> float:
-        """How many replicates of equal evidences the mean is worth: the square of their sum by the sum of squares."""
-        return float((2 * self.log_evidences.logsumexp(0) - (2 * self.log_evidences).logsumexp(0)).exp())
+
+def effective_replicates(log_evidences: Tensor) -> float:
+    """Return how many replicates of equal evidences the mean of R is worth, given by their logs (R,)."""
+    return float(1 / log_evidences.softmax(0).square().sum())
 
 
 def tempered_smc(
@@ -148,9 +148,11 @@ def tempered_smc(
         log_lik,
         *(torch.tensor(getattr(path, name), dtype=starts.dtype) for name in _Path.LISTS),
     )
-    if found.effective_replicates < num_replicates / math.e:  # as of a log-normal law of standard deviation 1
+    if (
+        effective_replicates(found.log_evidences) < num_replicates / math.e
+    ):  # as of a log-normal law of standard deviation 1
         warnings.warn(
-            f"the mean of the evidences of {num_replicates} replicates rests on {found.effective_replicates:.1f} of "
+            f"the mean of the evidences of {num_replicates} replicates rests on {effective_replicates(found.log_evidences):.1f} of "
             "them, and its standard error is too small; raise num_chains or num_moves",
             stacklevel=2,
         )
@@ -370,9 +372,8 @@ def _next_temperature(log_lik: Tensor, temperature: float, efficiency: float) ->
 
 def systematic(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Return the numbers (R, count) of particles drawn in proportion to weights (R, S), by systematic resampling."""
-    like = {"dtype": weights.dtype, "device": weights.device}
-    offsets = torch.rand(len(weights), 1, generator=generator, **like)
-    places = (torch.arange(count, **like) + offsets) / count
+    offsets = torch.rand(len(weights), 1, generator=generator, dtype=weights.dtype, device=weights.device)
+    places = (torch.arange(count, dtype=weights.dtype, device=weights.device) + offsets) / count
     return torch.searchsorted(weights.cumsum(1), places).clamp_max(weights.shape[1] - 1)
 
 
