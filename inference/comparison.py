@@ -721,9 +721,10 @@ def _gaps(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[str]:
         largest = ladder[-1][0]
         if ladder[0][0] < largest:
             last = {row.name for size, row in ladder if size == largest}
-            best = {name: row.name for name in CRITERIA if (row := _best(rows, name)) is not None and row.name in last}
-            for preferred in dict.fromkeys(best.values()):
-                at_end = [criterion for criterion, name in best.items() if name == preferred]
+            found = {name: best.name for name in CRITERIA if (best := _best(rows, name)) is not None}
+            ends = {name: preferred for name, preferred in found.items() if preferred in last}
+            for preferred in dict.fromkeys(ends.values()):
+                at_end = [criterion for criterion, name in ends.items() if name == preferred]
                 sentences.append(f"{_prefer(at_end)} {preferred}, the largest K of its family here: try larger ones")
     return sentences
 

@@ -53,6 +53,11 @@ class TemperedSMC(NamedTuple):
         """Of ``log_evidence``: the replicates' evidences' standard deviation over their mean, by the root of R."""
         return log_mean_evidence(self.log_evidences)[1]
 
+    @property
+    def effective_replicates(self) -> float:
+        """How many replicates of equal evidences the mean is worth."""
+        return effective_replicates(self.log_evidences)
+
 
 def log_mean_evidence(log_evidences: Tensor) -> tuple[float, float]:
     """Return the log of the mean of R evidences, given by their logs (R,), and its standard error to first order."""
@@ -61,7 +66,10 @@ def log_mean_evidence(log_evidences: Tensor) -> tuple[float, float]:
 
 
 def effective_replicates(log_evidences: Tensor) -> float:
-    """Return how many replicates of equal evidences the mean of R is worth, given by their logs (R,)."""
+    """Return how many replicates of equal evidences the mean of R is worth, given by their logs (R,).
+
+    The square of their sum by the sum of their squares.
+    """
     return float(1 / log_evidences.softmax(0).square().sum())
 
 
@@ -148,11 +156,9 @@ def tempered_smc(
         log_lik,
         *(torch.tensor(getattr(path, name), dtype=starts.dtype) for name in _Path.LISTS),
     )
-    if (
-        effective_replicates(found.log_evidences) < num_replicates / math.e
-    ):  # as of a log-normal law of standard deviation 1
+    if found.effective_replicates < num_replicates / math.e:  # as of a log-normal law of standard deviation 1
         warnings.warn(
-            f"the mean of the evidences of {num_replicates} replicates rests on {effective_replicates(found.log_evidences):.1f} of "
+            f"the mean of the evidences of {num_replicates} replicates rests on {found.effective_replicates:.1f} of "
             "them, and its standard error is too small; raise num_chains or num_moves",
             stacklevel=2,
         )

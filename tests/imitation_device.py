@@ -74,14 +74,16 @@ class OnDevice(Tensor):
         found.inner = inner
         return found
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnDevice({self.inner})"
 
     def tolist(self) -> Any:
         return self.inner.tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it without the operation
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _compute(func, args, kwargs or {})
 
 
@@ -103,7 +105,7 @@ def imitated() -> Iterator[None]:
         def __new__(cls, device: Any = "cpu") -> Any:
             if torch.device(device).type != NAME:
                 return made(device)
-            there = _Generator()
+            there: Any = _Generator()
             _generators[there._cdata] = there
             return there
 
@@ -115,7 +117,7 @@ def imitated() -> Iterator[None]:
 
 class _Generator(torch.Generator):
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return DEVICE
 
 
@@ -145,8 +147,9 @@ def _compute(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
             index = name in INDEXING and not tensor.is_floating_point() and tensor is not tensors[0]
             if tensor.ndim and not index and not isinstance(tensor, OnDevice):
                 raise RuntimeError(f"{func} takes a tensor {tuple(tensor.shape)} from the CPU to the device")
-    for leaf in leaves:
-        if isinstance(leaf, torch._C.Generator) and (leaf._cdata in _generators) != there:
+    generators: list[Any] = [leaf for leaf in leaves if isinstance(leaf, torch._C.Generator)]
+    for generator in generators:
+        if (generator._cdata in _generators) != there:
             raise RuntimeError(f"{func} takes a generator from elsewhere")
     if torch.Tag.inplace_view in func.tags:  # type: ignore[attr-defined]
         with no_dispatch():

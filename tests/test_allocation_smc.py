@@ -207,12 +207,12 @@ def test_a_killed_run_goes_on_to_the_same_evidence(path: str, tmp_path: Path) ->
 def test_a_checkpoint_of_another_run_is_refused(x: Tensor, prior: Any, tmp_path: Path) -> None:
     program = partial(gaussian_diagonal.model, num_components=2, prior=prior)
     for number, family in enumerate((gaussian_diagonal, None)):
-        run = partial(log_evidence, family=family, seed=0, checkpoint=tmp_path / str(number), **SMALL)
+        run: Any = partial(log_evidence, family=family, seed=0, checkpoint=tmp_path / str(number), **SMALL)
         first = run(program, x)
         assert run(program, x).log_evidence == first.log_evidence
         with pytest.raises(ValueError, match="belongs to another run, which differs in"):
             run(program, x + 1)
         with pytest.raises(ValueError, match="belongs to another run, which differs in seed"):
-            log_evidence(program, x, family=family, seed=1, checkpoint=tmp_path / str(number), **SMALL)
+            run(program, x, seed=1)
         with pytest.raises(FileNotFoundError):
-            log_evidence(program, x, family=family, seed=1, checkpoint=tmp_path / "none" / "file", **SMALL)
+            run(program, x, checkpoint=tmp_path / "none" / "file")

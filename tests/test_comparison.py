@@ -194,7 +194,8 @@ def test_the_unit_of_the_rows_does_not_enter_stacking() -> None:
     found = []
     for unit in (0.0, -1000.0, 800.0):
         elpds = {name: planted_elpd(values + unit) for name, values in (("a", first), ("b", second), ("c", third - 3))}
-        ranking = comparison._ranking(elpds, sentences := [])
+        sentences: list[str] = []
+        ranking = comparison._ranking(elpds, sentences)
         assert sentences == []
         found.append([ranking.loc[name, "weight"] for name in "abc"])
         assert ranking.loc["c", "elpd_diff"] == pytest.approx(float(max(first.sum(), second.sum()) - (third - 3).sum()))
@@ -210,7 +211,8 @@ def test_what_arviz_says_of_many_candidates_is_a_sentence() -> None:
     """Six of twelve are as good as one another, and a little better than the others."""
     values = torch.linspace(-3, -1, 30, dtype=torch.float64)
     elpds = {str(k): planted_elpd(values + 0.01 * (k < 6)) for k in range(12)}
-    comparison._ranking(elpds, sentences := [])
+    sentences: list[str] = []
+    comparison._ranking(elpds, sentences)
     (sentence,) = sentences
     assert sentence.startswith("LOO: Difference in performance potentially due to chance")
 
@@ -596,9 +598,9 @@ def test_chains_run_four_times_as_long_and_every_fourth_draw_is_kept(monkeypatch
             "max_thinning": max_thinning,
             "temperatures": None,
         }
-        runs = comparison._Runs(1, 1, sampling, {}, False)
+        runs = comparison._Runs(1, 1, sampling, {}, False, None)
         unused: Any = None
-        draws, *_, complaints = comparison._sample(family, unused, unused, 2, unused, unused, runs)
+        draws, *_, complaints = comparison._sample(family, unused, unused, 2, unused, unused, runs, 1)
         assert lengths == [(5 * thinning, 3 * thinning) for thinning in thinnings]
         assert draws.params["site"].tolist() == [[thinnings[-1] * i for i in range(5)]] * 2
         assert draws.sample_stats["lp"].equal(-draws.params["site"])

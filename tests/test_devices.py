@@ -181,9 +181,13 @@ FRONT_DOORS: dict[str, Callable[[Tensor, Any, Any], Any]] = {
     "equivalence": lambda x, start, prior: (
         align(few_draws(x, prior), LogPosterior(model_under(prior), x), method="equivalence").params
     ),
-    "datatree": lambda x, start, prior: to_datatree(
-        few_draws(x, prior), LogPosterior(model_under(prior), x), seed=0, family=gaussian_full
-    )["log_likelihood"]["x"].values.tolist(),
+    "datatree": lambda x, start, prior: (
+        to_datatree(few_draws(x, prior), LogPosterior(model_under(prior), x), seed=0, family=gaussian_full)[
+            "log_likelihood"
+        ]["x"]
+        .to_numpy()
+        .tolist()
+    ),
     "standard errors": lambda x, start, prior: standard_errors(
         LogPosterior(partial(gaussian_full.model, num_components=2), x), em(gaussian_full, x, start).params
     ),
