@@ -57,12 +57,12 @@ DEVICE = torch.device(NAME, 0)
 class OnDevice(Tensor):
     """A tensor that says it lies on the device, around one on the CPU."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    plain: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> OnDevice:
-        found: OnDevice = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        found: OnDevice = Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
@@ -71,14 +71,14 @@ class OnDevice(Tensor):
             device=DEVICE,
             requires_grad=inner.requires_grad,
         )
-        found.inner = inner
+        found.plain = inner
         return found
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"OnDevice({self.inner})"
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"OnDevice({self.plain})"
 
     def tolist(self) -> Any:
-        return self.inner.tolist()
+        return self.plain.tolist()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without the operation
@@ -158,12 +158,12 @@ def _compute(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     found = func(*inner_args, **inner_kwargs)
     if not there:
         return found
-    same = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, OnDevice)}  # in place, or into out
+    same = {id(tensor.plain): tensor for tensor in tensors if isinstance(tensor, OnDevice)}  # in place, or into out
     return tree_map(lambda leaf: _outer(leaf, same), found)
 
 
 def _inner(leaf: Any) -> Any:
-    return leaf.inner if isinstance(leaf, OnDevice) else leaf
+    return leaf.plain if isinstance(leaf, OnDevice) else leaf
 
 
 def _outer(leaf: Any, same: dict[int, OnDevice]) -> Any:

@@ -66,7 +66,7 @@ def assert_same(compute: Callable[..., Any], *args: Any) -> None:
     assert any(isinstance(leaf, OnDevice) for leaf in found) or not any(isinstance(leaf, Tensor) for leaf in found)
     for there, here in zip(found, expected, strict=True):
         if isinstance(here, Tensor):
-            values = there.inner if isinstance(there, OnDevice) else there
+            values = there.plain if isinstance(there, OnDevice) else there
             assert torch.equal(values.nan_to_num(), here.nan_to_num())
         else:
             assert there == here
