@@ -269,10 +269,8 @@ class _Whitened:
         )
         return resp.sum(-1), first[..., 0], first[..., 1:], *others
 
-    def sums_of(
-        self, components: Tensor, x: Tensor, resp: Tensor, space: Callable[..., Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Return these sums for rows x (m, D) and responsibilities (m,), sorted by the components (m,) that they are of."""
+    def sums_of(self, components: Tensor, x: Tensor, resp: Tensor, space: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        """Return these sums for rows x (m, D) and responsibilities (m,) that are sorted by component (m,)."""
         num_components, size = self.locs.shape
         sizes = components.bincount(minlength=num_components).tolist()
         counts, sums = [], space("sums", 1, num_components, size, 1 + size)
