@@ -6,8 +6,8 @@ a few steps, as a run of EM does, so that whatever else the machine does falls o
 the smallest and the largest ratio of a turn, and the share of the bound: the 4 N K D^2 operations that two products
 with K matrices D x D take, at the rate that a product of large matrices reaches in the same turns. A share above one is
 possible, since half of a symmetric matrix is enough, and since in many dimensions, where the components are apart, a
-component's covariance takes only its own rows; two of the sizes come with overlapping components too. With one thread the clock is the thread's own time on the
-processor.
+covariance takes only its component's own rows; two of the sizes come with overlapping components too. With one thread
+the clock is the thread's own time on the processor.
 
     python benchmarks/em_step.py [--threads 2] [--repeats 7] [--json FILE]
 """

@@ -16,9 +16,9 @@ the pass knows by the names of the contract and by these optional ones, on top o
     An object that does a chunk precisely, whatever the parameters: ``width`` numbers a row in its largest temporary,
     ``table(x (L, n, D), space) -> (L, K, n)`` for L lanes of rows, in memory of the ``Workspace``,
     ``sums(x, resp (L, K, n), space)``, a tuple of tensors, lanes first, that add up over lanes and chunks, and
-    ``statistics(sums) -> Stats``. It may have ``sums_of(components (m,), x (m, D), resp (m,), space)``, the same sums in
-    one lane for rows that come sorted by the component that their responsibility is of; then rows that add nothing to a
-    component are left out where these are more than half.
+    ``statistics(sums) -> Stats``. It may have ``sums_of(components (m,), x (m, D), resp (m,), space)``, the same sums
+    in one lane over rows sorted by the component that their responsibility is of: then the pass leaves out rows that
+    add nothing to a component, where these are more than half.
 ``additive = True``
     ``Stats`` of chunks add up to those of all rows, entry by entry.
 

@@ -397,7 +397,7 @@ def test_leaving_out_more_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None
     params, x = apart()
     expected = all_rows(monkeypatch, params, x)
     monkeypatch.setattr(passes, "NOTHING", 0.5)
-    with pytest.raises(AssertionError, match="counts|sums|shifts|scatters"):
+    with pytest.raises(AssertionError, match=r"counts|sums|shifts|scatters"):
         assert_left_out_is_less_than_rounding(
             own_rows(monkeypatch, params, x).stats, expected.stats, params, x, torch.ones_like(x[:, 0])
         )
