@@ -5,8 +5,9 @@ same parameters on the same rows, and must agree on the log likelihood before an
 a few steps, as a run of EM does, so that whatever else the machine does falls on all of them. Printed are medians, with
 the smallest and the largest ratio of a turn, and the share of the bound: the 4 N K D^2 operations that two products
 with K matrices D x D take, at the rate that a product of large matrices reaches in the same turns. A share above one is
-possible, since half of a symmetric matrix is enough. With one thread the clock is the thread's own time on the
-processor.
+possible, since half of a symmetric matrix is enough, and since in many dimensions, where the components are apart, a
+covariance takes only its component's own rows; two of the sizes come with overlapping components too. With one thread
+the clock is the thread's own time on the processor.
 
     python benchmarks/em_step.py [--threads 2] [--repeats 7] [--json FILE]
 """
@@ -37,29 +38,37 @@ from mixproof.inference.expectation import expectation
 from mixproof.models import gaussian_full
 
 SEED = 0
-CASES = [(100_000, 2, 3), (100_000, 8, 8), (100_000, 16, 16), (50_000, 32, 32), (20_000, 64, 16), (20_000, 128, 8)]
+APART = [(100_000, 2, 3), (100_000, 8, 8), (100_000, 16, 16), (50_000, 32, 32), (20_000, 64, 16), (20_000, 128, 8)]
+OVERLAPPING = [(20_000, 64, 16), (20_000, 128, 8)]  # where it makes a difference
 RATE_SIZE = 1024
 TURN = 0.1  # seconds; a run of EM takes one step after another
 AGREEMENT = 1e-6  # a peer that works in float32 inside would be no peer
 Step = Callable[[], float]
 
 
-def problem(num_data: int, num_features: int, num_components: int) -> tuple[Tensor, gaussian_full.Params]:
-    """Return rows of a mixture, and parameters near those that they come from."""
+def problem(
+    num_data: int, num_features: int, num_components: int, spread: float = 1.0
+) -> tuple[Tensor, gaussian_full.Params]:
+    """Return rows of a mixture, and parameters near those that they come from.
+
+    The components' locations and covariances differ in proportion to the spread: at 1 their distance in standard
+    deviations is three times the root of 2 D.
+    """
     generator = torch.Generator().manual_seed(SEED)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    locs = 3 * randn(num_components, num_features)
-    roots = torch.eye(num_features) + 0.6 / math.sqrt(num_features) * randn(num_components, num_features, num_features)
+    locs = 3 * spread * randn(num_components, num_features)
+    noise = randn(num_components, num_features, num_features)
+    roots = torch.eye(num_features) + 0.6 * spread / math.sqrt(num_features) * noise
     z = torch.randint(num_components, (num_data,), generator=generator)
     x = torch.empty(num_data, num_features, dtype=torch.float64)
     for k in range(num_components):
         own = z == k
         x[own] = locs[k] + randn(int(own.sum()), num_features) @ roots[k].mT
     weights = torch.full((num_components,), 1 / num_components, dtype=torch.float64)
-    return x, gaussian_full.Params(weights, locs + 0.1, 1.1 * roots @ roots.mT)
+    return x, gaussian_full.Params(weights, locs + 0.1 * spread, 1.1 * roots @ roots.mT)
 
 
 def mixproof(x: Tensor, params: gaussian_full.Params) -> Step:
@@ -137,10 +146,10 @@ def seconds_a_step(step: Callable[[], Any], clock: Step) -> float:
     return (clock() - start) / num_steps
 
 
-def measure(case: tuple[int, int, int], repeats: int, threads: int) -> dict[str, Any]:
+def measure(case: tuple[int, int, int], spread: float, repeats: int, threads: int) -> dict[str, Any]:
     """Return the seconds of each turn by who took it, and what follows from them."""
     clock = time.thread_time if threads == 1 else time.perf_counter
-    x, params = problem(*case)
+    x, params = problem(*case, spread)
     steps = {"mixproof": mixproof(x, params)}
     steps |= {
         name: make(x, params) for name, make in PEERS.items() if name == "scikit-learn" or find_spec(name) is not None
@@ -162,6 +171,7 @@ def measure(case: tuple[int, int, int], repeats: int, threads: int) -> dict[str,
     ratios = {name: sorted(b / a for a, b in zip(turns["mixproof"], turns[name], strict=True)) for name in steps}
     return {
         "N, D, K": case,
+        "spread": spread,
         "seconds": turns,
         "gigaflops": rate / 1e9,
         "share of bound": operations / rate / statistics.median(turns["mixproof"]),
@@ -176,11 +186,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write every turn")
     arguments = parser.parse_args()
     names = [name for name in PEERS if name == "scikit-learn" or find_spec(name) is not None]
-    table = Table("N, D, K", "mixproof", "GFLOPS", "share of bound", *names)
+    table = Table("N, D, K", "data", "mixproof", "GFLOPS", "share of bound", *names)
     results = []
     with threadpoolctl.threadpool_limits(arguments.threads), torch.no_grad():
-        for case in CASES:
-            result = measure(case, arguments.repeats, arguments.threads)
+        for case, spread in [*((case, 1.0) for case in APART), *((case, 0.1) for case in OVERLAPPING)]:
+            result = measure(case, spread, arguments.repeats, arguments.threads)
             results.append(result)
             cells = [
                 f"x {statistics.median(values):.1f} ({values[0]:.1f} to {values[-1]:.1f})"
@@ -189,6 +199,7 @@ def main() -> None:
             milliseconds = 1e3 * statistics.median(result["seconds"]["mixproof"])
             table.add_row(
                 ", ".join(map(str, case)),
+                "apart" if spread == 1 else "overlapping",
                 f"{milliseconds:.1f} ms",
                 f"{result['gigaflops']:.0f}",
                 f"{result['share of bound']:.0%}",

@@ -16,7 +16,9 @@ the pass knows by the names of the contract and by these optional ones, on top o
     An object that does a chunk precisely, whatever the parameters: ``width`` numbers a row in its largest temporary,
     ``table(x (L, n, D), space) -> (L, K, n)`` for L lanes of rows, in memory of the ``Workspace``,
     ``sums(x, resp (L, K, n), space)``, a tuple of tensors, lanes first, that add up over lanes and chunks, and
-    ``statistics(sums) -> Stats``.
+    ``statistics(sums) -> Stats``. It may have ``sums_of(components (m,), x (m, D), resp (m,), space)``, the same sums
+    in one lane over rows sorted by the component that their responsibility is of: then the pass leaves out rows that
+    add nothing to a component, where these are more than half.
 ``additive = True``
     ``Stats`` of chunks add up to those of all rows, entry by entry.
 
@@ -46,9 +48,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-MANY = 2**21  # numbers in rows taken out, for which a product of their own is as fast as any
-WIDE = 64  # features from which on a product costs more than taking the rows of a component out
 SMALL = 2**14  # numbers in a table of rows, components and features, below which preparing costs more than it saves
+WIDE = 64  # features, from which on summing over all rows costs more than taking a component's own rows out
+MANY = 2**21  # numbers in rows taken out, from which on their products are as fast as larger ones
+NOTHING = 3  # the power of eps that is less than what counts beside one
 
 
 class Expectation(NamedTuple):
@@ -67,7 +70,9 @@ def expectation(
 
     Sums over chunks are kept and returned in float64 whatever the type of the data: in float32 the rounding of a sum
     over many rows would be larger than what a step of EM gains. Only statistics that hold the rows themselves have the
-    type of the data. A responsibility near the smallest number of the type, e^-651 in float64, counts as zero.
+    type of the data. A responsibility near the smallest number of the type, e^-651 in float64, counts as zero. So does,
+    in the sums of a Gaussian with a full covariance in many dimensions, one below eps^3 of the largest that its
+    component has in the chunk: what such rows would add is less than rounding.
 
     Args:
         family: a family of the contract.
@@ -179,9 +184,9 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
     space = Workspace(x)
     log_lik = torch.zeros((), dtype=torch.float64, device=x.device)
     total: list[Tensor] = []
-    # The host would have to wait for a GPU to know how many responsibilities count.
+    # On a GPU the host would have to wait for the number of rows.
     selective = hasattr(form, "sums_of") and x.device.type == "cpu" and x.shape[1] >= WIDE
-    own: list[tuple[Tensor, ...]] = []  # components, rows and responsibilities that count and are not summed up yet
+    own: list[tuple[Tensor, ...]] = []  # what counts and is not summed up yet
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk]
         lanes = rows.unflatten(0, (num_lanes if len(rows) % num_lanes == 0 else 1, -1))
@@ -199,20 +204,19 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
             log_density.mul_(weights)
             resp.mul_(weights / normaliser)
         log_lik += log_density.sum(dtype=torch.float64)
-        counting = _own(resp) if selective else None
-        if counting is None:
+        counted = _own(resp, start) if selective else None
+        if counted is None:
             total = _added(total, form.sums(lanes, resp, space))
         else:
-            components, its, values = counting
-            own.append((components, its + start, values))
+            own.append(counted)
         if own and (start + chunk >= len(x) or sum(len(part[0]) for part in own) * x.shape[1] >= MANY):
             total = _added(total, _sums_of(form, x, own, space))
             own = []
     return Expectation(log_lik, form.statistics(tuple(total)))
 
 
-def _own(resp: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return components, rows and responsibilities of those (L, K, n) that count, or None if they are half or more.
+def _own(resp: Tensor, start: int) -> tuple[Tensor, ...] | None:
+    """Return components, rows and values of the responsibilities (L, K, n) that count, if they are less than half.
 
     In many dimensions most rows belong to one component, and most responsibilities are zero or next to it. What is less
     than eps^3 of the largest of its component, r, is left out. Let d be the deviation of such a row, and let
@@ -221,15 +225,16 @@ def _own(resp: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     off by more than one, and the responsibility means nothing.
     """
     table = resp.transpose(0, 1).flatten(1)
-    own = ~(table <= torch.finfo(table.dtype).eps ** 3 * table.amax(1, keepdim=True))  # a NaN counts
-    if 2 * int(own.sum()) >= own.numel():
+    nothing = torch.finfo(table.dtype).eps ** NOTHING * table.amax(1, keepdim=True)
+    counts = ~(table <= nothing)  # a NaN counts
+    if 2 * int(counts.sum()) >= counts.numel():
         return None
-    components, rows = own.nonzero(as_tuple=True)
-    return components, rows, table[own]
+    components, rows = counts.nonzero(as_tuple=True)
+    return components, rows + start, table[counts]
 
 
 def _sums_of(form: Any, x: Tensor, own: list[tuple[Tensor, ...]], space: Workspace) -> tuple[Tensor, ...]:
-    """Return the sums over the rows of x (N, D) that count."""
+    """Return the form's sums over those rows of x (N, D) that count."""
     components, rows, resp = map(torch.cat, zip(*own, strict=True))
     components, order = components.sort(stable=True)
     own_rows = torch.index_select(x, 0, rows[order], out=space("own rows", len(rows), x.shape[1]))

@@ -317,6 +317,121 @@ def test_a_collapsed_component_leaves_no_finite_log_likelihood(family: Any) -> N
     assert not torch.isfinite(expectation(family, collapsed, x, chunk=64).log_lik)
 
 
+def apart(num_features: int = 64) -> tuple[Any, Tensor]:
+    """Return six components and 240 rows of them: two 8 standard deviations apart, the others 30 from all.
+
+    The responsibilities of the two for each other's rows are about e^-32, the others' for any rows e^-450.
+    """
+    locs = torch.zeros(6, num_features, dtype=torch.float64)
+    locs[1, 0] = 8
+    locs[range(2, 6), range(2, 6)] = 30
+    rows = locs.repeat(40, 1) + randn(240, num_features, seed=1)
+    return gaussian(gaussian_full, locs + 0.01, torch.eye(num_features, dtype=torch.float64)), rows
+
+
+def assert_left_out_is_less_than_rounding(found: Any, expected: Any, params: Any, x: Tensor, weights: Tensor) -> None:
+    """Check statistics from a component's own rows against those from all rows, for the same responsibilities.
+
+    Each adds up N products r (x - loc)(x - center)^T and moves the center to loc; each entry of the two is off by no
+    more than N + 6 roundings of the sum of sizes.
+    """
+    resp = gaussian_full.log_joint(params, x).softmax(-1).mT[..., None] * weights[:, None]  # (K, N, 1)
+    deviations, center = (x - params.locs[:, None]).abs(), gaussian_full.moments(params)[0]
+    centred = (x - center).abs() + (params.locs - center).abs()[:, None]
+    roundings = 2 * (len(x) + 6) * torch.finfo(x.dtype).eps
+    products = (resp * deviations).mT @ centred
+    sizes = {
+        "counts": resp.sum((1, 2)),
+        "sums": (resp * (deviations + params.locs.abs()[:, None])).sum(1),
+        "shifts": (resp * deviations).sum(1),
+        "scatters": products + products.mT,
+    }
+    for name, size in sizes.items():
+        assert ((getattr(found, name) - getattr(expected, name)).abs() <= roundings * size).all(), name
+
+
+def all_rows(monkeypatch: pytest.MonkeyPatch, *args: Any, **settings: Any) -> Expectation:
+    with monkeypatch.context() as context:
+        context.setattr(passes, "WIDE", math.inf)
+        return expectation(gaussian_full, *args, **settings)
+
+
+def own_rows(monkeypatch: pytest.MonkeyPatch, *args: Any, **settings: Any) -> Expectation:
+    """Return the pass, which must not sum over all rows of any chunk."""
+
+    def sums(*args: Any) -> Any:
+        raise AssertionError("summed over all rows")
+
+    with monkeypatch.context() as context:
+        context.setattr(gaussian_full._Whitened, "sums", sums)
+        return expectation(gaussian_full, *args, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("chunk", "many", "num_threads"), [(None, 2**21, 1), (60, 2**21, 2), (60, 1, 1), (47, 64 * 100, 1)]
+)
+def test_rows_that_add_nothing_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, chunk: int | None, many: int, num_threads: int, dtype: torch.dtype
+) -> None:
+    """In chunks that lie in one batch of rows, or one by one, or in batches that are not full at the end."""
+    monkeypatch.setattr(passes, "MANY", many)
+    params, x = apart()
+    params, x = in_type(params, dtype), x.to(dtype)
+    weights = torch.rand(len(x), generator=seeded(5), dtype=torch.float64).to(dtype)
+    weights[1::3] = 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for row_weights in (None, weights):
+            found = own_rows(monkeypatch, params, x, row_weights, chunk=chunk)
+            expected = all_rows(monkeypatch, params, x, row_weights, chunk=chunk)
+            assert found.log_lik == expected.log_lik
+            counted = torch.ones_like(x[:, 0]) if row_weights is None else row_weights
+            assert_left_out_is_less_than_rounding(found.stats, expected.stats, params, x, counted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_leaving_out_more_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, x = apart()
+    expected = all_rows(monkeypatch, params, x)
+    monkeypatch.setattr(passes, "NOTHING", 0.5)
+    with pytest.raises(AssertionError, match=r"counts|sums|shifts|scatters"):
+        assert_left_out_is_less_than_rounding(
+            own_rows(monkeypatch, params, x).stats, expected.stats, params, x, torch.ones_like(x[:, 0])
+        )
+
+
+def test_a_component_with_next_to_no_rows_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is measured by a component's own largest responsibility, e^-200 here."""
+    params, x = apart()
+    params = params._replace(locs=params.locs.index_fill(0, torch.tensor([5]), 0.0))
+    params.locs[5, 7] = -20
+    x = x[torch.arange(len(x)) % 6 != 5]
+    found, expected = own_rows(monkeypatch, params, x), all_rows(monkeypatch, params, x)
+    assert 0 < expected.stats.counts[5] < EPS**3
+    assert_left_out_is_less_than_rounding(found.stats, expected.stats, params, x, torch.ones_like(x[:, 0]))
+
+
+def test_overlapping_components_are_summed_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, x = apart()
+    near = params._replace(locs=params.locs / 30)
+    with pytest.raises(AssertionError, match="all rows"):
+        own_rows(monkeypatch, near, x)
+    found, expected = expectation(gaussian_full, near, x), all_rows(monkeypatch, near, x)
+    for a, b in zip(found.stats, expected.stats, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_other_device_is_asked_for_the_number_of_rows() -> None:
+    """A tensor on the device ``meta`` has no values that could be asked for."""
+    params, x = apart()
+    params, x = type(params)(*(value.to("meta") for value in params)), x.to("meta")
+    found = passes._pass(gaussian_full.prepare(params, x[0]), x, None, 60)
+    assert found.stats.scatters.shape == params.covariances.shape
+
+
 @pytest.mark.parametrize("family", [bernoulli, bernoulli.UniformWeights()], ids=["free", "uniform"])
 def test_probabilities_of_zero_and_one(family: Any) -> None:
     weights = torch.full((2,), 0.5, dtype=torch.float64)
