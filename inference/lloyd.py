@@ -94,17 +94,16 @@ class Means:
 
     def __init__(self, x: Tensor, weights: Tensor) -> None:
         self.x, self.weights = x, weights
-        low, high = torch.aminmax(x)
-        self.origin, self.scale = x.mean(0).double(), (high - low).double()
+        self.origin = x.mean(0).double()
         self._lay_out(torch.float32)
 
     def _lay_out(self, dtype: torch.dtype) -> None:
-        """Copy the rows, centred and scaled, features first: operations then run over neighbouring numbers."""
+        """Copy the centred rows, features first: operations then run over neighbouring numbers."""
         self.columns = torch.ones(self.x.shape[1] + 1, len(self.x), dtype=dtype, device=self.x.device)
         self.reach = self.columns.new_zeros(())  # the squared norm of the longest column
-        size, factor = max(1, 2**16 // self.x.shape[1]), 1 / self.scale
+        size = max(1, 2**16 // self.x.shape[1])
         for rows, columns in zip(self.x.split(size), self.columns[:-1].split(size, 1), strict=True):
-            columns.copy_((rows - self.origin).mul_(factor).to(dtype).mT)
+            columns.copy_((rows - self.origin).to(dtype).mT)
             self.reach = torch.maximum(self.reach, columns.square().sum(0).amax())
 
     def assign(self, centers: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ class Means:
     def _nearest(self, centers: Tensor) -> Tensor:
         """Return k plus the label (N,) of the nearest centre, or no such number where rounding could decide it."""
         k, size = len(centers), _chunk(centers)
-        location = (centers - self.origin) / self.scale
+        location = centers - self.origin
         squares = location.square().sum(1, keepdim=True)
         factors = torch.cat([-2 * location, squares], 1).to(self.columns)
         eps, tiny = (
@@ -175,7 +174,7 @@ class Means:
             sums.addmm_(signs.scatter_(0, left[None], -weights[None]), deviations)
             flow += torch.bincount(left * k + joined, weights, k * k).view(k, k)
         steps = (centers - centers[:, None]).double()  # from one centre to another
-        fall = 2 * (sums * (centers - self.origin)).sum() + (flow * steps.square().sum(-1)).sum()
+        fall = 2 * (sums * (centers - centers.mean(0))).sum() + (flow * steps.square().sum(-1)).sum()
         sums -= (flow[:, None] @ steps)[:, 0]
         self.totals = self.totals + (flow.sum(0) - flow.sum(1))[:, None]
         if (self.totals < self.totals_summed / 64).any():  # what has left would weigh in by its rounding
@@ -535,7 +534,7 @@ def _lloyd(
     _fill_empty_clusters(x, weights, labels, centers, metric, clusters, 1)
     centers = clusters.update(labels, centers)
     counts = _counts(labels, weights, k)
-    first = clusters.objective
+    first, size = clusters.objective, centers.abs().amax(0)
     if not first.isfinite():
         raise ValueError(f"the objective overflows {x.dtype}: rescale x, whose largest entry is {x.abs().max():.3g}")
     falls: list[Tensor] = []  # by how much each later step lowers J
@@ -547,7 +546,7 @@ def _lloyd(
         if not len(rows) or step > max_steps:
             break
         after, weights_ = labels.index_select(0, rows), weights.index_select(0, rows)
-        counts += _counts(after, weights_, k) - _counts(before, weights_, k)
+        counts += after.bincount(minlength=k) - before.bincount(minlength=k)
         if counts.all():
             centers, fall = clusters.move(rows, before, labels, centers)
         else:
@@ -559,25 +558,28 @@ def _lloyd(
             counts = _counts(labels, weights, k)
             fall = fall - (weights * deviations(x, labels, centers, metric)).sum()
         falls.append(fall)
+        size = torch.maximum(size, centers.abs().amax(0))
     converged = not len(rows)
     if not converged:
         labels[rows] = before
         centers = clusters.update(labels, centers)
     last = (weights * deviations(x, labels, centers, metric)).sum()
     later = torch.stack([*falls, torch.zeros_like(last)]).flip(0).cumsum(0).flip(0)  # from each step to the last
-    _raise_unless_sum(x, weights, metric, first, later[0], last, len(falls) + 1)
+    _raise_unless_sum(x, weights, metric, size, first, later[0], last, len(falls) + 1)
     return Clustering(centers, labels, last + later, converged)
 
 
 def _raise_unless_sum(
-    x: Tensor, weights: Tensor, metric: Metric, first: Tensor, fall: Tensor, last: Tensor, num_steps: int
+    x: Tensor, weights: Tensor, metric: Metric, size: Tensor, first: Tensor, fall: Tensor, last: Tensor, num_steps: int
 ) -> None:
-    """Raise unless J fell by what the steps lowered it, to rounding: it then fell at each of them."""
+    """Raise unless J fell by what the steps lowered it, to rounding: it then fell at each of them.
+
+    No entry of a centre was larger than ``size`` (D,).
+    """
     eps = torch.finfo(x.dtype).eps
-    low, high = torch.aminmax(x)
-    size, total = torch.maximum(-low, high), weights.sum()
+    total = weights.sum()
     # A centre is rounded to eps times its size, at each move anew, and the sums are rounded to eps times theirs.
-    drift = (2 * eps * num_steps * size).expand(x.shape[1])
+    drift = 2 * eps * num_steps * size
     rounding = 8 * eps * num_steps * (x.shape[1] + len(x).bit_length()) * first
     rounding = rounding + total * drift.pow(metric.power).sum() + 2 * num_steps * drift.sum() * (total * first).sqrt()
     if not (first - fall - last).abs() <= rounding:
