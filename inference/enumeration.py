@@ -132,7 +132,7 @@ class LogJoint(NamedTuple):
     rows: Tensor
     """(N, K), log p(x_n, z_n = k | params)."""
     log_prior: Tensor
-    """(), log p(params), of the sites outside the plates of the latents."""
+    """(), log p(params), of the sites outside the plates of the latents, or outside some of them."""
     latent: Tensor
     """(N, K), the part log p(z_n = k | params) of ``rows``."""
     row_weights: Tensor
@@ -181,7 +181,7 @@ def log_joint_table(
             look.
 
     Raises:
-        ValueError: an enumerated site is in no plate or in a sequential one, a plate is subsampled, or sites of one row
+        ValueError: an enumerated site is in no plate, in a sequential one or in fewer than the first, a plate is subsampled, or sites of one row
             count differently often.
     """
     first = -1 - program.max_plate_nesting
@@ -206,7 +206,9 @@ def log_joint_table(
                 raise ValueError(f"the plate {name} is subsampled, and the log joint density is of all rows")
             continue
         own = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-        if not own.keys() & plates:
+        if not plates <= own.keys():  # in some plates of the rows alone it belongs to several of them
+            if name in program.latents:
+                raise ValueError(f"the enumerated site {name} is not in every plate of {program.latents[0]}")
             log_prior = log_prior + site["log_prob"].sum()
             continue
         log_prob = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
