@@ -136,7 +136,7 @@ class LogJoint(NamedTuple):
     rows: Tensor
     """(N, K), log p(x_n, z_n = k | params)."""
     log_prior: Tensor
-    """(), log p(params), of the sites outside the plates of the latents."""
+    """(), log p(params), of the sites outside the plates of the latents, or outside some of them."""
     latent: Tensor
     """(N, K), the part log p(z_n = k | params) of ``rows``."""
     row_weights: Tensor

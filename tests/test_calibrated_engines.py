@@ -75,7 +75,8 @@ FAULTS: dict[str, list[Callable[[pytest.MonkeyPatch], None]]] = {
 }
 
 
-SIZES = {"gibbs": {"num_chains": 4, "num_warmup": 10, "num_draws": 100}}
+QUICK = (rows_count_twice, without_jacobian, data_sets_exchanged)
+SIZES = {"gibbs": {"num_chains": 12, "num_warmup": 10, "num_draws": 40}}
 
 
 def calibration(engine: str, name: str = FAMILY) -> Any:
@@ -90,8 +91,11 @@ def test_engines_pass(engine: str) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "plant"),
-    [(engine, plant) for engine, faults in FAULTS.items() for plant in faults],
-    ids=lambda value: value if isinstance(value, str) else value.__name__,
+    [
+        pytest.param(engine, plant, id=plant.__name__, marks=[] if plant in QUICK else [pytest.mark.slow])
+        for engine, faults in FAULTS.items()
+        for plant in faults
+    ],
 )
 def test_faults_in_engines_are_seen(engine: str, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)

@@ -209,6 +209,38 @@ def test_a_param_site_has_a_flat_prior_over_its_values() -> None:
     assert posterior.param_sites == ["w", "scale"]
 
 
+def test_a_parameter_of_many_rows_counts_once() -> None:
+    """Two groups of rows, each with a location of its own in the outer of two plates."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("groups", 2, dim=-2):
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", x.shape[1], dim=-1):
+                z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+                pyro.sample("x", dist.Normal(loc + z, 1.0), obs=x)
+
+    x = X.reshape(2, 12)
+    posterior = LogPosterior(model, x)
+    u = points(posterior, 3)
+    found = posterior(u, powers(3))
+    assert_close(found.log_prior, dist.Normal(0.0, 1.0).log_prob(u).sum(1).double())
+    parts = [dist.Normal(u[..., None] + z, 1.0).log_prob(x) + math.log(share) for z, share in ((0, 0.7), (1, 0.3))]
+    assert_close(found.log_likelihood, torch.stack(parts).logsumexp(0).sum((1, 2)))
+
+
+def test_latents_of_many_rows_are_refused() -> None:
+    def model(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        with pyro.plate("again", len(x)):
+            pyro.sample("x", dist.Normal(loc + k + z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="the enumerated site z is not in every plate of k"):
+        LogPosterior(model, X.reshape(-1))
+
+
 def test_row_weights_count_rows_repeatedly() -> None:
     x = X.reshape(-1)[:4]
 
