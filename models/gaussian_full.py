@@ -26,6 +26,7 @@ from mixproof.models.initial import partition, row_weights
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import (
     InverseWishart,
+    check_regular,
     cholesky,
     draw_inverse_wishart_root,
     log_det,
@@ -270,7 +271,7 @@ class _Whitened:
         return resp.sum(-1), first[..., 0], first[..., 1:], *others
 
     def sums_of(self, components: Tensor, x: Tensor, resp: Tensor, space: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        """Return these sums for rows x (m, D) and responsibilities (m,) that are sorted by component (m,)."""
+        """Return these sums for rows x (m, D) and responsibilities (m,), sorted by their components (m,)."""
         num_components, size = self.locs.shape
         sizes = components.bincount(minlength=num_components).tolist()
         counts, sums = [], space("sums", 1, num_components, size, 1 + size)
@@ -426,8 +427,9 @@ def weakly_informative_prior(x: Tensor, num_components: int) -> Prior:
     """Return a proper prior on the scale of rows x (N, D), as ``DataScale`` says; the mean covariance is S / K^(2 / D).
 
     Raises:
-        ValueError: as ``data_scale``.
+        TypeError, ValueError: as ``data_scale``, or the covariance of the rows is singular.
     """
     loc, covariance, shrinkage = data_scale(x, num_components)
+    check_regular(covariance, len(x))
     df = loc.new_tensor(x.shape[1] + 2)
     return Prior(loc.new_ones(num_components), loc, loc.new_tensor(0.01), df, covariance * shrinkage)
