@@ -23,7 +23,7 @@ from mixproof.inference.enumeration import bind, default_dtype_of
 from mixproof.inference.hmc import initial_points
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
-from mixproof.inference.validation import feasible
+from mixproof.inference.validation import check_integer, feasible
 
 _GUIDES: dict[str, Any] = {
     "AutoNormal": AutoNormal,
@@ -76,11 +76,14 @@ def svi(
             steps.
 
     Raises:
-        ValueError: ``num_steps`` is below 1, the loss is not finite, Pyro refuses the pair of model and guide, or a
-            guide given by name does not fit the program or comes with an optimiser.
+        TypeError: ``num_steps`` is not an integer.
+        ValueError: ``num_steps`` is below 1, a rate is not positive, the loss is not finite, Pyro refuses the pair of
+            model and guide, or a guide given by name does not fit the program or comes with an optimiser.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    check_integer(num_steps, "num_steps", 1)
+    for name, rate in {"learning_rate": learning_rate, "final_learning_rate": final_learning_rate}.items():
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {rate}")
     if isinstance(guide, str):
         if optimiser is not None:
             raise ValueError(f"{guide} is fitted by Adam, and takes no optimiser: give a Pyro guide to choose one")
@@ -262,8 +265,7 @@ def guide_draws(model: Callable[..., Any], fitted: Variational, *args: Any, num_
     Raises:
         ValueError: ``num_draws`` is below 1, or the guide leaves a site of the program out.
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, not {num_draws}")
+    check_integer(num_draws, "num_draws", 1)
     posterior = LogPosterior(model, *args)
     names = list(posterior.program.supports)
     values: dict[str, list[Tensor]] = {name: [] for name in names}

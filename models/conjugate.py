@@ -57,8 +57,9 @@ class DataScale(NamedTuple):
     component, so that they scatter ten times as far as its rows do. The law of one variance is then the same in each
     Gaussian family, and families differ in the evidence by their shapes alone. Weights are uniform on the simplex.
 
-    Such a prior hardly moves a mode, unless outliers, which enter S, set the scale. The evidence depends on it: locations
-    a hundredfold more exact raise it by log 10 for each location and feature. See how conclusions depend on the prior.
+    Such a prior hardly moves a mode, unless outliers, which enter S, set the scale. The evidence depends on it:
+    locations a hundredfold more exact raise it by log 10 for each location and feature. See how conclusions depend on
+    the prior.
     """
 
     loc: Tensor  # (D,), the mean of the rows
