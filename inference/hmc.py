@@ -29,6 +29,7 @@ from torch import Tensor
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.draws import Draws
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
+from mixproof.inference.validation import as_floating, check_integer
 
 TARGET_ACCEPTANCE = 0.8
 DIVERGENCE = 1000.0
@@ -192,19 +193,19 @@ def hmc(
 
     Returns:
         ``Draws``. Its ``sample_stats`` are ``lp``, ``acceptance_rate``, ``diverging``, ``n_steps``, ``step_size`` and
-        ``energy``; its ``attributes`` hold the settings, the trajectory length and ``low_chains``, the numbers of the
-        chains that stay lower than the best. On Ctrl-C after the warm-up, the draws so far, with a warning.
+        ``energy``; its ``attributes`` hold the sizes, the seed, the trajectory length and ``low_chains``, the numbers of
+        the chains that stay lower than the best. On Ctrl-C after the warm-up, the draws so far, with a warning.
 
     Raises:
         ValueError: a setting is out of range, the program is not one that ``LogPosterior`` takes, a prior is improper
             and there is no ``init``, a start has density 0, or the checkpoint belongs to another run.
-        TypeError: there is a checkpoint, and an argument of the program holds something else than numbers and strings.
+        TypeError: a setting is not a number of its kind, or there is a checkpoint, and an argument of the program holds
+            something else than numbers and strings.
         OSError: the checkpoint cannot be read or written.
     """
     least = {"num_chains": (num_chains, 1), "num_draws": (num_draws, 1), "num_warmup": (num_warmup, 20)}
     for name, (value, bound) in {**least, "checkpoint_every": (checkpoint_every, 1)}.items():
-        if value < bound:
-            raise ValueError(f"{name} must be at least {bound}, not {value}")
+        check_integer(value, name, bound)
     if not 0 < target_acceptance < 1:
         raise ValueError(f"target_acceptance must lie between 0 and 1, not {target_acceptance}")
     posterior = LogPosterior(model, *args, batched=batched)
@@ -313,10 +314,15 @@ def coordinates_of(posterior: LogPosterior, init: Mapping[str, Tensor], num_chai
     names = list(posterior.coordinates.transforms)
     if set(init) != set(names):
         raise ValueError(f"init must have the sites {', '.join(names)}, and has {', '.join(init) or 'none'}")
-    values = {name: torch.as_tensor(init[name]) for name in names}
+    values = {name: as_floating(init[name], f"init[{name!r}]") for name in names}
+    shapes = {name: value.shape for name, value in posterior.constrain(torch.zeros(posterior.size)).items()}
     for name, value in values.items():
-        if len(value) != num_chains:
-            raise ValueError(f"init[{name!r}] has {len(value)} rows, and there are {num_chains} chains: one each")
+        if value.ndim == 0 or len(value) != num_chains:
+            size = len(value) if value.ndim else 0
+            raise ValueError(f"init[{name!r}] has {size} rows, and there are {num_chains} chains: one each")
+        if value.shape[1:] != shapes[name]:
+            shape = (num_chains, *shapes[name])
+            raise ValueError(f"init[{name!r}] must have shape {shape}, not {tuple(value.shape)}")
     return posterior.unconstrain(values)
 
 

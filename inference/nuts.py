@@ -17,6 +17,7 @@ from mixproof.inference.enumeration import default_dtype_of
 from mixproof.inference.hmc import coordinates_of, initial_points
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
+from mixproof.inference.validation import check_integer
 
 
 def nuts(
@@ -46,7 +47,7 @@ def nuts(
         seed: seeds every random number.
         init: (C, *shape) by site, where the chains start, inside the supports; None starts them where ``hmc`` does.
         target_acceptance: the mean acceptance probability to adapt the step size to, between 0 and 1.
-        max_tree_depth: a trajectory has at most 2^max_tree_depth steps.
+        max_tree_depth: a trajectory has at most 2^max_tree_depth steps; at least 1.
         jit_compile: whether Pyro runs the density from a trace of it, which is wrong for a program that branches on the
             values of its parameters, and faster for others once a second or so has gone into it.
         progress: whether Pyro shows its progress bar.
@@ -56,12 +57,15 @@ def nuts(
         ``diverging`` and ``step_size``.
 
     Raises:
+        TypeError: a setting is not an integer.
         ValueError: a setting is out of range, the program is not one that ``LogPosterior`` takes, it has param sites,
             or a prior is improper and there is no ``init``.
     """
-    for name, value in {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    sizes = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
+    for name, value in {**sizes, "max_tree_depth": max_tree_depth}.items():
+        check_integer(value, name, 1)
+    if not 0 < target_acceptance < 1:
+        raise ValueError(f"target_acceptance must lie between 0 and 1, not {target_acceptance}")
     posterior = LogPosterior(model, *args)
     if posterior.param_sites:
         raise ValueError(f"Pyro's NUTS takes the param sites {', '.join(posterior.param_sites)} as fixed: use hmc")

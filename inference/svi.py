@@ -22,7 +22,7 @@ from mixproof.inference.enumeration import bind, default_dtype_of
 from mixproof.inference.hmc import initial_points
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
 from mixproof.inference.random_state import seeded
-from mixproof.inference.validation import feasible_params
+from mixproof.inference.validation import check_integer, feasible_params
 
 _GUIDES: dict[str, Any] = {
     "AutoNormal": AutoNormal,
@@ -75,9 +75,11 @@ def svi(
             steps.
 
     Raises:
-        ValueError: ``num_steps`` is below 1, the loss is not finite, Pyro refuses the pair of model and guide, or a
-            guide given by name does not fit the program or comes with an optimiser.
+        TypeError: ``num_steps`` is not an integer.
+        ValueError: ``num_steps`` is below 1, a rate is not positive, the loss is not finite, Pyro refuses the pair of
+            model and guide, or a guide given by name does not fit the program or comes with an optimiser.
     """
+    _check_steps(num_steps, learning_rate, final_learning_rate)
     if isinstance(guide, str):
         if optimiser is not None:
             raise ValueError(f"{guide} is fitted by Adam, and takes no optimiser: give a Pyro guide to choose one")
@@ -91,8 +93,6 @@ def svi(
             final_learning_rate=final_learning_rate,
         )
         return Variational(_guide(model, guide, law, *args), law.losses[:, 0])
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
     decay = (final_learning_rate / learning_rate) ** (1 / num_steps)
     losses = []
     with pyro.get_param_store().scope(), default_dtype_of(*args):
@@ -115,6 +115,13 @@ def svi(
         found = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
     fitted = guide if isinstance(guide, PyroModule) else bind(guide, found)
     return Variational(fitted, torch.tensor(losses, dtype=torch.float64))
+
+
+def _check_steps(num_steps: int, learning_rate: float, final_learning_rate: float) -> None:
+    check_integer(num_steps, "num_steps", 1)
+    for name, rate in {"learning_rate": learning_rate, "final_learning_rate": final_learning_rate}.items():
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {rate}")
 
 
 class NormalApproximation(NamedTuple):
@@ -171,8 +178,7 @@ def normal_approximation(
     """
     if name not in _GUIDES:
         raise ValueError(f"there is no guide named {name}: give {', '.join(_GUIDES)}, or a Pyro guide")
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    _check_steps(num_steps, learning_rate, final_learning_rate)
     posterior = at_particles = LogPosterior(model, *args, batched=batched)
     if posterior.param_sites:
         raise ValueError(
@@ -274,8 +280,7 @@ def guide_draws(model: Callable[..., Any], fitted: Variational, *args: Any, num_
     Raises:
         ValueError: ``num_draws`` is below 1, or the guide leaves a site of the program out.
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, not {num_draws}")
+    check_integer(num_draws, "num_draws", 1)
     posterior = LogPosterior(model, *args)
     names = list(posterior.program.supports)
     values: dict[str, list[Tensor]] = {name: [] for name in names}

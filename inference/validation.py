@@ -17,6 +17,19 @@ from torch.distributions import constraints, transform_to
 from torch.utils._pytree import tree_leaves
 
 
+def check_integer(value: Any, name: str, least: int) -> None:
+    """Say what is wrong with a setting that must be an integer, at least so large.
+
+    Raises:
+        TypeError: it is not an integer; a truth value is none.
+        ValueError: it is smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
 def check_data(
     x: Any, support: constraints.Constraint | None = None, *, first_row: int = 0, missing: bool = False
 ) -> Tensor:

@@ -14,12 +14,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from arviz_stats.base import array_stats
+from pyro.ops.dual_averaging import DualAveraging
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference import hmc as hmc_module
 from mixproof.inference.draws import Draws
-from mixproof.inference.hmc import State, hmc, initial_points, leapfrog, low_chains
+from mixproof.inference.hmc import State, Step, hmc, initial_points, leapfrog, low_chains
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.nuts import nuts
 
@@ -37,11 +38,14 @@ def conjugate(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(loc, variance.sqrt()), obs=x)
 
 
-def conjugate_moments(x: Tensor) -> dict[str, tuple[float, float]]:
-    """Return mean and variance of each parameter given the data (Gelman et al., 3rd edition, section 3.3)."""
-    n, mean = len(x), float(x.mean())
+def conjugate_moments(x: Tensor, power: float = 1.0) -> dict[str, tuple[float, float]]:
+    """Return mean and variance of each parameter given the data (Gelman et al., 3rd edition, section 3.3).
+
+    A likelihood to a power is that of so many times as many rows with the same moments.
+    """
+    n, mean = power * len(x), float(x.mean())
     strength, shape = 0.7 + n, 3 + n / 2
-    rate = 2 + float((x - mean).square().sum()) / 2 + 0.7 * n / strength * (mean - 0.5) ** 2 / 2
+    rate = 2 + power * float((x - mean).square().sum()) / 2 + 0.7 * n / strength * (mean - 0.5) ** 2 / 2
     variance = rate / (shape - 1)
     return {
         "variance": (variance, variance**2 / (shape - 2)),
@@ -88,41 +92,55 @@ def test_draws_follow_a_known_posterior(model: Any, moments: Any) -> None:
     assert max(scores.values()) < MAX_Z, scores
     assert not draws.sample_stats["diverging"].any()
     assert abs(float(draws.sample_stats["acceptance_rate"].mean()) - 0.8) < 0.15
+    step_size, n_steps = draws.sample_stats["step_size"], draws.sample_stats["n_steps"]
+    assert torch.equal(step_size, step_size[:, :1].expand_as(step_size))  # the kernel is the same in all draws
+    common = float(step_size[:, 0].log().mean().exp())
+    numbers = range(RUN["num_warmup"] + 1, RUN["num_warmup"] + RUN["num_draws"] + 1)
+    lengths = [draws.attributes["trajectory_length"] * hmc_module._halton(number) for number in numbers]
+    expected = torch.tensor([max(1, math.ceil(length / common)) for length in lengths])
+    assert torch.equal(n_steps, expected.expand_as(n_steps))
     params = {name: value.reshape(-1) for name, value in draws.params.items()}
     posterior = LogPosterior(model, X)
     u = posterior.unconstrain(params)
+    # the energy less the potential is half a chi-squared variable of P degrees of freedom, fresh in each draw
+    potential = -draws.sample_stats["lp"].reshape(-1) - posterior.log_jacobian(u)
+    kinetic = draws.sample_stats["energy"].reshape(-1) - potential
+    assert (kinetic > -1e-9).all()
+    assert abs(float(kinetic.mean()) - u.shape[1] / 2) < MAX_Z * math.sqrt(u.shape[1] / 2 / len(u))
     parts = posterior(u[:50], torch.ones(50, dtype=torch.float64))
     lp = parts.log_prior + parts.log_likelihood - posterior.log_jacobian(u[:50])
     assert (draws.sample_stats["lp"].reshape(-1)[:50] - lp).abs().max() < 1e-9
 
 
-def kernel_scores() -> dict[str, float]:
+def kernel_scores(power: float = 1.0) -> dict[str, float]:
     """Return as ``z_scores`` what some coarse steps make of exact draws, one a chain: the law must stay as it is."""
     size = 40_000
-    n, mean = len(X), float(X.mean())
+    n, mean = power * len(X), float(X.mean())
     shape = 3 + n / 2
-    rate = conjugate_moments(X)["variance"][0] * (shape - 1)
+    rate = conjugate_moments(X, power)["variance"][0] * (shape - 1)
     generator = np.random.default_rng(0)
     variance = rate / generator.gamma(shape, size=size)
     loc = generator.normal((0.7 * 0.5 + n * mean) / (0.7 + n), np.sqrt(variance / (0.7 + n)))
     posterior = LogPosterior(conjugate, X)
     u = posterior.unconstrain({"variance": torch.as_tensor(variance), "loc": torch.as_tensor(loc)})
     one = torch.ones(size, dtype=torch.float64)
-    state, draws = State(u, posterior(u, one)), torch.Generator().manual_seed(1)
+    tempered = power * one
+    state, draws = State(u, posterior(u, tempered)), torch.Generator().manual_seed(1)
     scale = u.std(0).expand_as(u)
     for _ in range(6):
-        state, _ = hmc_module.hmc_step(posterior, state, one, 1.3 * one, scale, 2, draws)
+        state, _ = hmc_module.hmc_step(posterior, state, tempered, 1.3 * one, scale, 2, draws)
     params = {name: value[:, None] for name, value in posterior.constrain(state.u).items()}
     found = {}
-    for name, (center, spread) in conjugate_moments(X).items():
+    for name, (center, spread) in conjugate_moments(X, power).items():
         values = params[name].numpy().reshape(-1)
         for word, series, truth in (("mean", values, center), ("variance", (values - center) ** 2, spread)):
             found[f"{word} of {name}"] = abs(series.mean() - truth) / (series.std() / math.sqrt(size))
     return found
 
 
-def test_steps_keep_the_law_of_exact_draws() -> None:
-    scores = kernel_scores()
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_steps_keep_the_law_of_exact_draws(power: float) -> None:
+    scores = kernel_scores(power)
     assert max(scores.values()) < MAX_Z, scores
 
 
@@ -330,6 +348,7 @@ def test_chains_do_not_start_in_hopeless_modes() -> None:
         ({"num_warmup": 5}, "num_warmup must be at least 20, not 5"),
         ({"target_acceptance": 1.0}, "target_acceptance must lie between 0 and 1"),
         ({"init": {"share": torch.tensor([0.5])}}, r"init\['share'\] has 1 rows, and there are 2 chains"),
+        ({"init": {"share": torch.full((2, 3), 0.5)}}, r"init\['share'\] must have shape \(2,\), not \(2, 3\)"),
         ({"init": {"w": torch.tensor([0.5])}}, "init must have the sites share, and has w"),
         (
             {"init": {"share": torch.tensor([0.5, math.nan]).double()}},
@@ -355,6 +374,161 @@ def test_pyros_sampler_draws_the_same_from_a_trace(model: Any) -> None:
     for name, value in plain.params.items():
         assert (traced.params[name] - value).abs().max() < 1e-8
         assert len(value.unique()) > 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_chains", 2.5), ("num_draws", True), ("checkpoint_every", "3")])
+def test_settings_that_are_no_integers_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer, not {value!r}"):
+        hmc(share_of_two, X, **{"num_chains": 2, "num_draws": 5, "num_warmup": 20, "seed": 0, name: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"num_draws": 0}, "num_draws must be at least 1, not 0"),
+        ({"max_tree_depth": 0}, "max_tree_depth must be at least 1, not 0"),
+        ({"target_acceptance": 2.0}, "target_acceptance must lie between 0 and 1, not 2.0"),
+    ],
+)
+def test_bad_settings_of_pyros_sampler_are_refused(setting: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        nuts(share_of_two, X, **{"num_draws": 5, "num_warmup": 5, "seed": 0, **setting})
+
+
+def test_pyros_sampler_says_what_it_did() -> None:
+    settings: dict[str, Any] = {"num_chains": 2, "num_draws": 10, "num_warmup": 10, "seed": 3}
+    init = {"share": torch.tensor([0.3, 0.6], dtype=torch.float64)}
+    draws = nuts(share_of_two, X, **settings, init=init)
+    again = nuts(share_of_two, X, **settings, init=init)
+    share = draws.params["share"]
+    assert share.shape == (2, 10)
+    assert torch.equal(again.params["share"], share)
+    assert not torch.equal(share[0], share[1])
+    rows = torch.stack([(1 - share).log()[..., None] - X.square() / 2, share.log()[..., None] - (X - 2).square() / 2])
+    prior = dist.Beta(torch.tensor(1.5).double(), torch.tensor(2.0).double()).log_prob(share)
+    by_hand = prior + rows.logsumexp(0).sum(-1) - len(X) / 2 * math.log(2 * math.pi)
+    assert (draws.sample_stats["lp"] - by_hand).abs().max() < 1e-12
+    rates = draws.sample_stats["acceptance_rate"]
+    assert ((rates > -1e-12) & (rates < 1 + 1e-12)).all()
+    assert draws.sample_stats["diverging"].sum() == draws.attributes["num_divergences"]
+    step_size = draws.sample_stats["step_size"]
+    assert torch.equal(step_size, step_size[:, :1].expand_as(step_size))
+    assert (step_size > 0).all()
+
+
+# What the warm-up adapts, each piece for itself
+
+
+def test_a_step_is_accepted_by_its_energies() -> None:
+    """Energies by hand at half the likelihood, with steps so long that some proposals are refused."""
+    posterior = LogPosterior(conjugate, X)
+    u = 0.3 * torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one = torch.ones(40, dtype=torch.float64)
+    power, scale = 0.5 * one, torch.tensor([[0.5, 0.7]], dtype=torch.float64).expand(40, 2)
+    state = State(u, posterior(u, power))
+    kept, step = hmc_module.hmc_step(posterior, state, power, 1.6 * one, scale, 3, torch.Generator().manual_seed(1))
+    again = torch.Generator().manual_seed(1)
+    momentum = torch.randn(40, 2, generator=again, dtype=torch.float64)
+    uniform = torch.rand(40, generator=again, dtype=torch.float64)
+    end, final = leapfrog(posterior, state, momentum, power, 1.6 * one, scale, 3)
+
+    def energy(place: Tensor, momentum: Tensor) -> Tensor:
+        values = []
+        for each, p in zip(place, momentum, strict=True):
+            params = posterior.coordinates(each)
+            variance, loc = params["variance"], params["loc"]
+            log_lik = dist.Normal(loc, variance.sqrt()).log_prob(X).sum()
+            prior = dist.InverseGamma(torch.tensor(3.0).to(u), torch.tensor(2.0).to(u)).log_prob(variance)
+            prior = prior + dist.Normal(0.5, (variance / 0.7).sqrt()).log_prob(loc) + variance.log()  # variance = exp u
+            values.append(p.square().sum() / 2 - prior - log_lik / 2)
+        return torch.stack(values)
+
+    before, after = energy(u, momentum), energy(end.u, final)
+    accepted = uniform < (before - after).clamp(max=0).exp()
+    assert 5 < accepted.sum() < 35
+    torch.testing.assert_close(step.acceptance_rate, (before - after).clamp(max=0).exp(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(step.energy, torch.where(accepted, after, before), rtol=1e-10, atol=0)
+    assert torch.equal(kept.u, torch.where(accepted[:, None], end.u, u))
+    found = posterior(kept.u, power)
+    for mine, other in zip(kept.evaluation, found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_divergences_are_counted_and_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no error of the energy allowed, each proposal that may be refused is one."""
+    monkeypatch.setattr(hmc_module, "DIVERGENCE", 0.0)
+    with pytest.warns(ConvergenceWarning, match="[1-9][0-9]* draws diverged: raise target_acceptance"):
+        draws = hmc(share_of_two, X, num_chains=3, num_draws=20, num_warmup=20, seed=0)
+    diverging = draws.sample_stats["diverging"]
+    assert torch.equal(diverging, draws.sample_stats["acceptance_rate"] < 1)
+    assert draws.attributes["num_divergences"] == diverging.sum()
+
+
+def test_a_trajectory_that_leaves_all_bounds_diverges_and_is_refused() -> None:
+    posterior, one = LogPosterior(conjugate, X), torch.ones(8, dtype=torch.float64)
+    u = torch.zeros(8, 2, dtype=torch.float64)
+    state, generator = State(u, posterior(u, one)), torch.Generator().manual_seed(0)
+    kept, step = hmc_module.hmc_step(posterior, state, one, 30 * one, torch.ones_like(u), 5, generator)
+    assert step.diverging.all()
+    assert torch.equal(kept.u, u)
+
+
+def test_scales_are_those_of_a_normal_law() -> None:
+    """Of draws from N(m, s^2), whose slope is -(u - m) / s^2, the root of both deviations' ratio is s."""
+    sd = torch.tensor([[1.0, 3.0], [4.0, 0.2], [0.5, 7.0]], dtype=torch.float64)[:, None]
+    mean = torch.tensor([-2.0, 5.0], dtype=torch.float64)
+    u = mean + sd * torch.randn(3, 20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = hmc_module._with_scales(hmc_module._untuned(u[:, 0]), u, -(u - mean) / sd.square())
+    own = sd[:, 0].log()
+    share = 20 / (20 + hmc_module.POOLED)
+    torch.testing.assert_close(found.scale.log(), share * own + (1 - share) * own.mean(0))
+    torch.testing.assert_close(found.center, u.mean(1))
+    assert (found.log_step == math.log(0.5)).all()
+
+
+def test_step_sizes_are_those_of_pyros_dual_averaging() -> None:
+    rates = torch.rand(12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tuning = hmc_module._untuned(torch.zeros(2, 3, dtype=torch.float64))
+    pyros = [DualAveraging(math.log(0.1), t0=10, kappa=0.75, gamma=hmc_module.DUAL_AVERAGING_RATE) for _ in range(2)]
+    for rate in rates:
+        tuning = hmc_module._with_acceptance(tuning, rate, 0.8)
+        for chain, other in enumerate(pyros):
+            other.step(0.8 - float(rate[chain]))
+            log_step, log_step_mean = other.get_state()
+            assert float(tuning.log_step[chain]) == pytest.approx(log_step, abs=1e-13)
+            assert float(tuning.log_step_mean[chain]) == pytest.approx(log_step_mean, abs=1e-13)
+
+
+def test_lengths_climb_the_criterion_by_adam() -> None:
+    """On a normal law, whose trajectories are known: the criterion by autograd, and torch's Adam."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([[0.5, 3.0]], dtype=torch.float64).expand(6, 2)
+    center = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    tuning = hmc_module._untuned(center)._replace(scale=scale, center=center)
+    log_length = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam(
+        [log_length], lr=hmc_module.ADAM_RATE, betas=(0.0, hmc_module.ADAM_DECAY), eps=1e-30, maximize=True
+    )
+    for _ in range(5):
+        q, p = torch.randn(2, 6, 2, generator=generator, dtype=torch.float64)
+        time, rate = torch.rand(2, 6, generator=generator, dtype=torch.float64)
+        factor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        t = (time * factor.exp())[:, None]
+        end, momentum = q * t.cos() + p * t.sin(), p * t.cos() - q * t.sin()
+        criterion = (end.square().sum(1) - q.square().sum(1)).square() / 4
+        ((rate * criterion).sum() / rate.sum()).backward()
+        log_length.grad = factor.grad
+        adam.step()
+        proposal: Any = State(center + scale * end.detach(), None)  # type: ignore[arg-type]
+        step = Step(proposal, momentum.detach(), rate, rate, rate > 2)
+        tuning = hmc_module._with_length(tuning, center + scale * q, step, time)
+        assert float(tuning.log_length) == pytest.approx(float(log_length), abs=1e-12)
+    assert abs(float(log_length)) > 0.01
+
+
+def test_windows_double_and_lengths_are_spread_evenly() -> None:
+    assert hmc_module._windows(300) == [15, 45, 105, 255]
+    assert [hmc_module._halton(number) for number in range(1, 8)] == [1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8, 3 / 8, 7 / 8]
 
 
 # Published draws
