@@ -45,6 +45,11 @@ UNFOLDED = 10_000
 MIN_DRAWS = 100
 """Of all chains: a tail of 5, the least to fit, is a fifth of 25 draws, and chains are cut in halves for R-hat."""
 
+EVIDENCE_SETTINGS = {
+    each.name for each in signature(log_evidence).parameters.values() if each.kind is each.KEYWORD_ONLY
+} - {"seed", "draws", "progress"}
+"""What ``compare`` leaves to its caller of ``log_evidence``."""
+
 
 class Candidate(NamedTuple):
     """A mixture that may have made the data."""
@@ -374,10 +379,8 @@ def _check_settings(
     ladder = (1.0,) if temperatures is None else tuple(temperatures)
     if not ladder or ladder[0] != 1 or ladder[-1] <= 0 or any(low >= high for high, low in itertools.pairwise(ladder)):
         raise ValueError(f"temperatures must fall from 1 to above 0, as (1.0, 0.5, 0.2), not {temperatures}")
-    settings = signature(log_evidence).parameters.values()
-    known = {each.name for each in settings if each.kind is each.KEYWORD_ONLY} - {"seed", "draws", "progress"}
-    if unknown := sorted(set(evidence) - known):
-        raise ValueError(f"evidence takes {', '.join(sorted(known))}, and not {', '.join(unknown)}")
+    if unknown := sorted(set(evidence) - EVIDENCE_SETTINGS):
+        raise ValueError(f"evidence takes {', '.join(sorted(EVIDENCE_SETTINGS))}, and not {', '.join(unknown)}")
     if evidence.get("method", "smc") not in ("smc", "bridge"):
         raise ValueError(f'the method of evidence must be "smc" or "bridge", not {evidence["method"]!r}')
 
