@@ -252,7 +252,8 @@ def compare(
     chosen = None if probabilities is None else {name: probabilities[name] for name in evidences}
     posterior = posterior_probabilities(evidences, chosen) if evidences else {}
     elpds = {study.name: study.elpd for study in studies if study.elpd is not None}
-    ranking = _ranking(elpds, of_loo := [])
+    of_loo: list[str] = []
+    ranking = _ranking(elpds, of_loo)
     rows = []
     for study in studies:
         row = study.row
@@ -678,7 +679,8 @@ def _gaps(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[str]:
         largest = ladder[-1][0]
         if ladder[0][0] < largest:
             last = {row.name for size, row in ladder if size == largest}
-            best = {name: row.name for name in CRITERIA if (row := _best(rows, name)) is not None and row.name in last}
+            leaders = {name: leader.name for name in CRITERIA if (leader := _best(rows, name)) is not None}
+            best = {criterion: name for criterion, name in leaders.items() if name in last}
             for preferred in dict.fromkeys(best.values()):
                 at_end = [criterion for criterion, name in best.items() if name == preferred]
                 sentences.append(f"{_prefer(at_end)} {preferred}, the largest K of its family here: try larger ones")
