@@ -47,6 +47,11 @@ UNFOLDED = 10_000
 MIN_DRAWS = 100
 """Of all chains: a tail of 5, the least to fit, is a fifth of 25 draws, and chains are cut in halves for R-hat."""
 
+EVIDENCE_SETTINGS = {
+    each.name for each in signature(log_evidence).parameters.values() if each.kind is each.KEYWORD_ONLY
+} - {"seed", "draws", "progress"}
+"""What ``compare`` leaves to its caller of ``log_evidence``."""
+
 
 class Candidate(NamedTuple):
     """A mixture that may have made the data."""
@@ -416,10 +421,8 @@ def _check_settings(
     ladder = (1.0,) if temperatures is None else tuple(temperatures)
     if not ladder or ladder[0] != 1 or ladder[-1] <= 0 or any(low >= high for high, low in itertools.pairwise(ladder)):
         raise ValueError(f"temperatures must fall from 1 to above 0, as (1.0, 0.5, 0.2), not {temperatures}")
-    settings = signature(log_evidence).parameters.values()
-    known = {each.name for each in settings if each.kind is each.KEYWORD_ONLY} - {"seed", "draws", "progress"}
-    if unknown := sorted(set(evidence) - known):
-        raise ValueError(f"evidence takes {', '.join(sorted(known))}, and not {', '.join(unknown)}")
+    if unknown := sorted(set(evidence) - EVIDENCE_SETTINGS):
+        raise ValueError(f"evidence takes {', '.join(sorted(EVIDENCE_SETTINGS))}, and not {', '.join(unknown)}")
     if evidence.get("method", "smc") not in ("smc", "bridge"):
         raise ValueError(f'the method of evidence must be "smc" or "bridge", not {evidence["method"]!r}')
 
@@ -721,10 +724,10 @@ def _gaps(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[str]:
         largest = ladder[-1][0]
         if ladder[0][0] < largest:
             last = {row.name for size, row in ladder if size == largest}
-            found = {name: best.name for name in CRITERIA if (best := _best(rows, name)) is not None}
-            ends = {name: preferred for name, preferred in found.items() if preferred in last}
-            for preferred in dict.fromkeys(ends.values()):
-                at_end = [criterion for criterion, name in ends.items() if name == preferred]
+            leaders = {name: leader.name for name in CRITERIA if (leader := _best(rows, name)) is not None}
+            best = {criterion: name for criterion, name in leaders.items() if name in last}
+            for preferred in dict.fromkeys(best.values()):
+                at_end = [criterion for criterion, name in best.items() if name == preferred]
                 sentences.append(f"{_prefer(at_end)} {preferred}, the largest K of its family here: try larger ones")
     return sentences
 

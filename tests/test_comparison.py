@@ -164,6 +164,20 @@ def test_loo_is_that_of_leaving_rows_out() -> None:
     assert abs(with_all_rows - truth) > 10 * error  # leaving no row out would be noticed
 
 
+def test_loo_and_its_differences_are_sums_over_rows(of_tiny: tuple[Tensor, Comparison]) -> None:
+    x, found = of_tiny
+    of_rows = [np.asarray(loo(found.trees[row.name], pointwise=True).elpd_i, dtype=np.float64) for row in found.rows]
+    best = max(of_rows, key=lambda values: values.sum())
+    for row, values in zip(found.rows, of_rows, strict=True):
+        assert row.elpd_loo == pytest.approx(values.sum(), rel=1e-12)
+        assert row.elpd_loo_standard_error == pytest.approx(values.std() * math.sqrt(len(x)), rel=1e-12)
+        assert row.elpd_loo_difference == pytest.approx((best - values).sum(), rel=1e-9, abs=1e-12)
+        assert row.elpd_loo_difference_standard_error == pytest.approx(
+            (best - values).std() * math.sqrt(len(x)), rel=1e-9, abs=1e-12
+        )
+    assert max(row.elpd_loo_difference or 0 for row in found.rows) > 0.01
+
+
 def test_stacking_weights_maximise_the_log_score_of_the_mixture(real_data: dict[str, Tensor]) -> None:
     """Two candidates: one weight, by a grid, on their leave-one-out densities."""
     x = real_data["faithful"][::6, :1]

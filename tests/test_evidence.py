@@ -517,11 +517,6 @@ def test_particles_that_do_not_move_are_an_error(tiny: Tiny) -> None:
         tempered_smc(Frozen(tiny.posterior.model, tiny.x), seed=1, **SMALL)
 
 
-def test_replicates_that_differ_too_much_are_a_warning(tiny: Tiny) -> None:
-    with pytest.warns(UserWarning, match="replicates' log evidences differ"):
-        tempered_smc(tiny.posterior, seed=1, num_replicates=32, num_chains=4, num_moves=2)
-
-
 def test_an_interrupt_says_how_far_it_was(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = itertools.count()
     right = smc_module.systematic
