@@ -5,6 +5,10 @@ Robert 1994, JRSS B 56(2), section 3). Tempered replicas follow sum_z p(x, z | p
 two draws belong with the table of log joint densities and the statistics times beta; neighbours exchange their
 temperatures (Geyer 1991) in the alternating order of Okabe et al. 2001, whose gain is shown by Syed et al. 2022, JRSS B
 84(2).
+
+Chains stick where several rows would have to change components at once. Split-merge moves between the two draws of a
+sweep change them (``mixproof.inference.split_merge``). Temperatures need not: swaps may be accepted often while no
+replica makes a round trip, and chains then agree with each other and not with the posterior.
 """
 
 from __future__ import annotations
