@@ -9,9 +9,10 @@ that is the mean (Lloyd, "Least squares quantization in PCM", 1982, Method I), f
 (problem 1 of the exercise sheet). Neither half-step raises J, and there are finitely many partitions, so a fixed point
 is reached; it is a local optimum, hence the restarts. The weights w_n are 1 unless given.
 
-After the first step both half-steps touch few rows. The triangle inequality tells which rows may have a new nearest
-centre (after Hamerly, "Making k-means even faster", 2010, with one bound for a row where he has two), and a centre is
-moved by the rows that change cluster. The results are those of the full half-steps, ``assign`` and ``update``.
+After the first step a centre is moved by the rows that change cluster. The nearest of K means is found from a product
+of matrices for all rows; for medians the triangle inequality tells which rows may have a new nearest centre (after
+Hamerly, "Making k-means even faster", 2010, with one bound for a row where he has two). The results are those of the
+full half-steps, ``assign`` and ``update``.
 """
 
 from __future__ import annotations
@@ -545,18 +546,15 @@ def _lloyd(
             rows, before = reassign(centers)
         if not len(rows) or step > max_steps:
             break
-        after, weights_ = labels.index_select(0, rows), weights.index_select(0, rows)
-        counts += after.bincount(minlength=k) - before.bincount(minlength=k)
+        counts += labels.index_select(0, rows).bincount(minlength=k) - before.bincount(minlength=k)
         if counts.all():
             centers, fall = clusters.move(rows, before, labels, centers)
         else:
-            x_ = x.index_select(0, rows)
-            fall = weights_ @ (deviations(x_, before, centers, metric) - deviations(x_, after, centers, metric))
-            fall = fall + (weights * deviations(x, labels, centers, metric)).sum()
+            objective = weights @ deviations(x, labels.index_copy(0, rows, before), centers, metric)
             _fill_empty_clusters(x, weights, labels, centers, metric, clusters, step)
             centers = clusters.update(labels, centers)
             counts = _counts(labels, weights, k)
-            fall = fall - (weights * deviations(x, labels, centers, metric)).sum()
+            fall = objective - clusters.objective
         falls.append(fall)
         size = torch.maximum(size, centers.abs().amax(0))
     converged = not len(rows)

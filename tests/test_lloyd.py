@@ -531,6 +531,33 @@ def test_labels_are_those_of_all_distances_wherever_the_centres_go(
         assert torch.equal(old, before[rows])
 
 
+def test_labels_that_nothing_vouches_for_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted faults that the test above would see: no second look where rounding decides, and gaps too wide."""
+    x = torch.arange(10, dtype=torch.float64)[:, None]
+    monkeypatch.setattr(Means, "_decide", lambda *args: None)
+    assert not torch.equal(Means(x, torch.ones(10)).assign(x[[0, 8]]), assign(x, x[[0, 8]], SQUARED_EUCLIDEAN))
+    medians = Medians(x, torch.ones(10))
+    labels = medians.assign(x[[0, 9]])
+    medians.safe_until += 10
+    medians.reassign(labels, x[[0, 5]])
+    assert not torch.equal(labels, assign(x, x[[0, 5]], MANHATTAN))
+
+
+@pytest.mark.parametrize("outlier", [1e2, 1e5, 1e20, 1e150])
+def test_an_outlier_blurs_no_label(outlier: float) -> None:
+    """It is what single precision is relative to: the rows that it can tell apart become none."""
+    x = torch.randn(1000, 3, generator=seeded(0), dtype=torch.float64)
+    x[0] = outlier
+    clusters, labels = Means(x, torch.ones_like(x[:, 0])), torch.full((1000,), -1)
+    for seed in range(3):
+        centers = torch.randn(5, 3, generator=seeded(seed), dtype=torch.float64)
+        if seed == 0:
+            labels = clusters.assign(centers)
+        else:
+            clusters.reassign(labels, centers)
+        assert torch.equal(labels, assign(x, centers, SQUARED_EUCLIDEAN))
+
+
 # Row weights
 
 
