@@ -72,7 +72,7 @@ def allocation_smc(
     num_components: int,
     seed: int,
     num_replicates: int = 32,
-    num_chains: int = 64,
+    num_chains: int = 128,
     num_moves: int = 2,
     efficiency: float = 0.5,
     checkpoint: str | Path | None = None,

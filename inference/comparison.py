@@ -212,7 +212,8 @@ def compare(
         max_steps: the largest number of EM steps from each.
         num_chains, num_draws, num_warmup, temperatures: as ``gibbs`` takes them.
         max_thinning: chains that do not agree, or whose draws are worth too little, run again four times as long, of
-            which every fourth draw is kept, and again while that is not more than this.
+            which every fourth draw is kept, and again while that is not more than this and the draws became worth twice
+            as much: those of chains that keep to modes of their own do not.
         evidence: the settings of ``log_evidence`` that are to be others than its defaults; ``{"method": "bridge"}``
             takes the draws of the Gibbs chains.
         probabilities: by name, the probability of each candidate before the data, in any unit; None takes all alike.
@@ -534,7 +535,7 @@ def _sample(
     number: int,
 ) -> tuple[Draws, DataTree, dict[str, Any], list[str]]:
     """Return draws, thinned so far that they are worth enough or as far as may be, with what is to be said of them."""
-    num_draws, thinning = runs.sampling["num_draws"], 1
+    num_draws, thinning, worth_before = runs.sampling["num_draws"], 1, 0.0
     while True:
         draws = gibbs(
             family,
@@ -559,9 +560,10 @@ def _sample(
         moments_of = family if draws.params.keys() == set(family.Params._fields) else None
         tree = to_datatree(draws, posterior, seed=0, family=moments_of, num_predictive=0, num_prior=0)
         found, complaints = _diagnostics(tree)
-        if not complaints or 4 * thinning > runs.sampling["max_thinning"]:
+        stuck = found["min_effective_draws"] < 2 * worth_before
+        if not complaints or stuck or 4 * thinning > runs.sampling["max_thinning"]:
             return draws, tree, found, complaints
-        thinning *= 4
+        thinning, worth_before = 4 * thinning, found["min_effective_draws"]
 
 
 def _diagnostics(tree: DataTree) -> tuple[dict[str, Any], list[str]]:

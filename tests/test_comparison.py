@@ -670,6 +670,23 @@ def test_bad_runs_are_said_for_the_candidate() -> None:
     assert any(sentence.startswith("one: 1 of 8 rows have a Pareto k above") for sentence in found.warnings)
 
 
+def test_chains_that_never_mix_are_not_run_for_ever_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, real, lengths = tiny(), comparison.gibbs, []
+
+    def stuck(*args: Any, **settings: Any) -> Any:
+        """Return draws of which each chain has only the first."""
+        lengths.append(settings["num_draws"])
+        draws = real(*args, **settings)
+        params = {name: value[:, :1].expand_as(value) for name, value in draws.params.items()}
+        return draws._replace(params=params)
+
+    monkeypatch.setattr(comparison, "gibbs", stuck)
+    settings = {**QUICK, "num_draws": 50, "num_warmup": 10, "max_thinning": 64}
+    found = compare([candidate(gaussian_diagonal, 2, x, "two")], x, seed=0, **settings)
+    assert lengths == [50, 200]
+    assert any("two: the chains do not agree" in sentence for sentence in found.warnings)
+
+
 def test_a_vague_evidence_is_said(monkeypatch: pytest.MonkeyPatch, of_tiny: tuple[Tensor, Comparison]) -> None:
     x, found = of_tiny
     assert not any("standard error of the log evidence" in sentence for sentence in found.warnings)
