@@ -176,13 +176,14 @@ def test_what_has_no_guide_is_refused() -> None:
     with pytest.raises(ValueError, match="num_draws must be at least 1, not 0"):
         guide_draws(known, fitted, X, num_draws=0, seed=0)
     assert LogPosterior(known, X).size == 2
-    for setting, words in (
+    settings: Any
+    for settings, words in (
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite, not 0.0"),
         ({"final_learning_rate": -1.0}, "final_learning_rate must be positive and finite, not -1.0"),
         ({"num_steps": 0}, "num_steps must be at least 1, not 0"),
     ):
         for guide in ("AutoNormal", AutoNormal(pyro.poutine.block(known, hide=["z"]))):
             with pytest.raises(ValueError, match=words):
-                svi(known, guide, X, **{"num_steps": 2, "seed": 0, **setting})
+                svi(known, guide, X, **{"num_steps": 2, "seed": 0, **settings})
     with pytest.raises(TypeError, match=r"num_steps must be an integer, not 2\.5"):
         svi(known, "AutoNormal", X, num_steps=2.5, seed=0)  # type: ignore[arg-type]
