@@ -183,7 +183,7 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
     floor = 0.92 * math.log(torch.finfo(x.dtype).tiny)  # subnormal numbers are twenty times slower
     space = Workspace(x)
     log_lik = torch.zeros((), dtype=torch.float64, device=x.device)
-    total: list[Tensor] = []
+    total: tuple[Tensor, ...] = ()
     # On a GPU the host would have to wait for the number of rows.
     selective = hasattr(form, "sums_of") and x.device.type == "cpu" and x.shape[1] >= WIDE
     own: list[tuple[Tensor, ...]] = []  # what counts and is not summed up yet
@@ -212,7 +212,7 @@ def _pass(form: Any, x: Tensor, row_weights: Tensor | None, chunk: int | None) -
         if own and (start + chunk >= len(x) or sum(len(part[0]) for part in own) * x.shape[1] >= MANY):
             total = _added(total, _sums_of(form, x, own, space))
             own = []
-    return Expectation(log_lik, form.statistics(tuple(total)))
+    return Expectation(log_lik, form.statistics(total))
 
 
 def _own(resp: Tensor, start: int) -> tuple[Tensor, ...] | None:
@@ -241,13 +241,10 @@ def _sums_of(form: Any, x: Tensor, own: list[tuple[Tensor, ...]], space: Workspa
     return form.sums_of(components, own_rows, resp[order], space)
 
 
-def _added(total: list[Tensor], sums: tuple[Tensor, ...]) -> list[Tensor]:
-    """Return the total in float64 with the sums of each lane added to it."""
-    total = total or [part.new_zeros(part.shape[1:], dtype=torch.float64) for part in sums]
-    for whole, lanes in zip(total, sums, strict=True):
-        for lane in lanes:
-            whole.add_(lane)
-    return total
+def _added(total: tuple[Tensor, ...], lanes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the total, if there is one yet, with the sums of each lane added to it in float64."""
+    sums = tuple(part.sum(0, dtype=torch.float64) for part in lanes)
+    return tuple(a.add_(b) for a, b in zip(total, sums, strict=True)) if total else sums
 
 
 def _in_one_piece(family: Any, params: Any, x: Tensor, row_weights: Tensor | None) -> Expectation:
