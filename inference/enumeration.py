@@ -181,8 +181,8 @@ def log_joint_table(
             look.
 
     Raises:
-        ValueError: an enumerated site is in no plate, in a sequential one or in fewer than the first, a plate is subsampled, or sites of one row
-            count differently often.
+        ValueError: an enumerated site is in no plate, in a sequential one or in fewer than the first, a plate is
+            subsampled, or sites of one row count differently often.
     """
     first = -1 - program.max_plate_nesting
     with pyro.get_param_store().scope(), default_dtype_of(*args, *params.values()):
