@@ -260,7 +260,7 @@ def hmc_engine(model: Callable[..., Any], **sizes: int) -> Engine:
 
 
 def nuts_engine(model: Callable[..., Any], **sizes: int) -> Engine:
-    settings: Any = {"num_chains": 1, "num_warmup": 40, "num_draws": 80} | sizes
+    settings: Any = {"num_chains": 1, "num_warmup": 40, "num_draws": 120} | sizes
 
     def engine(x: Tensor, seed: int) -> Draws:
         posterior = LogPosterior(model, x)
