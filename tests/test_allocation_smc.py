@@ -206,13 +206,14 @@ def test_a_killed_run_goes_on_to_the_same_evidence(path: str, tmp_path: Path) ->
 
 def test_a_checkpoint_of_another_run_is_refused(x: Tensor, prior: Any, tmp_path: Path) -> None:
     program = partial(gaussian_diagonal.model, num_components=2, prior=prior)
+    settings: dict[str, Any] = {"num_replicates": 8, "num_chains": 16, "num_moves": 15}
     for number, family in enumerate((gaussian_diagonal, None)):
-        run: Any = partial(log_evidence, family=family, seed=0, checkpoint=tmp_path / str(number), **SMALL)
-        first = run(program, x)
-        assert run(program, x).log_evidence == first.log_evidence
+        own = {**settings, "family": family, "checkpoint": tmp_path / str(number)}
+        first = log_evidence(program, x, seed=0, **own)
+        assert log_evidence(program, x, seed=0, **own).log_evidence == first.log_evidence
         with pytest.raises(ValueError, match="belongs to another run, which differs in"):
-            run(program, x + 1)
+            log_evidence(program, x + 1, seed=0, **own)
         with pytest.raises(ValueError, match="belongs to another run, which differs in seed"):
-            run(program, x, seed=1)
+            log_evidence(program, x, seed=1, **own)
         with pytest.raises(FileNotFoundError):
-            run(program, x, checkpoint=tmp_path / "none" / "file")
+            log_evidence(program, x, seed=1, **{**own, "checkpoint": tmp_path / "none" / "file"})
