@@ -370,7 +370,7 @@ def test_tempered_chains_change_modes_as_often_as_is_right() -> None:
     assert draws.attributes["round_trips"] > 40
 
 
-THREE_CLUSTERS = torch.tensor([[-8.3], [-8.0], [-7.5], [-0.4], [0.1], [0.2], [7.5], [7.9], [8.4]]).double()
+THREE_CLUSTERS = torch.tensor([[-12.3], [-12.0], [-11.5], [-0.4], [0.1], [0.2], [11.5], [11.9], [12.4]]).double()
 CHAINS_OF_MODES = 40
 
 
@@ -378,14 +378,14 @@ def modes_of_three_clusters(**options: Any) -> tuple[Tensor, float]:
     """Return whether rows 3 and 0 are together, (C, S) from two components, and how probable it is exactly.
 
     The middle one of three clusters shares a component with the left or with the right one, and at the start, in all
-    chains, with the right one. Its three rows would have to change at once, against odds of about exp(-24) each.
+    chains, with the right one. Its three rows would have to change at once, against odds of about exp(-54) each.
     """
     family = GaussianIsotropic(1.0)
     prior = family.Prior(*(torch.tensor(value).double() for value in ([1.0, 1.0], [0.0], 0.05)))
     exact = exact_posterior(family, THREE_CLUSTERS, prior, num_components=2)
     init = {
         "weights": torch.tensor([1 / 3, 2 / 3]).double().expand(CHAINS_OF_MODES, 2),
-        "locs": torch.tensor([[-8.0], [4.0]]).double().expand(CHAINS_OF_MODES, 2, 1),
+        "locs": torch.tensor([[-12.0], [6.0]]).double().expand(CHAINS_OF_MODES, 2, 1),
     }
     draws = gibbs(
         family, THREE_CLUSTERS, prior, num_components=2, num_chains=CHAINS_OF_MODES, num_draws=150, num_warmup=100,
