@@ -193,8 +193,8 @@ def hmc(
 
     Returns:
         ``Draws``. Its ``sample_stats`` are ``lp``, ``acceptance_rate``, ``diverging``, ``n_steps``, ``step_size`` and
-        ``energy``; its ``attributes`` hold the sizes, the seed, the trajectory length and ``low_chains``, the numbers of
-        the chains that stay lower than the best. On Ctrl-C after the warm-up, the draws so far, with a warning.
+        ``energy``; its ``attributes`` hold the sizes, the seed, the trajectory length and ``low_chains``, the numbers
+        of the chains that stay lower than the best. On Ctrl-C after the warm-up, the draws so far, with a warning.
 
     Raises:
         ValueError: a setting is out of range, the program is not one that ``LogPosterior`` takes, a prior is improper
