@@ -491,8 +491,11 @@ class _Run:
         family = chains.family
         params = {name: kept[:, :size] for name, kept in self._kept.items()}
         if relabel:
-            for group in (name for name in family.Params._fields if name.endswith("weights")):
-                params = self._permuted(params, group)
+            groups = [name for name in family.Params._fields if name.endswith("weights")]
+            for number, group in enumerate(groups):
+                # of the first state alone, so that the orders do not depend on where a run stopped and went on
+                generator = torch.Generator(chains.x.device).manual_seed(int(self._initial[:15], 16) + number)
+                params = self._permuted(params, group, generator)
         known = {name: value[:1] for name, value in self._params._asdict().items() if name not in params}
         flat = family.Params(
             **{name: value.flatten(0, 1) for name, value in params.items()},
@@ -522,7 +525,7 @@ class _Run:
             attributes["round_trips"] = int(self._round_trips)
         return Draws(params, {"lp": lp}, attributes)
 
-    def _permuted(self, params: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    def _permuted(self, params: dict[str, Tensor], group: str, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the draws, the components of one field of weights in an order of their own in each."""
         result = dict(params)
         order: Tensor | None = None
@@ -531,9 +534,10 @@ class _Run:
                 continue
             value, axis = params[name].movedim(axes[group] + 2, 2), axes[group] + 2
             if order is None:
-                shape = value.shape[:3]
-                uniform = torch.rand(shape, generator=self._chains.generator, dtype=value.dtype, device=value.device)
-                order = uniform.argsort(-1)
+                # by draws first, so that fewer draws get the first permutations of more
+                shape = (value.shape[1], value.shape[0], value.shape[2])
+                uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=value.device)
+                order = uniform.transpose(0, 1).argsort(-1)
             index = order.view(*order.shape, *(1,) * (value.ndim - 3)).expand_as(value)
             result[name] = value.gather(2, index).movedim(2, axis)
         return result

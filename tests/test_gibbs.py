@@ -462,6 +462,16 @@ def even(prior: Any) -> Any:
     return prior._replace(concentration=torch.full_like(prior.concentration, 2.0)) if "concentration" in prior._fields else prior  # noqa: E501  # fmt: skip
 
 
+def test_a_finished_run_asked_for_fewer_relabelled_draws_gives_the_first(case: Case, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"num_components": case.num_components(3), "num_chains": 3, "num_warmup": 2}
+    prior, file = even(case.prior(2)), tmp_path / "run"
+    run = partial(gibbs, case.family, case.data(), prior, **settings, relabel=True)
+    more = run(num_draws=9, generator=seeded(3), checkpoint=file)
+    for fewer in (run(num_draws=5, generator=seeded(3), checkpoint=file), run(num_draws=5, generator=seeded(3))):
+        for name, value in fewer.params.items():
+            assert torch.equal(value, more.params[name][:, :5])
+
+
 def test_components_that_the_prior_tells_apart_are_not_relabelled() -> None:
     family, x, prior = two_modes()
     with pytest.raises(ValueError, match="the prior tells the components of weights apart"):

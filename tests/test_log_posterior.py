@@ -499,7 +499,7 @@ def observation_of_a_pair_of_rows(x: Tensor) -> None:
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", len(x)):
         z = _bernoulli("z", 0.3)
-    pyro.sample("y", dist.Normal(loc + z[..., 0] - z[..., 1], 1.0), obs=x[0, 1])
+    pyro.sample("y", dist.Normal(loc + z[..., :1] - z[..., -1:], 1.0), obs=x[0, 1])
 
 
 def observation_of_a_whole_row(x: Tensor) -> None:
