@@ -207,7 +207,8 @@ def test_the_unit_of_the_rows_does_not_enter_stacking() -> None:
     found = []
     for unit in (0.0, -1000.0, 800.0):
         elpds = {name: planted_elpd(values + unit) for name, values in (("a", first), ("b", second), ("c", third - 3))}
-        ranking = comparison._ranking(elpds, sentences := [])
+        sentences: list[str] = []
+        ranking = comparison._ranking(elpds, sentences)
         assert sentences == []
         found.append([ranking.loc[name, "weight"] for name in "abc"])
         assert ranking.loc["c", "elpd_diff"] == pytest.approx(float(max(first.sum(), second.sum()) - (third - 3).sum()))
@@ -223,7 +224,8 @@ def test_what_arviz_says_of_many_candidates_is_a_sentence() -> None:
     """Six of twelve are as good as one another, and a little better than the others."""
     values = torch.linspace(-3, -1, 30, dtype=torch.float64)
     elpds = {str(k): planted_elpd(values + 0.01 * (k < 6)) for k in range(12)}
-    comparison._ranking(elpds, sentences := [])
+    sentences: list[str] = []
+    comparison._ranking(elpds, sentences)
     (sentence,) = sentences
     assert sentence.startswith("LOO: Difference in performance potentially due to chance")
 

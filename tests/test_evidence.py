@@ -215,7 +215,8 @@ def test_the_root_of_the_bridge_is_the_evidence() -> None:
 
 def test_draws_of_a_wrong_law_with_weights_that_mend_it() -> None:
     """Half of the chains are wrong and have no weight; counted like the others they would move the root by far."""
-    z, unweighted = [], []
+    z: list[float] = []
+    unweighted: list[float] = []
     for seed in range(NUM_SEEDS):
         first, second = log_ratios(seed, -10.0, (16, 50))
         wrong = first.clone()
