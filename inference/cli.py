@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from mixproof.inference import comparison, tables
+from mixproof.inference.comparison_report import check_matplotlib
 from mixproof.inference.dataset import Dataset, read_at_once, sample_rows, share
 from mixproof.inference.distributed import Group, is_first, rank_and_size, together
 from mixproof.inference.em import em
@@ -306,7 +307,7 @@ def compare(
                 raise ValueError(f"a plot is drawn to .png, .pdf or .svg, not to {plot.name}")
             if not plot.parent.is_dir():
                 raise ValueError(f"there is no folder {plot.parent} to draw {plot.name} to: make it first")
-            comparison.check_matplotlib()
+            check_matplotlib()
         if save is not None:
             save.mkdir(exist_ok=True)  # found now if it cannot be made
         candidates, rows = _candidates(data, family, components, prior, settings)

@@ -22,7 +22,7 @@ def effective_dimension(family: Any, posterior: LogPosterior, params: Any, *, se
     """Return the dimension of the set of densities of one row, which is that of the parameters or less.
 
     It is the rank, at a generic point, of the derivative of log p(x_n | params) of many rows in the P unconstrained
-    coordinates (Geiger, Heckerman and Meek 1996, UAI, section 3). Weights sum to 1 and a covariance matrix is
+    coordinates (Geiger, Heckerman and Meek 1996, UAI). Weights sum to 1 and a covariance matrix is
     symmetric, so that P counts neither twice. The rank is less where parameters can be moved without moving the
     density: the location and the covariance that the two parts of a sum may pass to one another, or the components
     beyond what few binary features tell apart, at most 2^D - 1 of them. The rows are drawn from the family, so that

@@ -619,7 +619,8 @@ def test_a_plot_that_cannot_be_drawn_costs_no_table(
     eruptions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def done(candidates: Any, x: Any, *, seed: int, **_: Any) -> Any:
-        row: Any = dict.fromkeys(cli.comparison.Row._fields) | {"name": candidates[0].name, "num_parameters": 2}
+        row: dict[str, Any] = dict.fromkeys(cli.comparison.Row._fields)
+        row |= {"name": candidates[0].name, "num_parameters": 2}
         rows = (cli.comparison.Row(**row),)
         return cli.comparison.Comparison(rows, ("it ran",), tuple(candidates), {}, {}, len(x), seed, False)
 
