@@ -164,6 +164,7 @@ def test_loo_is_that_of_leaving_rows_out() -> None:
     assert abs(with_all_rows - truth) > 10 * error  # leaving no row out would be noticed
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")  # which the comparison says in its words
 def test_loo_and_its_differences_are_sums_over_rows(of_tiny: tuple[Tensor, Comparison]) -> None:
     x, found = of_tiny
     of_rows = [np.asarray(loo(found.trees[row.name], pointwise=True).elpd_i, dtype=np.float64) for row in found.rows]
