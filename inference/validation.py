@@ -194,7 +194,6 @@ def check_prior(family: Any, prior: Any, params: Any) -> Any:
     if prior is None:
         return None
     prior = _convert(prior, family.Prior, params[0])
-    _check_shapes(family, prior, num_components(params), _num_features(params))
     try:
         sites = _parameter_sites(family, params, None, prior)
     except (ValueError, RuntimeError) as error:
@@ -205,6 +204,7 @@ def check_prior(family: Any, prior: Any, params: Any) -> Any:
                 f"the prior is one of {name} of shape {tuple(site.shape())}, "
                 f"and the parameters have {tuple(getattr(params, name).shape)}"
             )
+    _check_shapes(family, prior, num_components(params), _num_features(params))
     return prior
 
 
