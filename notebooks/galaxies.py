@@ -34,7 +34,6 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from mixproof.inference.comparison import Candidate, compare
 from mixproof.inference.datatree import summary, to_datatree
 from mixproof.inference.evidence import log_evidence
-from mixproof.inference.gibbs import gibbs
 from mixproof.inference.labels import align
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.models import gaussian_diagonal
@@ -109,8 +108,7 @@ sizes = range(1, 7)
 candidates = [
     Candidate(gaussian_diagonal, k, gaussian_diagonal.weakly_informative_prior(x, k), f"K = {k}") for k in sizes
 ]
-ladder = (1.0, 0.75, 0.55, 0.4, 0.3, 0.2)  # tempered replicas carry the chains from mode to mode
-study = compare(candidates, x, seed=0, temperatures=ladder)
+study = compare(candidates, x, seed=0)
 print(study)
 
 # %%
@@ -125,7 +123,7 @@ study.plot()
 #
 # The posterior over $K$ has a Monte Carlo error, which is small. What is not small is its dependence on the prior of
 # the variances. The scale of that prior says how wide a group is expected to be; let it go from a third to three
-# times what it was. More particles than by default keep the error small where groups may be very narrow.
+# times what it was.
 
 # %%
 rows = []
@@ -139,8 +137,7 @@ for factor in (1 / 3, 1.0, 3.0):
             partial(gaussian_diagonal.model, num_components=candidate.num_components, prior=candidate.prior),
             x,
             seed=1,
-            num_chains=64,
-            num_moves=30,
+            family=gaussian_diagonal,
         ).log_evidence
         for candidate in widened[2:]
     }
@@ -151,28 +148,17 @@ pd.DataFrame(rows).set_index("rate")
 # %% [markdown]
 # ## The groups themselves
 #
-# We look at the groups of one $K$, the one with most posterior probability in the table. Tempered replicas help the
-# chains from mode to mode; how often neighbours swap is printed, and R-hat says how far the summaries are to be
-# trusted. Draws that do not agree on labels cannot be asked for "group 1": `summary` would warn. Aligned draws can,
-# and the density of the data needs no labels.
+# We look at the groups of one $K$, the one with most posterior probability in the table. Gibbs chains are slow to
+# change modes here, as the warnings say, and chains that all sit in one mode agree with each other: a small R-hat
+# does not show it. The particles of sequential Monte Carlo start from the prior, in many replicates, and need not
+# cross from mode to mode. Draws that do not agree on labels cannot be asked for "group 1": `summary` would warn.
+# Aligned draws can, and the density of the data needs no labels.
 
 # %%
 best = max(study.rows, key=lambda row: row.probability)
 candidate = candidates[[row.name for row in study.rows].index(best.name)]
-generator = torch.Generator().manual_seed(2)
-draws = gibbs(
-    gaussian_diagonal,
-    x,
-    candidate.prior,
-    num_components=candidate.num_components,
-    num_chains=4,
-    num_draws=1000,
-    num_warmup=500,
-    temperatures=ladder,
-    generator=generator,
-)
-print("swap rates", [round(rate, 2) for rate in draws.attributes["swap_rates"]])
 program = partial(gaussian_diagonal.model, num_components=candidate.num_components, prior=candidate.prior)
+draws = log_evidence(program, x, seed=2, family=gaussian_diagonal).draws
 posterior = LogPosterior(program, x)
 aligned = align(draws, posterior)
 tree = to_datatree(aligned, posterior, seed=3, family=gaussian_diagonal)
@@ -180,14 +166,15 @@ summary(tree, components=True)
 
 # %%
 grid = torch.linspace(5, 40, 400, dtype=torch.float64)[:, None]
-chosen = torch.arange(0, 1000, 20)
+num_chains, num_draws = draws.params["weights"].shape[:2]
+chosen = torch.arange(0, num_draws, max(num_draws // 10, 1))
 densities = torch.stack(
     [
         gaussian_diagonal.log_joint(
             gaussian_diagonal.Params(*(draws.params[name][chain, draw] for name in gaussian_diagonal.Params._fields)),
             grid,
         ).logsumexp(1)
-        for chain in range(4)
+        for chain in range(num_chains)
         for draw in chosen
     ]
 ).exp()
