@@ -357,8 +357,8 @@ def test_chains_do_not_start_in_hopeless_modes() -> None:
     ],
 )
 def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:
+    x = X[:, None] if "batched" in setting else X
     with pytest.raises(ValueError, match=words):
-        x = X[:, None] if "batched" in setting else X
         hmc(share_of_two, x, **{"num_chains": 2, "num_draws": 5, "num_warmup": 20, "seed": 0, **setting})
 
 
@@ -508,8 +508,8 @@ def test_lengths_climb_the_criterion_by_adam() -> None:
         proposal: Any = State(center + scale * end.detach(), None)  # type: ignore[arg-type]
         step = Step(proposal, momentum.detach(), rate, rate, rate > 2)
         tuning = hmc_module._with_length(tuning, center + scale * q, step, time)
-        assert float(tuning.log_length) == pytest.approx(float(log_length), abs=1e-12)
-    assert abs(float(log_length)) > 0.01
+        assert float(tuning.log_length) == pytest.approx(log_length.item(), abs=1e-12)
+    assert abs(log_length.item()) > 0.01
 
 
 def test_windows_double_and_lengths_are_spread_evenly() -> None:
