@@ -315,7 +315,7 @@ def coordinates_of(posterior: LogPosterior, init: Mapping[str, Tensor], num_chai
     if set(init) != set(names):
         raise ValueError(f"init must have the sites {', '.join(names)}, and has {', '.join(init) or 'none'}")
     values = {name: as_floating(init[name], f"init[{name!r}]") for name in names}
-    shapes = {name: value.shape for name, value in posterior.constrain(torch.zeros(posterior.size)).items()}
+    shapes = {name: value.shape[1:] for name, value in posterior.constrain(torch.zeros(1, posterior.size)).items()}
     for name, value in values.items():
         if value.ndim == 0 or len(value) != num_chains:
             size = len(value) if value.ndim else 0
