@@ -274,16 +274,16 @@ class _Whitened:
         """Return these sums for rows x (m, D) and responsibilities (m,), sorted by their components (m,)."""
         num_components, size = self.locs.shape
         sizes = components.bincount(minlength=num_components).tolist()
-        counts, sums = [], space("sums", 1, num_components, size, 1 + size)
+        counts = torch.stack([part.sum() for part in resp.split(sizes)])
+        sums = space("sums", 1, num_components, size, 1 + size)
         for k, (rows, its) in enumerate(zip(x.split(sizes), resp.split(sizes), strict=True)):
             centred, weighted = space("own centred", len(rows), 1 + size), space("own weighted", len(rows), size)
             centred[:, 0] = 1
             torch.sub(rows, self.center, out=centred[:, 1:])
             torch.sub(centred[:, 1:], self.locs[k], out=weighted).mul_(its[:, None])
             torch.mm(weighted.mT, centred, out=sums[0, k])
-            counts.append(its.sum())
         scatters = (sums[..., start:, 1 + start : 1 + end] for start, end in self.bands)
-        return torch.stack(counts)[None], sums[..., 0], *scatters
+        return counts[None], sums[..., 0], *scatters
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Stats:
         """Return the sufficient statistics from the sums over all rows."""
