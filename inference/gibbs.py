@@ -19,7 +19,6 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,7 +27,14 @@ from torch import Tensor
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.draws import Draws
 from mixproof.inference.split_merge import draw_allocations, reallocate
-from mixproof.inference.validation import check_num_components, check_params, check_prior, check_rows, example_params
+from mixproof.inference.validation import (
+    check_integer,
+    check_num_components,
+    check_params,
+    check_prior,
+    check_rows,
+    example_params,
+)
 from mixproof.models.initial import partition
 
 TABLE_ENTRIES = 1 << 17
@@ -95,7 +101,7 @@ def gibbs(
     """
     sizes = {"num_chains": (num_chains, 1), "num_draws": (num_draws, 1), "num_warmup": (num_warmup, 0)}
     for name, (value, least) in {**sizes, "checkpoint_every": (checkpoint_every, 1)}.items():
-        _check_integer(value, name, least)
+        check_integer(value, name, least)
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, as torch.Generator().manual_seed(0), not {generator!r}")
     x = check_rows(family, x)
@@ -131,13 +137,6 @@ def gibbs(
             f"interrupted after {run.num_kept} of {num_draws} draws from each chain, which are returned", stacklevel=2
         )
     return run.draws(relabel)
-
-
-def _check_integer(value: Any, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
 def _check_temperatures(family: Any, temperatures: Sequence[float] | None, x: Tensor) -> Tensor:
