@@ -100,7 +100,9 @@ def to_datatree(
 
     def dataset(values: Mapping[str, Tensor], names: Any, attributes: Any = None, **options: Any) -> Any:
         arrays = {name: value.detach().cpu().numpy() for name, value in values.items()}
-        return dict_to_dataset(arrays, dims=names, attrs=provenance | (attributes or {}), **options)
+        # by its conventions ArviZ warns of more chains than draws, which many short chains have
+        options |= {"attrs": provenance | (attributes or {}), "check_conventions": False}
+        return dict_to_dataset(arrays, dims=names, **options)
 
     groups = {
         "posterior": dataset(draws.params, param_dims, attributes | {"component_labels": labels}),
