@@ -554,10 +554,10 @@ def _sample(
         moments_of = family if draws.params.keys() == set(family.Params._fields) else None
         tree = to_datatree(draws, posterior, seed=0, family=moments_of, num_predictive=0, num_prior=0)
         found, complaints = _diagnostics(tree)
-        stuck = found["min_effective_draws"] < 2 * worth_before
-        if not complaints or stuck or 4 * thinning > runs.sampling["max_thinning"]:
+        worth = found["min_effective_draws"] or 0.0
+        if not complaints or worth < 2 * worth_before or 4 * thinning > runs.sampling["max_thinning"]:
             return draws, tree, found, complaints
-        thinning, worth_before = 4 * thinning, found["min_effective_draws"]
+        thinning, worth_before = 4 * thinning, worth
 
 
 def _diagnostics(tree: DataTree) -> tuple[dict[str, Any], list[str]]:

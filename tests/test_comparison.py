@@ -586,7 +586,7 @@ def test_chains_are_judged_by_their_r_hat(shift: float, complains: bool) -> None
 
 
 def test_chains_run_four_times_as_long_and_every_fourth_draw_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While they do not agree and it is allowed; the draws of a run are 0, 1, 2, ... here."""
+    """While they do not agree, it is allowed, and it pays twice; the draws of a run are 0, 1, 2, ... here."""
     lengths = []
 
     def numbered(*_: Any, num_chains: int, num_draws: int, num_warmup: int, **__: Any) -> Draws:
@@ -598,13 +598,20 @@ def test_chains_run_four_times_as_long_and_every_fourth_draw_is_kept(monkeypatch
 
     def judge(tree: Any) -> tuple[dict[str, Any], list[str]]:
         judged.append(tree)
-        return {}, ["no"] if len(judged) < agree_after else []
+        return {"min_effective_draws": worth and worth ** len(judged)}, ["no"] if len(judged) < agree_after else []
 
     monkeypatch.setattr(comparison, "gibbs", numbered)
     monkeypatch.setattr(comparison, "to_datatree", lambda draws, *_, **__: draws)
     monkeypatch.setattr(comparison, "_diagnostics", judge)
     family = SimpleNamespace(Params=SimpleNamespace(_fields=("other",)))
-    for max_thinning, agree_after, thinnings in ((16, 9, [1, 4, 16]), (15, 9, [1, 4]), (16, 2, [1, 4]), (16, 1, [1])):
+    for max_thinning, agree_after, worth, thinnings in (
+        (16, 9, 2.0, [1, 4, 16]),
+        (15, 9, 2.0, [1, 4]),
+        (16, 2, 2.0, [1, 4]),
+        (16, 1, 2.0, [1]),
+        (16, 9, 1.9, [1, 4]),
+        (16, 9, None, [1, 4, 16]),  # no chain has moved
+    ):
         lengths.clear()
         judged.clear()
         sampling = {
@@ -637,7 +644,7 @@ def test_candidates_have_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
     found = [candidate(gaussian_diagonal, size, x) for size in (1, 2, 3)]
     kept = comparison._Study(found[0], planted(), [], None, None, None, None)
 
-    def study(_: Any, __: Any, seed: int, ___: Any) -> Any:
+    def study(_: Any, __: int, ___: Any, seed: int, ____: Any) -> Any:
         seeds.append(seed)
         return kept
 
