@@ -604,7 +604,7 @@ def test_chains_run_four_times_as_long_and_every_fourth_draw_is_kept(monkeypatch
     monkeypatch.setattr(comparison, "to_datatree", lambda draws, *_, **__: draws)
     monkeypatch.setattr(comparison, "_diagnostics", judge)
     family = SimpleNamespace(Params=SimpleNamespace(_fields=("other",)))
-    for max_thinning, agree_after, worth, thinnings in (
+    for max_thinning, agree_after, worth, thinnings in (  # noqa: B007  # judge reads what is not read here
         (16, 9, 2.0, [1, 4, 16]),
         (15, 9, 2.0, [1, 4]),
         (16, 2, 2.0, [1, 4]),
