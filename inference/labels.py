@@ -383,11 +383,11 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
     if family is not None:
         moments = torch.func.vmap(torch.func.vmap(family.moments))(family.Params(**draws.params))
         found |= dict(zip(("row_mean", "row_covariance"), moments, strict=True))
-    taken = set(found)
+    groups: dict[str, list[str]] = dict.fromkeys(found, [])
     for site, value in draws.params.items():
         group = [other for other in draws.params if other in partners[site]]
         name = f"{'_and_'.join(group)}_sorted" if site in axes else site
-        if name in taken:
+        if groups.setdefault(name, group) != group:
             raise ValueError(f'the site "{site}" has the name of another quantity of the draws, {name}: rename it')
         if site in axes:
             axis = axes[site] + 2

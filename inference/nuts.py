@@ -103,7 +103,7 @@ def nuts(
             sums, none = means * torch.arange(1, num_draws + 1), means.new_zeros(1)
             stats.append(torch.stack([sums.diff(prepend=none), counts.diff(prepend=none), *others]))
     params = {name: torch.stack([chain[name] for chain in chains]) for name in starts}
-    acceptance_rate, diverging, step_size, energy = torch.stack(stats, 1)
+    acceptance_rate, diverging, step_size, energy = torch.stack(stats, 1).to(posterior.device)
     u = posterior.unconstrain({name: value.flatten(0, 1) for name, value in params.items()})
     sample_stats = {
         "lp": -energy - posterior.log_jacobian(u).reshape(energy.shape),

@@ -237,7 +237,7 @@ def test_latents_of_many_rows_are_refused() -> None:
         with pyro.plate("again", len(x)):
             pyro.sample("x", dist.Normal(loc + k + z, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match="the enumerated site z is not in every plate of k"):
+    with pytest.raises(ValueError, match="the enumerated sites k and z lie in different plates"):
         LogPosterior(model, X.reshape(-1))
 
 
