@@ -383,7 +383,7 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
     if family is not None:
         moments = torch.func.vmap(torch.func.vmap(family.moments))(family.Params(**draws.params))
         found |= dict(zip(("row_mean", "row_covariance"), moments, strict=True))
-    groups: dict[str, list[str]] = dict.fromkeys(found, [])
+    groups: dict[str, list[str]] = {name: [] for name in found}
     for site, value in draws.params.items():
         group = [other for other in draws.params if other in partners[site]]
         name = f"{'_and_'.join(group)}_sorted" if site in axes else site

@@ -161,7 +161,7 @@ class LogPosterior:
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """Return the parameters, (..., *shape) by site, at points u (..., P)."""
         flat = torch.func.vmap(self.coordinates)(u.reshape(-1, u.shape[-1]))
-        return {name: value.reshape(*u.shape[:-1], *value.shape[1:]) for name, value in flat.items()}
+        return {name: value.reshape((*u.shape[:-1], *value.shape[1:])) for name, value in flat.items()}
 
     def log_jacobian(self, u: Tensor) -> Tensor:
         """Return log |d params / d u|, (...), at points u (..., P)."""

@@ -106,7 +106,7 @@ def _coordinates_of(posterior: LogPosterior, params: Any) -> tuple[dict[str, Ten
     if missing := sorted(set(transforms) - set(given)):
         raise ValueError(f"the fit lacks the sites {', '.join(missing)}; it has {', '.join(sorted(given))}")
     fit = {site: given[site].detach() for site in transforms}
-    sites = posterior.constrain(torch.zeros(posterior.size, dtype=torch.float64))
+    sites = posterior.constrain(torch.zeros(posterior.size, dtype=torch.float64, device=posterior.device))
     for site, value in sites.items():
         if fit[site].shape != value.shape:
             raise ValueError(f"{site} of the fit has shape {tuple(fit[site].shape)}, not {tuple(value.shape)}")
