@@ -14,9 +14,9 @@ alike, since each component is empty at first.
 from __future__ import annotations
 
 import math
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,21 +24,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mixproof.inference import checkpoint as checkpoints
-from mixproof.inference.tempered_smc import check_settings, effective_replicates, log_mean_evidence, systematic
+from mixproof.inference.particles import Replicates, check_settings, systematic
 from mixproof.inference.validation import check_num_components, check_prior, check_rows, example_params
 
 TABLE_ENTRIES = 1 << 22
 """How many entries of the tables of particles, rows and components are in memory at once."""
-MIN_REPLICATES = 4
-"""With a smaller effective number of replicates, the standard error of their mean evidence is not to be trusted."""
 
 
-class AllocationSMC(NamedTuple):
+@dataclass(frozen=True)
+class AllocationSMC(Replicates):
     """What R replicates found, each with M particles."""
 
-    log_evidences: Tensor
-    """(R,), log of the evidence as each replicate estimates it: an estimate that is right on average, but for the
-    resampling, which is done where the particles of all need it."""
     params: Any
     """The family's ``Params``, each field (R, S, ...): draws from p(params | x), dependent within a replicate."""
     lp: Tensor
@@ -47,16 +43,6 @@ class AllocationSMC(NamedTuple):
     """(T,), after how many rows the particles were resampled."""
     effective_sample_size: Tensor
     """(T,), the smallest among replicates, of M, of the weights there."""
-
-    @property
-    def log_evidence(self) -> float:
-        """log of the mean of the replicates' evidences."""
-        return log_mean_evidence(self.log_evidences)[0]
-
-    @property
-    def standard_error(self) -> float:
-        """Of ``log_evidence``: the replicates' evidences' standard deviation over their mean, by the root of R."""
-        return log_mean_evidence(self.log_evidences)[1]
 
 
 def integrates_out(family: Any) -> bool:
@@ -153,13 +139,7 @@ def allocation_smc(
     found = AllocationSMC(
         particles.log_evidences, params, lp, torch.tensor(particles.resampled_at), torch.tensor(particles.sizes)
     )
-    effective = effective_replicates(found.log_evidences)
-    if effective < MIN_REPLICATES:
-        warnings.warn(
-            f"{effective:.1f} of {num_replicates} replicates decide the mean of their evidences, whose standard error "
-            "is then too small; raise num_replicates or num_chains",
-            stacklevel=2,
-        )
+    found.warn_if_few()
     return found
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.particles import systematic
 from mixproof.inference.relabelling import Relabelling
-from mixproof.inference.tempered_smc import systematic
 
 DEGREES_OF_FREEDOM = 5.0
 """Of the proposal, a t law: the posterior of a log scale or a log odds falls off exponentially, more slowly than a

@@ -267,26 +267,19 @@ def compare(
     settings: Annotated[Path | None, typer.Option(help="JSON with the settings of families that have any.")] = None,
     starts: Annotated[int, typer.Option(min=1, help="Starts of EM by k-means++; the best fit is kept.")] = 10,
     max_steps: Annotated[int, typer.Option(min=1, help="The largest number of EM steps from each start.")] = 2000,
-    chains: Annotated[int, typer.Option(min=1, help="Chains of the Gibbs sampler.")] = 32,
-    draws: Annotated[int, typer.Option(min=1, help="Draws kept of each chain; 100 of all chains at least.")] = 250,
-    warmup: Annotated[int | None, typer.Option(min=0, help="Draws before them; as many by default.")] = None,
-    max_thinning: Annotated[
-        int, typer.Option(min=1, help="Chains that do not agree run up to so many times as long, and are thinned.")
-    ] = 16,
-    temperatures: Annotated[
-        str | None,
-        typer.Option(help="Powers of the likelihood for tempered chains, as 1,0.5,0.2, for those that change no mode."),
-    ] = None,
     method: Annotated[
         Method | None,
         typer.Option(
-            help="How the evidence is estimated: smc, sequential Monte Carlo alone; bridge, from the draws of the "
-            "Gibbs chains, which is blind to modes that they miss. By default a bridge from the particles of smc."
+            help="How the evidence is estimated: smc, sequential Monte Carlo alone; bridge, from its last particles. "
+            "By default bridge."
         ),
     ] = None,
-    replicates: Annotated[int, typer.Option(min=2, help="Replicates of the particles, for the evidence.")] = 32,
+    replicates: Annotated[int, typer.Option(min=4, help="Replicates of the particles, for the evidence.")] = 32,
     particles: Annotated[int | None, typer.Option(min=2, help="Particles of each replicate.")] = None,
     moves: Annotated[int | None, typer.Option(min=1, help="Moves of each particle after a resampling.")] = None,
+    chains: Annotated[int, typer.Option(min=4, help="Gibbs chains from the particles; a multiple of 4.")] = 1024,
+    draws: Annotated[int, typer.Option(min=1, help="Draws kept of each; 100 of all chains at least.")] = 8,
+    warmup: Annotated[int, typer.Option(min=0, help="Draws of each before them.")] = 100,
     plot: Annotated[Path | None, typer.Option(help="Draw the table there: .png, .pdf or .svg.")] = None,
     save: Annotated[
         Path | None, typer.Option(help="A folder for the draws of each candidate, a netCDF file for ArviZ each.")
@@ -320,9 +313,7 @@ def compare(
             max_steps=max_steps,
             num_chains=chains,
             num_draws=draws,
-            num_warmup=draws if warmup is None else warmup,
-            max_thinning=max_thinning,
-            temperatures=None if temperatures is None else _temperatures(temperatures),
+            num_warmup=warmup,
             evidence={name: value for name, value in evidence.items() if value is not None},
             checkpoint=checkpoint,
             progress=True,
@@ -386,17 +377,6 @@ def _sizes(text: str, num_rows: int) -> list[int | tuple[int, ...]]:
             raise ValueError(f"-k {text} counts down: write {last}-{first}")
         return list(range(first, last + 1))
     return [_num_components(text, num_rows)]
-
-
-def _temperatures(text: str) -> list[float]:
-    """Return numbers between commas that fall from 1 to above 0."""
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or found[0] != 1 or min(found) <= 0 or found != sorted(set(found), reverse=True):
-        raise ValueError(f"--temperatures takes numbers that fall from 1 to above 0, as 1,0.5,0.2, and not {text!r}")
-    return found
 
 
 def _prior(kind: Any, given: Any, size: int | tuple[int, ...], words: str) -> Any:

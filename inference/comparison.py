@@ -33,7 +33,7 @@ from mixproof.inference.datatree import loo, to_datatree
 from mixproof.inference.draws import Draws
 from mixproof.inference.effective_dimension import effective_dimension
 from mixproof.inference.em import Fit, responsibilities
-from mixproof.inference.evidence import Evidence, log_evidence, posterior_probabilities
+from mixproof.inference.evidence import NUM_CHAINS, Evidence, log_evidence, posterior_probabilities
 from mixproof.inference.gibbs import gibbs
 from mixproof.inference.labels import at_draws
 from mixproof.inference.log_posterior import LogPosterior
@@ -195,11 +195,9 @@ def compare(
     seed: int,
     num_starts: int = 10,
     max_steps: int = 2000,
-    num_chains: int = 32,
-    num_draws: int = 250,
-    num_warmup: int = 250,
-    max_thinning: int = 16,
-    temperatures: Sequence[float] | None = None,
+    num_chains: int = 1024,
+    num_draws: int = 8,
+    num_warmup: int = 100,
     evidence: Mapping[str, Any] | None = None,
     probabilities: Mapping[str, float] | None = None,
     checkpoint: str | Path | None = None,
@@ -207,8 +205,12 @@ def compare(
 ) -> Comparison:
     """Fit candidate mixtures to one data set and put what each criterion says of them into one table.
 
-    Each is fitted by EM from several starts (log likelihood, BIC, AIC, ICL), its posterior is drawn from by Gibbs
-    sampling (LOO, stacking weights, diagnostics) and integrated by ``log_evidence`` (evidence, posterior probability).
+    Each is fitted by EM from several starts (log likelihood, BIC, AIC, ICL) and integrated by ``log_evidence``
+    (evidence, posterior probability). From the particles at which that ends many short Gibbs chains go on (LOO,
+    stacking weights, diagnostics): the particles bring the modes in their shares, between which chains may never
+    change, and the chains make draws of one mode independent of one another. What is diagnosed is four long chains,
+    each of the short ones from replicates of its own, one after another: whether independent runs agree (as the nested
+    R-hat of Margossian et al. 2021, arXiv:2110.13017).
 
     Args:
         candidates: at least one, each under a name of its own and with a proper prior.
@@ -216,12 +218,8 @@ def compare(
         seed: seeds every start and draw.
         num_starts: of EM, by k-means++.
         max_steps: the largest number of EM steps from each.
-        num_chains, num_draws, num_warmup, temperatures: as ``gibbs`` takes them.
-        max_thinning: chains that do not agree, or whose draws are worth too little, run again four times as long, of
-            which every fourth draw is kept, and again while that is not more than this and the draws became worth twice
-            as much: those of chains that keep to modes of their own do not.
-        evidence: the settings of ``log_evidence`` that are to be others than its defaults; ``{"method": "bridge"}``
-            takes the draws of the Gibbs chains.
+        num_chains, num_draws, num_warmup: as ``gibbs`` takes them, the first a multiple of 4.
+        evidence: the settings of ``log_evidence`` that are to be others than its defaults.
         probabilities: by name, the probability of each candidate before the data, in any unit; None takes all alike.
         checkpoint: a folder, made where there is none, for the states of the Gibbs chains and of the particles of each
             candidate. If it holds those of this comparison, it goes on from there, to the same table.
@@ -241,10 +239,9 @@ def compare(
     _arviz_stats()
     x = _check(candidates, x)
     least = {"num_starts": num_starts, "max_steps": max_steps, "num_chains": num_chains, "num_draws": num_draws}
-    _check_settings(least | {"max_thinning": max_thinning}, temperatures, evidence or {})
+    _check_settings(least, evidence or {})
     _check_probabilities(probabilities, [candidate.name for candidate in candidates])
-    chains = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
-    sampling: dict[str, Any] = {**chains, "max_thinning": max_thinning, "temperatures": temperatures}
+    sampling = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None:
         _claim(
@@ -404,20 +401,25 @@ def _check(candidates: Sequence[Candidate], x: Any) -> Tensor:
     return rows
 
 
-def _check_settings(
-    numbers: Mapping[str, int], temperatures: Sequence[float] | None, evidence: Mapping[str, Any]
-) -> None:
+def _check_settings(numbers: Mapping[str, int], evidence: Mapping[str, Any]) -> None:
     """Say in words which setting is wrong for all candidates, before the first run."""
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+    if numbers["num_chains"] % NUM_CHAINS:
+        raise ValueError(
+            f"num_chains must be a multiple of {NUM_CHAINS}, the groups that R-hat compares, and "
+            f"{numbers['num_chains']} is none"
+        )
     if (total := numbers["num_chains"] * numbers["num_draws"]) < MIN_DRAWS:
         raise ValueError(f"num_chains times num_draws is {total}, too few for LOO: take at least {MIN_DRAWS}")
-    ladder = (1.0,) if temperatures is None else tuple(temperatures)
-    if not ladder or ladder[0] != 1 or ladder[-1] <= 0 or any(low >= high for high, low in itertools.pairwise(ladder)):
-        raise ValueError(f"temperatures must fall from 1 to above 0, as (1.0, 0.5, 0.2), not {temperatures}")
     if unknown := sorted(set(evidence) - EVIDENCE_SETTINGS):
         raise ValueError(f"evidence takes {', '.join(sorted(EVIDENCE_SETTINGS))}, and not {', '.join(unknown)}")
+    if evidence.get("num_replicates", NUM_CHAINS) < NUM_CHAINS:
+        raise ValueError(
+            f"num_replicates of evidence must be at least {NUM_CHAINS}, the groups that R-hat compares, not "
+            f"{evidence['num_replicates']}"
+        )
     if evidence.get("method", "smc") not in ("smc", "bridge"):
         raise ValueError(f'the method of evidence must be "smc" or "bridge", not {evidence["method"]!r}')
 
@@ -448,7 +450,7 @@ def _study(candidate: Candidate, number: int, x: Tensor, seed: int, runs: _Runs)
     num_parameters = effective_dimension(family, posterior, template, seed=seed)
     row = Row(**unknown | {"name": name, "num_parameters": num_parameters})
     with _in_words(sentences, name):
-        draws, fit, tree, elpd, evidence = None, None, None, None, None
+        fit, tree, elpd, evidence = None, None, None, None
         with _failing(sentences, name, "EM"):
             starts = [family.init_params(x, size, generator) for _ in range(runs.num_starts)]
             fit, _, failures = em_restarts(family, x, starts, max_steps=runs.max_steps, progress=runs.progress)
@@ -456,8 +458,21 @@ def _study(candidate: Candidate, number: int, x: Tensor, seed: int, runs: _Runs)
             if failures:
                 last = failures[max(failures)]
                 sentences.append(f"{name}: {len(failures)} of {runs.num_starts} starts of EM failed, the last: {last}")
+        with _failing(sentences, name, "the evidence"):
+            settings = {"family": family, "checkpoint": runs.checkpoint(f"{number}.evidence")} | runs.evidence
+            evidence = log_evidence(model, x, seed=seed, progress=runs.progress, **settings)
+            row = row._replace(log_evidence=evidence.log_evidence, log_evidence_standard_error=evidence.standard_error)
+            if evidence.standard_error > 0.5:
+                sentences.append(
+                    f"{name}: the standard error of the log evidence is {evidence.standard_error:.2f}, too large for "
+                    "the errors of probabilities, which are to first order: raise its num_replicates or num_moves"
+                )
         with _failing(sentences, name, "Gibbs sampling"):
-            draws, tree, found, complaints = _sample(family, x, prior, size, posterior, generator, runs, number)
+            particles = None if evidence is None else evidence.draws
+            draws = _sample(family, x, prior, size, particles, generator, runs, number)
+            moments_of = family if draws.params.keys() == set(family.Params._fields) else None
+            tree = to_datatree(draws, posterior, seed=0, family=moments_of, num_predictive=0, num_prior=0)
+            found, complaints = _diagnostics(tree)
             row = row._replace(**found)
             sentences += [f"{name}: {complaint}" for complaint in complaints]
             if len(posterior.program.latents) == 1:
@@ -474,17 +489,6 @@ def _study(candidate: Candidate, number: int, x: Tensor, seed: int, runs: _Runs)
                 warnings.filterwarnings("ignore", "The point-wise LOO is the same", UserWarning)  # as of a single row
                 elpd = loo(tree, pointwise=True)
             row = row._replace(**_loo(elpd, sentences, name))
-        with _failing(sentences, name, "the evidence"):
-            settings = {"family": family, "checkpoint": runs.checkpoint(f"{number}.evidence")} | runs.evidence
-            if settings.get("method") == "bridge":
-                settings |= {"draws": draws, "checkpoint": None}
-            evidence = log_evidence(model, x, seed=seed, progress=runs.progress, **settings)
-            row = row._replace(log_evidence=evidence.log_evidence, log_evidence_standard_error=evidence.standard_error)
-            if evidence.standard_error > 0.5:
-                sentences.append(
-                    f"{name}: the standard error of the log evidence is {evidence.standard_error:.2f}, too large for "
-                    "the errors of probabilities, which are to first order: raise its num_replicates or num_moves"
-                )
     return _Study(candidate, row, sentences, fit, tree, elpd, evidence)
 
 
@@ -523,41 +527,39 @@ def _sample(
     x: Tensor,
     prior: Any,
     size: int | tuple[int, ...],
-    posterior: LogPosterior,
+    particles: Draws | None,
     generator: torch.Generator,
     runs: _Runs,
     number: int,
-) -> tuple[Draws, DataTree, dict[str, Any], list[str]]:
-    """Return draws, thinned so far that they are worth enough or as far as may be, with what is to be said of them."""
-    num_draws, thinning, worth_before = runs.sampling["num_draws"], 1, 0.0
-    while True:
-        draws = gibbs(
-            family,
-            x,
-            prior,
-            num_components=size,
-            num_chains=runs.sampling["num_chains"],
-            num_draws=thinning * num_draws,
-            num_warmup=thinning * runs.sampling["num_warmup"],
-            temperatures=runs.sampling["temperatures"],
-            generator=generator,
-            checkpoint=runs.checkpoint(f"{number}.gibbs.{thinning}"),
-            progress=runs.progress,
-        )
-        if draws.attributes["num_draws"] < thinning * num_draws:
-            raise KeyboardInterrupt  # which gibbs answers with what it has, too little to stand beside the others
-        draws = Draws(
-            {site: value[:, ::thinning] for site, value in draws.params.items()},
-            {name: value[:, ::thinning] for name, value in draws.sample_stats.items()},
-            draws.attributes | {"thinning": thinning, "num_draws": num_draws},
-        )
-        moments_of = family if draws.params.keys() == set(family.Params._fields) else None
-        tree = to_datatree(draws, posterior, seed=0, family=moments_of, num_predictive=0, num_prior=0)
-        found, complaints = _diagnostics(tree)
-        worth = found["min_effective_draws"] or 0.0
-        if not complaints or worth < 2 * worth_before or 4 * thinning > runs.sampling["max_thinning"]:
-            return draws, tree, found, complaints
-        thinning, worth_before = 4 * thinning, worth
+) -> Draws:
+    """Return draws of short chains from particles, in as many chains as these, one after another in each.
+
+    Without particles the chains start apart.
+    """
+    num_short, num_draws = runs.sampling["num_chains"] // NUM_CHAINS, runs.sampling["num_draws"]
+    init = None
+    if particles is not None:
+        some = torch.arange(num_short) * particles.attributes["num_draws"] // num_short
+        init = {site: value[:, some].flatten(0, 1) for site, value in particles.params.items()}
+    draws = gibbs(
+        family,
+        x,
+        prior,
+        num_components=size,
+        generator=generator,
+        init=init,
+        checkpoint=runs.checkpoint(f"{number}.gibbs"),
+        progress=runs.progress,
+        **runs.sampling,
+    )
+    if draws.attributes["num_draws"] < num_draws:
+        raise KeyboardInterrupt  # which gibbs answers with what it has, too little to stand beside the others
+
+    def together(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.unflatten(0, (NUM_CHAINS, -1)).flatten(1, 2) for name, value in values.items()}
+
+    shape = {"num_chains": NUM_CHAINS, "num_draws": num_short * num_draws, "num_draws_of_a_start": num_draws}
+    return Draws(together(draws.params), together(draws.sample_stats), draws.attributes | shape)
 
 
 def _diagnostics(tree: DataTree) -> tuple[dict[str, Any], list[str]]:
@@ -579,7 +581,7 @@ def _diagnostics(tree: DataTree) -> tuple[dict[str, Any], list[str]]:
         complaints.append(
             f"the chains do not agree, or their draws are worth too little: R-hat of {worst} is {rhats[worst]:.3f} "
             f"(at most {MAX_RHAT}), the draws are worth {ess:.0f} independent ones (at least {MIN_EFFECTIVE_DRAWS}), "
-            "and LOO and stacking rest on them; raise num_draws or max_thinning, or give temperatures"
+            "and LOO and stacking rest on them; raise num_warmup, or the evidence's num_replicates or num_chains"
         )
     return {"max_rhat": rhats[worst], "min_effective_draws": ess}, complaints
 

@@ -19,9 +19,14 @@ from mixproof.inference.bridge_sampling import bridge_sampling
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import default_dtype_of
 from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.particles import systematic
 from mixproof.inference.relabelling import Relabelling
-from mixproof.inference.tempered_smc import systematic, tempered_smc
+from mixproof.inference.tempered_smc import tempered_smc
 from mixproof.inference.validation import feasible_params
+
+NUM_CHAINS = 4
+"""Into how many chains the particles of the replicates go: as many as R-hat and effective sample sizes ask for at least
+(Vehtari et al. 2021, Bayesian Analysis 16, section 4)."""
 
 
 class Evidence(NamedTuple):
@@ -75,8 +80,9 @@ def log_evidence(
         progress: whether to show the run on stderr.
 
     Returns:
-        ``Evidence``. Its draws are those given, or the last particles, (num_replicates, S, ...), resampled, in no
-        order.
+        ``Evidence``. Its draws are those given, or the last particles in four chains (fewer of fewer replicates), each
+        of replicates of its own, in which a replicate has the share that its evidence has. So R-hat says whether
+        independent runs agree, and particles of one ancestry are neighbours, as draws of a Markov chain are.
 
     Raises:
         TypeError: ``draws`` are no ``Draws``.
@@ -119,12 +125,12 @@ def log_evidence(
         params = posterior.constrain(run.u)
         lp = run.log_prior + run.log_likelihood - posterior.log_jacobian(run.u)
     particles = Draws(params, {"lp": lp}, {"engine": engine, "seed": seed})
-    shares = (run.log_evidences - run.log_evidence).exp()
-    resampled = _resampled(particles, shares, seed)
-    diagnostics = {name: value for name, value in run._asdict().items() if getattr(value, "ndim", 0) == 1}
+    resampled = _resampled(particles, run.log_evidences, seed)
+    diagnostics = {name: value for name, value in vars(run).items() if getattr(value, "ndim", 0) == 1}
     if method == "smc":
         return Evidence(run.log_evidence, run.standard_error, resampled, diagnostics)
     u = _coordinates(posterior, particles)
+    shares = (run.log_evidences - run.log_evidence).exp()
     bridge = bridge_sampling(posterior, u, seed=seed, relabelling=relabelling, weights=shares)
     diagnostics |= {
         "bridge_effective_sample_size": bridge.effective_sample_size,
@@ -172,16 +178,19 @@ def _coordinates(posterior: LogPosterior, draws: Draws) -> Tensor:
     return u.reshape(*shape, -1)
 
 
-def _resampled(particles: Draws, shares: Tensor, seed: int) -> Draws:
-    """Return particles of replicates in these shares (R,), of mean 1."""
+def _resampled(particles: Draws, log_evidences: Tensor, seed: int) -> Draws:
+    """Return the particles (R, S) of replicates in chains of replicates that no other chain has."""
     lp = particles.sample_stats["lp"]
-    weights = shares[:, None].expand_as(lp).flatten() / lp.numel()
+    num_replicates, size = lp.shape
     generator = torch.Generator(lp.device).manual_seed(seed)
-    chosen = systematic(weights[None], len(weights), generator)[0]
-    chosen = chosen[torch.randperm(len(chosen), generator=generator, device=lp.device)].reshape(lp.shape)
-    params = {site: value.flatten(0, 1)[chosen] for site, value in particles.params.items()}
-    attributes = particles.attributes | {"num_chains": len(lp), "num_draws": lp.shape[1]}
-    return Draws(params, {"lp": lp.flatten()[chosen]}, attributes)
+    num_chains, chosen = min(NUM_CHAINS, num_replicates), []
+    for own in torch.arange(num_replicates, device=lp.device).tensor_split(num_chains):
+        weights = log_evidences[own].softmax(0).repeat_interleave(size)[None] / size
+        chosen.append(own[0] * size + systematic(weights, lp.numel() // num_chains, generator)[0])
+    places = torch.stack(chosen)
+    params = {site: value.flatten(0, 1)[places] for site, value in particles.params.items()}
+    attributes = particles.attributes | {"num_chains": num_chains, "num_draws": places.shape[1]}
+    return Draws(params, {"lp": lp.flatten()[places]}, attributes)
 
 
 def posterior_probabilities(

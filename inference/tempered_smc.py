@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -16,18 +15,17 @@ from torch import Tensor
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.hmc import TARGET_ACCEPTANCE, State, hmc_step
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
+from mixproof.inference.particles import Replicates, check_settings, systematic
 
 MAX_TEMPERATURES = 1000
 MAX_STEPS = 32
 """The largest number of leapfrog steps of a move."""
 
 
-class TemperedSMC(NamedTuple):
+@dataclass(frozen=True)
+class TemperedSMC(Replicates):
     """What R replicates of tempered sequential Monte Carlo found, each with S particles at every temperature."""
 
-    log_evidences: Tensor
-    """(R,), log of the evidence as each replicate estimates it: an estimate that is right on average, but for the
-    temperatures and the kernel, which are chosen by the particles of all."""
     u: Tensor
     """(R, S, P), draws of the unconstrained coordinates from the posterior, dependent within a replicate."""
     log_prior: Tensor
@@ -42,35 +40,6 @@ class TemperedSMC(NamedTuple):
     """(T,), of the moves at each temperature."""
     step_size: Tensor
     """(T,), the last at each temperature."""
-
-    @property
-    def log_evidence(self) -> float:
-        """log of the mean of the replicates' evidences."""
-        return log_mean_evidence(self.log_evidences)[0]
-
-    @property
-    def standard_error(self) -> float:
-        """Of ``log_evidence``: the replicates' evidences' standard deviation over their mean, by the root of R."""
-        return log_mean_evidence(self.log_evidences)[1]
-
-    @property
-    def effective_replicates(self) -> float:
-        """How many replicates of equal evidences the mean is worth."""
-        return effective_replicates(self.log_evidences)
-
-
-def log_mean_evidence(log_evidences: Tensor) -> tuple[float, float]:
-    """Return the log of the mean of R evidences, given by their logs (R,), and its standard error to first order."""
-    mean = float(log_evidences.logsumexp(0)) - math.log(len(log_evidences))
-    return mean, float((log_evidences - mean).exp().std()) / math.sqrt(len(log_evidences))
-
-
-def effective_replicates(log_evidences: Tensor) -> float:
-    """Return how many replicates of equal evidences the mean of R is worth, given by their logs (R,).
-
-    The square of their sum by the sum of their squares.
-    """
-    return float(1 / log_evidences.softmax(0).square().sum())
 
 
 def tempered_smc(
@@ -156,12 +125,7 @@ def tempered_smc(
         log_lik,
         *(torch.tensor(getattr(path, name), dtype=starts.dtype) for name in _Path.LISTS),
     )
-    if found.effective_replicates < num_replicates / math.e:  # as of a log-normal law of standard deviation 1
-        warnings.warn(
-            f"the mean of the evidences of {num_replicates} replicates rests on {found.effective_replicates:.1f} of "
-            "them, and its standard error is too small; raise num_chains or num_moves",
-            stacklevel=2,
-        )
+    found.warn_if_few()
     return found
 
 
@@ -333,16 +297,6 @@ def _walk(
     return u.reshape(*shape, u.shape[1]), log_prior.reshape(shape), log_lik.reshape(shape), mean
 
 
-def check_settings(num_replicates: int, num_chains: int, num_moves: int, efficiency: float) -> None:
-    """Raise ValueError where a setting of the particles is out of range."""
-    least = {"num_replicates": (num_replicates, 2), "num_chains": (num_chains, 2), "num_moves": (num_moves, 1)}
-    for name, (value, smallest) in least.items():
-        if value < smallest:
-            raise ValueError(f"{name} must be at least {smallest}, not {value}")
-    if not 0 < efficiency < 1:
-        raise ValueError(f"efficiency must lie between 0 and 1, not {efficiency}")
-
-
 def _check_likelihood(log_lik: Tensor, temperature: float) -> None:
     if log_lik.isnan().any() or (log_lik == torch.inf).any():
         bad = int((log_lik.isnan() | (log_lik == torch.inf)).sum())
@@ -374,13 +328,6 @@ def _next_temperature(log_lik: Tensor, temperature: float, efficiency: float) ->
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) >= 0 else (low, middle)
     return temperature + low
-
-
-def systematic(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return the numbers (R, count) of particles drawn in proportion to weights (R, S), by systematic resampling."""
-    offsets = torch.rand(len(weights), 1, generator=generator, dtype=weights.dtype, device=weights.device)
-    places = (torch.arange(count, dtype=weights.dtype, device=weights.device) + offsets) / count
-    return torch.searchsorted(weights.cumsum(1), places).clamp_max(weights.shape[1] - 1)
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

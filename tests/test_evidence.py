@@ -25,6 +25,7 @@ from mixproof.inference.evidence import Evidence, log_evidence, posterior_probab
 from mixproof.inference.exact_evidence import exact_draws, exact_log_evidence
 from mixproof.inference.gibbs import gibbs
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
+from mixproof.inference.particles import Replicates
 from mixproof.inference.relabelling import Relabelling
 from mixproof.inference.tempered_smc import TemperedSMC, tempered_smc
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_sum
@@ -255,9 +256,8 @@ def test_both_halves_are_used(tiny: Tiny) -> None:
 # Two properties of a run
 
 
-def planted_run(logs: list[float]) -> TemperedSMC:
-    empty = torch.empty(0)
-    return TemperedSMC(torch.tensor(logs, dtype=torch.float64), *[empty] * (len(TemperedSMC._fields) - 1))
+def planted_run(logs: list[float]) -> Replicates:
+    return Replicates(torch.tensor(logs, dtype=torch.float64))
 
 
 def test_the_evidence_is_the_mean_of_the_evidences_and_not_of_their_logarithms() -> None:
@@ -278,7 +278,7 @@ def test_replicates_that_decide_the_mean_are_counted_and_those_that_miss_a_mode_
 def test_few_replicates_that_decide_the_mean_are_a_warning(
     effective: float, warns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TemperedSMC, "effective_replicates", effective)
+    monkeypatch.setattr(Replicates, "effective_replicates", effective)
     run = partial(tempered_smc, coins(2).posterior, seed=1, num_replicates=8, num_chains=4, num_moves=3)
     with pytest.warns(UserWarning, match="of 8 replicates rests on 2.9 of them") if warns else nullcontext():
         run()
