@@ -282,7 +282,7 @@ GUIDES = ("AutoNormal", "AutoMultivariateNormal", "AutoLaplace")
 BATCH_SIZES = {"gibbs": None, "hmc": 1000, "nuts": None} | dict.fromkeys(GUIDES, 250)
 """By engine: how many data sets it takes at once; None where it takes one."""
 MORE_DRAWS = {"gaussian_sum": {"num_draws": 400}}
-"""Of hmc, where 200 are worth less than 10 independent ones in too many data sets."""
+"""Of gibbs, where 100 of each chain are worth fewer than 20 independent ones in too many data sets."""
 CORRELATED = torch.linalg.cholesky(CORRELATION)
 
 
@@ -319,13 +319,11 @@ def calibrate_engine(
     if engine == "gibbs":
         if case is None:
             raise ValueError(f"{name} is a program and no family: it has no Gibbs sampler")
-        run = gibbs_engine(*case, **sizes)
+        run = gibbs_engine(*case, **MORE_DRAWS.get(name, {}) | sizes)
     elif engine in GUIDES:
         run = guide_engine(engine, model, **sizes)
-    elif engine == "hmc":
-        run = hmc_engine(model, **MORE_DRAWS.get(name, {}) | sizes)
     else:
-        run = nuts_engine(model, **sizes)
+        run = {"hmc": hmc_engine, "nuts": nuts_engine}[engine](model, **sizes)
     return calibrate(
         model,
         run,

@@ -27,6 +27,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from mixproof.inference.expectation import Workspace
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
 from mixproof.inference.validation import check_data, check_row_weights
 from mixproof.models.initial import check_num_components
@@ -97,25 +98,36 @@ class Means:
         self.x, self.weights = x, weights
         self.origin = x.mean(0).double()
         self._lay_out(torch.float32)
+        self.rows, self.flags = Workspace(x), Workspace(x.new_empty(0, dtype=torch.float64))
+        self.codes, self.last = self.columns.new_empty(2, self.columns[:, 0].numel())
 
     def _lay_out(self, dtype: torch.dtype) -> None:
-        """Copy the centred rows, features first: operations then run over neighbouring numbers."""
-        self.columns = torch.ones(self.x.shape[1] + 1, len(self.x), dtype=dtype, device=self.x.device)
+        """Copy the centred rows, features first: operations then run over neighbouring numbers.
+
+        Each core has a lane, (D + 1, M), of rows that follow one another, so that what it writes it reads again.
+        """
+        num_rows, num_features = self.x.shape
+        num_lanes = torch.get_num_threads() if self.x.device.type == "cpu" else 1
+        shape = (num_lanes, num_features + 1, -(-num_rows // num_lanes))
+        self.columns = torch.ones(shape, dtype=dtype, device=self.x.device)
         self.reach = self.columns.new_zeros(())  # the squared norm of the longest column
-        size = max(1, 2**16 // self.x.shape[1])
-        for rows, columns in zip(self.x.split(size), self.columns[:-1].split(size, 1), strict=True):
-            columns.copy_((rows - self.origin).to(dtype).mT)
-            self.reach = torch.maximum(self.reach, columns.square().sum(0).amax())
+        size = max(1, 2**16 // num_features)
+        for lane, own in zip(self.columns, self.x.split(shape[2]), strict=False):  # there may be fewer rows than lanes
+            for columns, rows in zip(lane[:-1, : len(own)].split(size, 1), own.split(size), strict=True):
+                columns.copy_((rows - self.origin).to(dtype).mT)
+                self.reach = torch.maximum(self.reach, columns.square().sum(0).amax())
+        self.space = Workspace(self.columns)
 
     def assign(self, centers: Tensor) -> Tensor:
-        self.codes = self._nearest(centers)
-        labels = self.codes.long().sub_(len(centers))
+        self._nearest(centers)
+        labels = self.codes[: len(self.x)].long().sub_(len(centers))
         self._decide(labels, torch.arange(len(labels), device=labels.device), centers)
         return labels
 
     def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        last, self.codes = self.codes, self._nearest(centers)
-        rows = (self.codes != last).nonzero()[:, 0]
+        self.codes, self.last = self.last, self.codes
+        self._nearest(centers)
+        rows = (self.codes != self.last)[: len(self.x)].nonzero()[:, 0]
         found = self.codes.index_select(0, rows).long().sub_(len(centers))
         self._decide(found, rows, centers)
         return _relabel(labels, rows, found)
@@ -131,9 +143,9 @@ class Means:
             found[doubtful] = labels = assign(self.x.index_select(0, rows), centers, SQUARED_EUCLIDEAN)
             self.codes[rows] = (labels + k).to(self.codes)
 
-    def _nearest(self, centers: Tensor) -> Tensor:
-        """Return k plus the label (N,) of the nearest centre, or no such number where rounding could decide it."""
-        k, size = len(centers), _chunk(centers)
+    def _nearest(self, centers: Tensor) -> None:
+        """Set the codes: k plus the label of the nearest centre, or no such number where rounding could decide it."""
+        k, size = len(centers), max(1, 2 * CHUNK // max(centers.shape))
         location = centers - self.origin
         squares = location.square().sum(1, keepdim=True)
         factors = torch.cat([-2 * location, squares], 1).to(self.columns)
@@ -142,48 +154,71 @@ class Means:
             torch.finfo(self.columns.dtype).tiny,
         )
         slack = 4 * (self.x.shape[1] + 8) * (eps * (self.reach + squares.max().to(self.columns)) + tiny)
+        num_lanes, codes = len(self.columns), self.codes.view(len(self.columns), 1, -1)
         numbers = torch.arange(k, 2 * k, dtype=self.columns.dtype, device=self.x.device)  # two exceed any single one
-        codes, memory = self.columns.new_empty(len(self.x)), self.columns.new_empty((k + 1) * size)
-        for columns, some in zip(self.columns.split(size, 1), codes.split(size), strict=True):
-            n = len(some)
-            table = torch.mm(factors, columns, out=memory[: k * n].view(k, n))
-            least = torch.amin(table, 0, out=memory[k * n : (k + 1) * n])
-            torch.mv(table.le_(least.add_(slack)).mT, numbers, out=some)
-        return codes
+        factors, numbers = factors.expand(num_lanes, -1, -1), numbers.expand(num_lanes, 1, -1)
+        for columns, some in zip(self.columns.split(size, 2), codes.split(size, 2), strict=True):
+            n = some.shape[2]
+            table = torch.bmm(factors, columns, out=self.space("table", num_lanes, k, n))
+            least = torch.amin(table, 1, keepdim=True, out=self.space("least", num_lanes, 1, n))
+            nearest = table.le_(least.add_(slack))
+            some.copy_(torch.bmm(numbers, nearest, out=least))
 
     def doubt(self, row: int) -> None:
         self.codes[row] = 0
 
     def update(self, labels: Tensor, centers: Tensor) -> Tensor:
-        sums, totals, _ = _sums(self.x, labels, self.weights, len(centers))
-        means = torch.where(totals > 0, sums / totals, centers)
-        # Deviations lose nothing far from zero.
-        sums, _, self.objective = _sums(self.x, labels, self.weights, len(centers), means)
+        while True:
+            sums, totals, squares = self._sums(None, labels, self.weights.double(), centers)
+            shift = torch.where(totals > 0, sums / totals, 0)
+            gain = (totals * shift.square()).sum()  # the theorem of Huygens and Steiner
+            centers = centers + shift.to(centers)
+            if not gain > squares / 2:  # else the centres were so far off that their difference has lost digits
+                break
+        self.objective = (squares - gain).to(centers)
         self.totals = self.totals_summed = totals
-        return torch.where(totals > 0, means + sums / totals, centers)
+        return centers
 
     def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        k, size = len(centers), _chunk(centers)
-        # Deviations from the new centre, of the rows that come less those that go; and the weight that goes from each
-        # cluster to each.
-        sums = torch.zeros_like(centers, dtype=torch.float64)
-        flow = sums.new_zeros(k, k)
-        for some, left in zip(rows.split(size), before.split(size), strict=True):
-            joined, weights = labels.index_select(0, some), self.weights.index_select(0, some).double()
-            deviations = self.x.index_select(0, some).sub_(centers.index_select(0, joined)).double()
-            signs = sums.new_zeros(k, len(some)).scatter_(0, joined[None], weights[None])
-            sums.addmm_(signs.scatter_(0, left[None], -weights[None]), deviations)
-            flow += torch.bincount(left * k + joined, weights, k * k).view(k, k)
-        steps = (centers - centers[:, None]).double()  # from one centre to another
-        fall = 2 * (sums * (centers - centers.mean(0))).sum() + (flow * steps.square().sum(-1)).sum()
-        sums -= (flow[:, None] @ steps)[:, 0]
-        self.totals = self.totals + (flow.sum(0) - flow.sum(1))[:, None]
+        # Each row comes to one cluster and goes, with a negative weight, from another.
+        weights = self.weights.index_select(0, rows).double()
+        sums, totals, squares = self._sums(
+            torch.cat([rows, rows]),
+            torch.cat([labels.index_select(0, rows), before]),
+            torch.cat([weights, -weights]),
+            centers,
+        )
+        self.totals = self.totals + totals
         if (self.totals < self.totals_summed / 64).any():  # what has left would weigh in by its rounding
             shift = (self.update(labels, centers) - centers).double()
         else:
             shift = sums / self.totals
-        gain = (self.totals * shift.square()).sum()  # the theorem of Huygens and Steiner
-        return centers + shift.to(centers), fall + gain
+        return centers + shift.to(centers), (self.totals * shift.square()).sum() - squares
+
+    def _sums(
+        self, rows: Tensor | None, labels: Tensor, weights: Tensor, centers: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sums over rows (n,), or all: (K, D) of deviations from centres, (K, 1) of weights, () of squares.
+
+        Products with indicators are the same on every run also on a GPU.
+        """
+        k, size = len(centers), _chunk(centers)
+        sums = torch.zeros_like(centers, dtype=torch.float64)
+        totals, squares, ones = sums.new_zeros(k, 1), sums.new_zeros(()), torch.ones_like(sums[0])
+        for first in range(0, len(labels), size):
+            own, counts = labels[first : first + size], weights[first : first + size]
+            shape = len(own), len(ones)
+            if rows is None:
+                some = self.x[first : first + size]
+            else:
+                some = torch.index_select(self.x, 0, rows[first : first + size], out=self.rows("rows", *shape))
+            near = torch.index_select(centers, 0, own, out=self.rows("centers", *shape))
+            deviations = torch.sub(some, near, out=near).double()
+            indicators = self.flags("flags", k, len(own)).zero_().scatter_(0, own[None], counts[None])
+            totals += indicators.sum(1, keepdim=True)
+            sums.addmm_(indicators, deviations)
+            squares += counts @ (deviations.square_() @ ones)
+        return sums, totals, squares
 
 
 class Medians:
@@ -334,30 +369,6 @@ def _differences(x: Tensor, labels: Tensor, centers: Tensor, memory: Tensor) -> 
     """Return the differences (n, D) of rows from the centres of their clusters, in memory (m, D) for m >= n of them."""
     own = torch.index_select(centers, 0, labels, out=memory[: len(x)])
     return torch.sub(x, own, out=own)
-
-
-def _sums(
-    x: Tensor, labels: Tensor, weights: Tensor, k: int, centers: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weighted sums over rows (n, D): (K, D), (K, 1) of the weights, () of the squared distances from centres.
-
-    The first is of deviations from centres, or of the rows themselves if there are none. Products with indicators are
-    the same on every run also on a GPU.
-    """
-    sums = torch.zeros(k, x.shape[1], dtype=torch.float64, device=x.device)
-    totals, squares, ones = sums.new_zeros(k, 1), sums.new_zeros(()), torch.ones_like(sums[0])
-    size = min(_chunk(sums), len(x))
-    memory, flags = x.new_empty(size, x.shape[1]), sums.new_empty(k * size)
-    for rows, own, counts in zip(x.split(size), labels.split(size), weights.double().split(size), strict=True):
-        indicators = flags[: k * len(rows)].view(k, -1).zero_().scatter_(0, own[None], counts[None])
-        totals += indicators.sum(1, keepdim=True)
-        if centers is None:
-            sums.addmm_(indicators, rows.double())
-        else:
-            differences = _differences(rows, own, centers, memory).double()
-            sums.addmm_(indicators, differences)
-            squares += counts @ (differences.square_() @ ones)
-    return sums.to(x.dtype), totals.to(x.dtype), squares.to(x.dtype)
 
 
 def _chunk(centers: Tensor) -> int:

@@ -531,6 +531,34 @@ def test_labels_are_those_of_all_distances_wherever_the_centres_go(
         assert torch.equal(old, before[rows])
 
 
+@pytest.mark.parametrize(("num_rows", "num_threads"), [(1001, 2), (1001, 3), (5, 4), (5, 8)])
+def test_every_row_has_its_label_on_several_cores(num_rows: int, num_threads: int) -> None:
+    """Each core has a lane of rows, the last of which is not full, or is empty."""
+    x, before = blobs(5, 1002, 3, 3)[-num_rows:], torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        clusters = Means(x, torch.ones_like(x[:, 0]))
+        labels = clusters.assign(x[:3])
+        assert torch.equal(labels, assign(x, x[:3], SQUARED_EUCLIDEAN))
+        rows, _ = clusters.reassign(labels, x[-3:])
+        assert torch.equal(labels, assign(x, x[-3:], SQUARED_EUCLIDEAN))
+        assert 0 <= rows.min() <= rows.max() < num_rows
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("far", [0.0, 1e3, 1e12])
+def test_means_are_exact_wherever_the_centres_were(far: float) -> None:
+    """The rows are multiples of 2^-20 about 0, so that their sums are exact; the centres come from far off."""
+    x = (torch.randn(1000, 2, generator=seeded(0), dtype=torch.float64) * 2**20).round() / 2**20
+    labels = torch.arange(1000) % 3
+    clusters = Means(x, torch.ones_like(x[:, 0]))
+    found = clusters.update(labels, torch.full((3, 2), far, dtype=torch.float64))
+    means = torch.stack([x[labels == k].sum(0) / (labels == k).sum() for k in range(3)])
+    torch.testing.assert_close(found, means, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(clusters.objective, (x - means[labels]).square().sum(), rtol=1e-13, atol=0)
+
+
 def test_labels_that_nothing_vouches_for_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted faults that the test above would see: no second look where rounding decides, and gaps too wide."""
     x = torch.arange(10, dtype=torch.float64)[:, None]
