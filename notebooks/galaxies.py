@@ -149,11 +149,11 @@ pd.DataFrame(rows).set_index("rate")
 # %% [markdown]
 # ## The groups themselves
 #
-# We look at the groups of one $K$, the one with most posterior probability in the table. Gibbs chains are slow to
-# change modes here, as the warnings say, and chains that all sit in one mode agree with each other: a small R-hat
-# does not show it. The particles of sequential Monte Carlo start from the prior, in many replicates, and need not
-# cross from mode to mode. Draws that do not agree on labels cannot be asked for "group 1": `summary` would warn.
-# Aligned draws can, and the density of the data needs no labels.
+# We look at the groups of one $K$, the one with most posterior probability in the table. A Gibbs chain hardly changes
+# modes here, and chains that all sit in one mode agree with each other: a small R-hat does not show it. The particles of
+# sequential Monte Carlo, from which the draws of the table come too, take in galaxy by galaxy and need not cross from
+# mode to mode; their four chains share no particle. Draws that do not agree on labels cannot be asked for "group 1":
+# `summary` would warn. Aligned draws can, and the density of the data needs no labels.
 
 # %%
 best = max(study.rows, key=lambda row: row.probability)
@@ -168,7 +168,7 @@ summary(tree, components=True)
 # %%
 grid = torch.linspace(5, 40, 400, dtype=torch.float64)[:, None]
 num_chains, num_draws = draws.params["weights"].shape[:2]
-chosen = torch.arange(0, num_draws, max(num_draws // 10, 1))
+chosen = torch.arange(0, num_draws, max(num_draws // 80, 1))
 densities = torch.stack(
     [
         gaussian_diagonal.log_joint(
