@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.particles import Replicates, check_settings, systematic
-from mixproof.inference.validation import check_num_components, check_prior, check_rows, example_params
+from mixproof.inference.validation import about_mean, check_num_components, check_prior, check_rows, example_params
 
 TABLE_ENTRIES = 1 << 22
 """How many entries of the tables of particles, rows and components are in memory at once."""
@@ -139,7 +139,7 @@ def allocation_smc(
     found = AllocationSMC(
         particles.log_evidences, params, lp, torch.tensor(particles.resampled_at), torch.tensor(particles.sizes)
     )
-    found.warn_if_few()
+    found.check()
     return found
 
 
@@ -161,9 +161,7 @@ class _Particles:
         self.batch = num_replicates * num_chains
         order = torch.rand(num_replicates, len(x), generator=generator, device=x.device).argsort(1)
         self.x = x[order]  # (R, N, D)
-        template, _ = example_params(family, num_components, x)
-        if "locs" in template._fields:  # second moments are about them, and lose nothing where the data are
-            template = template._replace(locs=x.mean(0).expand_as(template.locs))
+        template = about_mean(example_params(family, num_components, x)[0], x)
         self.about = type(template)(*(value.expand(self.batch, *value.shape) for value in template))
         labels = torch.eye(num_components, dtype=x.dtype, device=x.device)[:, None]  # (K, 1, K): one row in each
         per_label = torch.func.vmap(lambda row, resp: family.statistics(template, row, resp), (None, 0))
@@ -247,9 +245,9 @@ class _Particles:
             return
         self.generator.set_state(state["generator"])
         self.num_rows = int(state["num_rows"])
-        self.log_evidences = state["log_evidences"]
+        self.log_evidences = state["log_evidences"].to(self.x)
         self.resampled_at, self.sizes = state["resampled_at"].tolist(), state["sizes"].tolist()
-        self.stats = type(self.stats)(*(state[f"stats.{name}"] for name in self.stats._fields))
+        self.stats = type(self.stats)(*(state[f"stats.{name}"].to(self.x) for name in self.stats._fields))
 
 
 def _map(function: Any, *trees: Any) -> Any:

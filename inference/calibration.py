@@ -149,7 +149,10 @@ def calibrate(
         returned fewer draws than before: it then keeps the simulations that were done, and is undecided if they do not
         refute.
     """
-    for name, number in {"num_simulations": num_simulations, "checkpoint_every": checkpoint_every}.items():
+    numbers = {"num_simulations": num_simulations, "checkpoint_every": checkpoint_every}
+    if batch_size is not None:
+        numbers["batch_size"] = batch_size
+    for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, not {number}")
     generator = torch.Generator().manual_seed(seed)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ def digest(values: Any) -> str:
 
 def identify(family: Any) -> str:
     """Return a name for a family and the exact values of its settings."""
-    if not dataclasses.is_dataclass(family):
-        return getattr(family, "__name__", type(family).__name__)
-    settings = tuple(getattr(family, field.name) for field in dataclasses.fields(family))
+    if isinstance(family, ModuleType | type):
+        return family.__name__
+    settings = {name: value for name, value in vars(family).items() if not callable(value)}
     return f"{type(family).__qualname__} {digest(settings)}"

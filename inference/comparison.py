@@ -37,8 +37,16 @@ from mixproof.inference.evidence import NUM_CHAINS, Evidence, log_evidence, post
 from mixproof.inference.gibbs import gibbs
 from mixproof.inference.labels import at_draws
 from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.particles import check_settings
 from mixproof.inference.restarts import em_restarts
-from mixproof.inference.validation import check_num_components, check_prior, check_rows, data_support, example_params
+from mixproof.inference.validation import (
+    check_integer,
+    check_num_components,
+    check_prior,
+    check_rows,
+    data_support,
+    example_params,
+)
 from mixproof.inference.verification.report import plain
 
 if TYPE_CHECKING:
@@ -55,7 +63,7 @@ MIN_DRAWS = 100
 
 EVIDENCE_SETTINGS = {
     each.name for each in signature(log_evidence).parameters.values() if each.kind is each.KEYWORD_ONLY
-} - {"seed", "draws", "progress"}
+} - {"seed", "draws", "family", "checkpoint", "progress"}
 """What ``compare`` leaves to its caller of ``log_evidence``."""
 
 
@@ -238,8 +246,8 @@ def compare(
     """
     _arviz_stats()
     x = _check(candidates, x)
-    least = {"num_starts": num_starts, "max_steps": max_steps, "num_chains": num_chains, "num_draws": num_draws}
-    _check_settings(least, evidence or {})
+    numbers = {"num_starts": num_starts, "max_steps": max_steps, "num_chains": num_chains, "num_draws": num_draws}
+    _check_settings(numbers | {"num_warmup": num_warmup}, evidence or {})
     _check_probabilities(probabilities, [candidate.name for candidate in candidates])
     sampling = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
     folder = None if checkpoint is None else Path(checkpoint)
@@ -291,7 +299,7 @@ def compare(
         sentences += study.sentences
     sentences += of_loo
     done = tuple(study.candidate for study in studies)
-    sentences += [*_disagreements(rows, ranking), *_gaps(rows, done)]
+    sentences += [*_disagreements(rows, ranking), *_gaps(rows, done, x)]
     return Comparison(
         tuple(rows),
         tuple(sentences),
@@ -404,8 +412,7 @@ def _check(candidates: Sequence[Candidate], x: Any) -> Tensor:
 def _check_settings(numbers: Mapping[str, int], evidence: Mapping[str, Any]) -> None:
     """Say in words which setting is wrong for all candidates, before the first run."""
     for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+        check_integer(value, name, 0 if name == "num_warmup" else 1)
     if numbers["num_chains"] % NUM_CHAINS:
         raise ValueError(
             f"num_chains must be a multiple of {NUM_CHAINS}, the groups that R-hat compares, and "
@@ -415,12 +422,17 @@ def _check_settings(numbers: Mapping[str, int], evidence: Mapping[str, Any]) -> 
         raise ValueError(f"num_chains times num_draws is {total}, too few for LOO: take at least {MIN_DRAWS}")
     if unknown := sorted(set(evidence) - EVIDENCE_SETTINGS):
         raise ValueError(f"evidence takes {', '.join(sorted(EVIDENCE_SETTINGS))}, and not {', '.join(unknown)}")
-    if evidence.get("num_replicates", NUM_CHAINS) < NUM_CHAINS:
+    of_particles = {"num_replicates": 32, "num_chains": 2, "num_moves": 1}  # where there is a default, it is right
+    for name, value in of_particles.items():
+        of_particles[name] = value if evidence.get(name) is None else evidence[name]
+        check_integer(of_particles[name], f"{name} of evidence", 1)
+    check_settings(**of_particles, efficiency=evidence.get("efficiency", 0.5))
+    if of_particles["num_replicates"] < NUM_CHAINS:
         raise ValueError(
             f"num_replicates of evidence must be at least {NUM_CHAINS}, the groups that R-hat compares, not "
-            f"{evidence['num_replicates']}"
+            f"{of_particles['num_replicates']}"
         )
-    if evidence.get("method", "smc") not in ("smc", "bridge"):
+    if evidence.get("method", "bridge") not in ("smc", "bridge"):
         raise ValueError(f'the method of evidence must be "smc" or "bridge", not {evidence["method"]!r}')
 
 
@@ -465,7 +477,8 @@ def _study(candidate: Candidate, number: int, x: Tensor, seed: int, runs: _Runs)
             if evidence.standard_error > 0.5:
                 sentences.append(
                     f"{name}: the standard error of the log evidence is {evidence.standard_error:.2f}, too large for "
-                    "the errors of probabilities, which are to first order: raise its num_replicates or num_moves"
+                    "the errors of probabilities, which are to first order: raise num_replicates or num_moves of the "
+                    "evidence"
                 )
         with _failing(sentences, name, "Gibbs sampling"):
             particles = None if evidence is None else evidence.draws
@@ -652,8 +665,11 @@ def _disagreements(rows: Sequence[Row], ranking: Any) -> list[str]:
         if gap < 2 * error:
             sentences.append(
                 f"the log evidences of {best_name} and {second_name} are {gap:.2f} apart with a standard error of "
-                f"{error:.2f}: this run does not say which is the larger; raise num_replicates or num_moves"
+                f"{error:.2f}: this run does not say which is the larger; raise num_replicates or num_moves of the "
+                "evidence"
             )
+    if ordered and (without := [name for value, _, name in evidences if value is None]):
+        sentences.append(f"{', '.join(without)} has no evidence, and the probabilities are among the others")
     return sentences
 
 
@@ -670,7 +686,7 @@ def _same(left: Any, right: Any) -> bool:
     return bool(plain(vars(left)) == plain(vars(right)))
 
 
-def _gaps(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[str]:
+def _gaps(rows: Sequence[Row], candidates: Sequence[Candidate], x: Tensor) -> list[str]:
     """Return what the candidates leave open: a likelihood that falls as K grows, a best K that is the largest tried."""
     sentences = []
     families: list[tuple[Any, list[tuple[int, Row]]]] = []
@@ -680,11 +696,13 @@ def _gaps(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[str]:
             if members is None:
                 families.append((candidate.family, members := []))
             members.append((candidate.num_components, row))
-    for _, members in families:
+    for family, members in families:
+        free = example_params(family, 1, x)[1]
+        contained = any(name.endswith("weights") for name in free)  # a weight of 0 leaves a component out
         ladder = sorted(members, key=lambda member: member[0])
         known = [(size, row.log_likelihood, row.name) for size, row in ladder if row.log_likelihood is not None]
         for (few, lower, before), (many, higher, after) in itertools.pairwise(known):
-            if few < many and higher < lower - 1e-8 * abs(lower):
+            if contained and few < many and higher < lower - 1e-8 * abs(lower):
                 sentences.append(
                     f"the log likelihood falls from {before} to {after}, which contains it: EM has missed "
                     "the highest maximum; raise num_starts"

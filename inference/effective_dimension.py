@@ -46,7 +46,10 @@ def effective_dimension(family: Any, posterior: LogPosterior, params: Any, *, se
             part = torch.randn(shape.numel(), generator=generator, dtype=torch.float64, device=posterior.device)
             parts.append(SPREAD * part if _is_real(posterior.program.supports[site]) else part)
         u = torch.cat(parts)
-        rows, _ = family.sample(params._replace(**posterior.constrain(u)), 4 * size + 32, generator)
+        at = params._replace(**posterior.constrain(u))
+        alike = {name: torch.ones_like(getattr(at, name)) for name in at._fields if name.endswith("weights")}
+        alike = {name: value / value.sum() for name, value in alike.items()}  # rows of every component, light ones too
+        rows, _ = family.sample(at._replace(**alike), 4 * size + 32, generator)
         jacobian = torch.func.vmap(torch.func.grad(of_row), in_dims=(None, 0), chunk_size=AT_ONCE)(u, rows)
         lengths = jacobian.norm(dim=0)
         values = torch.linalg.svdvals(jacobian / lengths.where(lengths > 0, 1))

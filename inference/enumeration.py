@@ -14,9 +14,10 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints, transform_to
+from torch.distributions import IndependentTransform, Transform, biject_to, constraints, transform_to
 
 import mixproof.models.positive_definite  # noqa: F401 - registers the coordinates of positive definite matrices
+from mixproof.inference.log_ratios import LogRatios
 
 Model = Callable[..., Any]
 
@@ -268,8 +269,13 @@ def _same(left: float | Tensor, right: float | Tensor) -> bool:
 def unconstrain(support: constraints.Constraint) -> Transform:
     """Return a smooth map from unconstrained coordinates onto a support, one to one where there is such a map.
 
-    For positive definite matrices torch has none, and it is ``LogCholesky``, which its module registers.
+    For positive definite matrices torch has none, and it is ``LogCholesky``, which its module registers. For
+    probabilities it is ``LogRatios`` in the place of torch's.
     """
+    if support is constraints.simplex:
+        return LogRatios()
+    if isinstance(support, constraints.independent):
+        return IndependentTransform(unconstrain(support.base_constraint), support.reinterpreted_batch_ndims)
     try:
         return biject_to(support)
     except NotImplementedError:

@@ -20,6 +20,7 @@ from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import default_dtype_of
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.particles import systematic
+from mixproof.inference.random_state import seeded
 from mixproof.inference.relabelling import Relabelling
 from mixproof.inference.tempered_smc import tempered_smc
 from mixproof.inference.validation import feasible_params
@@ -129,9 +130,13 @@ def log_evidence(
     diagnostics = {name: value for name, value in vars(run).items() if getattr(value, "ndim", 0) == 1}
     if method == "smc":
         return Evidence(run.log_evidence, run.standard_error, resampled, diagnostics)
-    u = _coordinates(posterior, particles)
     shares = (run.log_evidences - run.log_evidence).exp()
-    bridge = bridge_sampling(posterior, u, seed=seed, relabelling=relabelling, weights=shares)
+    try:
+        u = _coordinates(posterior, particles)
+        bridge = bridge_sampling(posterior, u, seed=seed, relabelling=relabelling, weights=shares)
+    except ValueError as reason:
+        warnings.warn(f"no bridge from the particles, whose own evidence it is: {reason}", stacklevel=2)
+        return Evidence(run.log_evidence, run.standard_error, resampled, diagnostics)
     diagnostics |= {
         "bridge_effective_sample_size": bridge.effective_sample_size,
         "smc_log_evidence": run.log_evidence,
@@ -142,7 +147,7 @@ def log_evidence(
         warnings.warn(
             f"the bridge puts the log evidence at {bridge.log_evidence:.3f} and the particles that it starts from "
             f"at {run.log_evidence:.3f}, which is {abs(gap) / error:.1f} standard errors away: raise num_moves and "
-            "num_chains until they agree",
+            "num_chains of the particles until they agree",
             stacklevel=2,
         )
     return Evidence(bridge.log_evidence, bridge.standard_error, resampled, diagnostics)
@@ -229,7 +234,12 @@ def posterior_probabilities(
 
 def _check_priors(model: Callable[..., Any], *args: Any, from_prior: bool) -> None:
     """Say in words why a program has no evidence, or not one that starts from draws of its prior."""
-    with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args):
+    with (
+        pyro.get_param_store().scope(),
+        seeded(0),
+        default_dtype_of(*args),
+        feasible_params(*args, dtype=torch.get_default_dtype()),  # draws of a prior do not mix precisions
+    ):
         trace: Any = poutine.trace(model).get_trace(*args)
     latents = [site for site in trace.nodes.values() if site["type"] == "sample" and site["infer"].get("enumerate")]
     rows = {frame.name for site in latents for frame in site["cond_indep_stack"]}
@@ -253,7 +263,7 @@ def _check_priors(model: Callable[..., Any], *args: Any, from_prior: bool) -> No
         if site["mask"] is not None or not torch.as_tensor(site["scale"] == 1).all():
             raise ValueError(f'the prior of "{name}" is masked or scaled, and so is no density: leave that out')
         try:
-            with torch.no_grad():
+            with torch.no_grad(), default_dtype_of(*args), seeded(0):
                 site["fn"].sample()
         except NotImplementedError as error:
             raise ValueError(

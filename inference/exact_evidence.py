@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixproof.inference.validation import check_num_components, check_prior, check_rows, example_params
+from mixproof.inference.validation import about_mean, check_num_components, check_prior, check_rows, example_params
 
 MAX_ALLOCATIONS = 2**22
 """How many allocations are summed at most: a few seconds to a minute. The log joints take 32 MB; the allocations
@@ -96,7 +96,7 @@ def exact_draws(
     posterior = exact_posterior(family, x, prior, num_components=num_components)
     chosen = torch.multinomial(posterior.probs, num_draws, replacement=True, generator=generator)
     template, _ = example_params(family, num_components, x)
-    params = type(template)(*(value.expand(num_draws, *value.shape) for value in template))
+    params = _expanded(about_mean(template, x), num_draws)
     stats = family.statistics(params, x, _one_hot(posterior.allocations[chosen], num_components, x))
     return family.draw(params, stats, check_prior(family, prior, template), generator)
 
@@ -122,8 +122,12 @@ def _allocations(family: Any, x: Any, prior: Any, num_components: int) -> Iterat
     powers = size ** torch.arange(len(x), device=x.device)
     for numbers in torch.arange(size ** len(x), device=x.device).split(AT_ONCE):
         z = numbers[:, None] // powers % size
-        batch = type(params)(*(value.expand(len(z), *value.shape) for value in params))
+        batch = _expanded(about_mean(params, x), len(z))
         yield family.log_marginal(family.statistics(batch, x, _one_hot(z, size, x)), prior), z
+
+
+def _expanded(params: Any, count: int) -> Any:
+    return type(params)(*(value.expand(count, *value.shape) for value in params))
 
 
 def _one_hot(z: Tensor, num_components: int, like: Tensor) -> Tensor:

@@ -405,6 +405,8 @@ class _Run:
         Raises:
             ValueError: the log posterior there is another one, to half of the digits.
         """
+        states, device = tensors["rng"], self.one.device
+        tensors = {name: value.to(device) for name, value in tensors.items()}
         self.start(tensors["u"], Tuning(**{name: tensors[f"tuning.{name}"] for name in Tuning._fields}))
         height, before = _height(self.state.evaluation), tensors["height"].to(self.one)
         chain = int((height - before).abs().argmax())
@@ -414,7 +416,7 @@ class _Run:
                 f"the checkpoint belongs to another program: the log posterior where chain {chain} stands is "
                 f"{float(height[chain]):.10g}, and was {float(before[chain]):.10g}: delete it, or give another file"
             )
-        self.generator.set_state(tensors["rng"])
+        self.generator.set_state(states)
         self.iteration = int(tensors["iteration"])
         self.window = list(tensors.get("window", ()))
         self.kept = list(zip(tensors.get("kept", ()), tensors.get("stats", ()), strict=True))

@@ -126,7 +126,8 @@ def exchanges(posterior: LogPosterior) -> list[Exchange]:
 
     The summands of a sum of two mixtures under one prior are told apart by nothing but their names: the parameters of
     both can change places. Sites that number the components of two latents are paired in the order of the program;
-    that it makes no difference is tried at points that nothing singles out, as in ``numbering``.
+    that it makes no difference is tried at points that nothing singles out, as in ``numbering``. Of latents of a single
+    component nothing says which parameters are whose, and their exchange is not found.
 
     Args:
         posterior: the program with its data.
@@ -145,6 +146,8 @@ def exchanges(posterior: LogPosterior) -> list[Exchange]:
         ):
             continue
         sources = {site: source for i, j in pairs for site, source in zip(axes[i], axes[j], strict=True)}
+        if all(site == source for site, source in sources.items()):
+            continue
         if all(_is_symmetry(posterior, params, before, order, sources) for params, before in points):
             found.append(Exchange(order, sources))
     return found
@@ -273,7 +276,9 @@ def at_draws(
     flat = {site: value.flatten(0, 1) for site, value in params.items()}
     shape = next(iter(params.values())).shape[:2]
     first = _log_joint(posterior, {site: value[0] for site, value in flat.items()})
-    at_once = max(TABLE_ENTRIES // first.rows.numel(), 1)
+    sizes = [value.numel() for value in posterior.args if isinstance(value, Tensor)]
+    num_features = max([*sizes, 0]) // len(first.rows) or 1
+    at_once = max(TABLE_ENTRIES // (first.rows.numel() * num_features), 1)
 
     def traced(params: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         found = function(log_joint_table(posterior.model, posterior.program, params, *posterior.args))

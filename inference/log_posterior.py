@@ -58,7 +58,7 @@ class LogPosterior:
         self.batch: tuple[Tensor, ...] = _data_sets(args) if batched else ()
         if batched:
             args = tuple(values[0] for values in args)
-        with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args):
+        with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args), seeded(0):
             trace: Any = poutine.trace(model).get_trace(*args)
         example: dict[str, Any] = {
             name: site["value"].detach()
@@ -69,10 +69,10 @@ class LogPosterior:
             raise ValueError("the program has no continuous parameter to draw")
         self.param_sites = [name for name, site in trace.nodes.items() if site["type"] == "param"]
         self.model, self.args = model, args
-        self.program = inspect(model, example, *args)
-        self.coordinates = Coordinates(self.program.supports, example)
-        with torch.no_grad():
+        with seeded(0), torch.no_grad():
+            self.program = inspect(model, example, *args)
             log_joint_table(model, self.program, example, *args)  # says in words what a graph could not
+        self.coordinates = Coordinates(self.program.supports, example)
         self._inside = self.coordinates.inverse(example)
         self.size = len(self._inside)
         self.device = self._inside.device

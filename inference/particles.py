@@ -33,16 +33,21 @@ class Replicates:
         """How many replicates of equal evidences the mean is worth: the square of their sum by the sum of squares."""
         return float(1 / self.log_evidences.softmax(0).square().sum())
 
-    def warn_if_few(self) -> None:
-        """Warn where so few replicates decide the mean that its standard error is not to be trusted.
+    def check(self) -> None:
+        """Raise where there is no mean, and warn where too few replicates decide it to trust its standard error.
 
         R / e of R are left by evidences of a log-normal law whose logarithm has the standard deviation 1.
         """
+        if not math.isfinite(self.log_evidence):
+            raise ArithmeticError(
+                f"the evidence of the particles is {self.log_evidence}: the prior is so far from the data, or the data "
+                "from zero, that rounding decides; centre and scale the data, or widen the prior"
+            )
         if self.effective_replicates < len(self.log_evidences) / math.e:
             warnings.warn(
                 f"the mean of the evidences of {len(self.log_evidences)} replicates rests on "
                 f"{self.effective_replicates:.1f} of them, and its standard error is too small; raise num_chains or "
-                "num_moves",
+                "num_moves of the particles",
                 stacklevel=3,
             )
 

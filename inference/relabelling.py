@@ -96,7 +96,10 @@ class Relabelling:
             return []
         u = u[:: max(len(u) // NUM_LEARNT, 1)]
         features = self._features(u)
-        everywhere = [each.flatten(0, 1).std(0).expand(each.shape[1:]) for each in features]
+        spreads = [each.flatten(0, 1).std(0) for each in features]
+        everywhere = [
+            spread.where(spread > 0, 1).expand(each.shape[1:]) for spread, each in zip(spreads, features, strict=True)
+        ]
         found = []
         for start in range(len(u))[:: max(len(u) // NUM_STARTS, 1)][:NUM_STARTS]:
             first = [Reference(each[start], scale) for each, scale in zip(features, everywhere, strict=True)]
@@ -167,7 +170,8 @@ class Relabelling:
             for site, axis in axes.items():
                 value = params[site]
                 free = self.posterior.coordinates.transforms[site].inv(value)
-                part = free if free.ndim > axis + 1 and free.shape[axis + 1] == size else value.log()
+                logs = value.clamp_min(torch.finfo(value.dtype).tiny).log
+                part = free if free.ndim > axis + 1 and free.shape[axis + 1] == size else logs()
                 parts.append(part.movedim(axis + 1, 1).flatten(2) if part.ndim > 2 else part[..., None])
             features.append(torch.cat(parts, 2))
         return features

@@ -125,7 +125,7 @@ def tempered_smc(
         log_lik,
         *(torch.tensor(getattr(path, name), dtype=starts.dtype) for name in _Path.LISTS),
     )
-    found.warn_if_few()
+    found.check()
     return found
 
 
@@ -176,7 +176,7 @@ class _Path:
         """Go on from a state, if there is one."""
         if state is None:
             return
-        self.starts, self.log_evidences = state["starts"], state["log_evidences"]
+        self.starts, self.log_evidences = (state[name].to(self.starts) for name in ("starts", "log_evidences"))
         for name in self.LISTS:
             setattr(self, name, state[name].tolist())
         kernel.generator.set_state(state["generator"])

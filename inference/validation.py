@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -301,6 +302,14 @@ def example_params(family: Any, num_components: int | tuple[int, ...], x: Tensor
     return family.Params(*(nodes[name]["value"].to(x) for name in fields)), free
 
 
+def about_mean(params: Any, x: Tensor) -> Any:
+    """Return parameters with their locations at the mean of rows x (N, D).
+
+    Second moments are about them, and so lose nothing however far from zero the rows lie.
+    """
+    return params._replace(locs=x.mean(0).expand_as(params.locs)) if "locs" in params._fields else params
+
+
 def data_support(family: Any, num_features: int) -> constraints.Constraint:
     """Return the torch constraint on one row of D features: the support of the site ``x`` of the family's program."""
     num_weights = sum(name.endswith("weights") for name in family.Params._fields)
@@ -328,14 +337,18 @@ def _parameter_sites(
 
 
 @contextmanager
-def feasible_params(*like: Any) -> Iterator[None]:
+def feasible_params(*like: Any, dtype: torch.dtype = torch.float64) -> Iterator[None]:
     """Give parameter sites values in their supports, for running a program whose priors are flat, cannot be drawn from.
 
     The values lie where the first tensor of ``like`` does: the data's, the parameters' or those of a family's settings.
     """
     device = next((value.device for value in like if isinstance(value, Tensor)), torch.device("cpu"))
     # torch looks at each call of its own in the context of a device, which the CPU need not pay for
-    with torch.no_grad(), InitMessenger(_feasible), nullcontext() if device.type == "cpu" else device:
+    with (
+        torch.no_grad(),
+        InitMessenger(partial(_feasible, dtype=dtype)),
+        nullcontext() if device.type == "cpu" else device,
+    ):
         yield
 
 
@@ -344,12 +357,12 @@ def settings_of(family: Any) -> list[Any]:
     return tree_leaves(vars(family)) if is_dataclass(family) else []
 
 
-def _feasible(site: dict[str, Any]) -> Tensor:
+def _feasible(site: dict[str, Any], dtype: torch.dtype) -> Tensor:
     distribution = site["fn"]
     if distribution.support.is_discrete:
         return torch.zeros(distribution.shape(), dtype=torch.long)
     transform = transform_to(distribution.support)
-    return transform(torch.zeros(transform.inverse_shape(distribution.shape()), dtype=torch.float64))
+    return transform(torch.zeros(transform.inverse_shape(distribution.shape()), dtype=dtype))
 
 
 def _raise_at_first(bad: Tensor, x: Tensor, what: str, first_row: int) -> None:

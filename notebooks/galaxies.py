@@ -150,10 +150,10 @@ pd.DataFrame(rows).set_index("rate")
 # ## The groups themselves
 #
 # We look at the groups of one $K$, the one with most posterior probability in the table. A Gibbs chain hardly changes
-# modes here, and chains that all sit in one mode agree with each other: a small R-hat does not show it. The particles of
-# sequential Monte Carlo, from which the draws of the table come too, take in galaxy by galaxy and need not cross from
-# mode to mode; their four chains share no particle. Draws that do not agree on labels cannot be asked for "group 1":
-# `summary` would warn. Aligned draws can, and the density of the data needs no labels.
+# modes here, and chains that all sit in one mode agree with each other: a small R-hat does not show it. The particles
+# of sequential Monte Carlo, from which the draws of the table come too, take in galaxy by galaxy and need not cross
+# from mode to mode; their four chains share no particle. Draws that do not agree on labels cannot be asked for
+# "group 1": `summary` would warn. Aligned draws can, and the density of the data needs no labels.
 
 # %%
 best = max(study.rows, key=lambda row: row.probability)

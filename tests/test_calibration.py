@@ -405,6 +405,8 @@ def test_programs_and_settings_that_do_not_fit_are_told() -> None:
         location_calibration(num_simulations=0)
     with pytest.raises(ValueError, match="checkpoint_every must be at least 1, not 0"):
         location_calibration(num_simulations=5, checkpoint_every=0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        location_calibration(num_simulations=5, batch_size=0)
     with pytest.raises(ValueError, match="from 2 to 100, one more than the draws, not 101"):
         location_calibration(num_simulations=5, num_ranks=101)
     with pytest.raises(ValueError, match="undefined is not a number"):

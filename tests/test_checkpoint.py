@@ -240,6 +240,17 @@ def test_a_setting_that_differs_in_its_last_digit_is_another_family(tmp_path: Pa
         em(GaussianIsotropic(0.7 * (1 + 1e-15)), x, init, checkpoint=file)
 
 
+def test_settings_of_a_plain_class_tell_families_apart() -> None:
+    class Scaled:
+        def __init__(self, scale: float):
+            self.scale = scale
+
+    names = [checkpoint.identify(family) for family in (Scaled(1.0), Scaled(2.0), Scaled(1.0), gaussian_full)]
+    assert names[0] == names[2]
+    assert len(set(names)) == 3
+    assert names[3] == gaussian_full.__name__
+
+
 def test_a_file_that_is_no_checkpoint_gets_one_sentence(tmp_path: Path) -> None:
     x, file = rows(), tmp_path / "state"
     interrupted(x, file, 5)

@@ -405,6 +405,12 @@ def test_bad_candidates_are_refused_before_any_run() -> None:
         ({"evidence": {"num_replicates": 3}}, "num_replicates of evidence must be at least 4, .* not 3"),
         ({"evidence": {"num_move": 4}}, "evidence takes .*num_moves.*, and not num_move"),
         ({"evidence": {"seed": 1}}, "evidence takes .*, and not seed"),
+        ({"evidence": {"checkpoint": "file"}}, "evidence takes .*, and not checkpoint"),
+        ({"evidence": {"num_moves": 0}}, "num_moves of evidence must be at least 1, not 0"),
+        ({"evidence": {"num_chains": 1}}, "num_chains must be at least 2, not 1"),
+        ({"evidence": {"efficiency": 2.0}}, "efficiency must lie between 0 and 1, not 2.0"),
+        ({"num_warmup": -1}, "num_warmup must be at least 0, not -1"),
+        ({"num_chains": 64.0}, "num_chains must be an integer, not 64.0"),
         ({"evidence": {"method": "chib"}}, 'the method of evidence must be "smc" or "bridge", not \'chib\''),
         ({"probabilities": {"two": 0.0}}, "probabilities must be positive, and that of two is 0.0"),
         ({"probabilities": {"two": math.nan}}, "probabilities must be positive, and that of two is nan"),
@@ -415,7 +421,7 @@ def test_bad_settings_are_refused_before_any_run(
 ) -> None:
     x = tiny()
     monkeypatch.setattr(comparison, "_study", lambda *_: pytest.fail("it ran"))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         compare([candidate(gaussian_diagonal, 2, x, "two")], x, seed=0, **settings)
 
 
@@ -456,10 +462,10 @@ def test_a_likelihood_that_falls_and_a_best_at_the_end_are_said() -> None:
     rows = [
         planted(name=str(size), log_likelihood=value, aic=-value) for size, value in ((1, -9.0), (2, -5.0), (3, -6.0))
     ]
-    (sentence,) = comparison._gaps(rows, candidates)
+    (sentence,) = comparison._gaps(rows, candidates, x)
     assert sentence.startswith("the log likelihood falls from 2 to 3, which contains it")
     rows[2] = rows[2]._replace(log_likelihood=-4.0, aic=0.0)
-    (sentence,) = comparison._gaps(rows, candidates)
+    (sentence,) = comparison._gaps(rows, candidates, x)
     assert sentence == "AIC prefers 3, the largest K of its family here: try larger ones"
 
 
@@ -471,14 +477,29 @@ def test_the_largest_is_named_that_the_criteria_prefer() -> None:
         planted(name=name, bic=bic, aic=bic, log_evidence=value)
         for name, bic, value in (("1", 9.0, -60.0), ("far", 5.0, -50.0), ("near", 6.0, -10.0))
     ]
-    assert comparison._gaps(rows, candidates) == [
+    assert comparison._gaps(rows, candidates, x) == [
         "BIC and AIC prefer far, the largest K of its family here: try larger ones",
         "the evidence prefers near, the largest K of its family here: try larger ones",
     ]
     own = [c._replace(family=GaussianIsotropic(1.0)) for c in candidates[:2]]
-    assert len(comparison._gaps(rows[:2], own)) == 1
+    assert len(comparison._gaps(rows[:2], own, x)) == 1
     own[1] = own[1]._replace(family=GaussianIsotropic(2.0))
-    assert comparison._gaps(rows[:2], own) == []
+    assert comparison._gaps(rows[:2], own, x) == []
+
+
+def test_fixed_weights_contain_no_fewer_components() -> None:
+    """Weights of a third each contain no halves, so that the likelihood may fall as K grows."""
+    x = (tiny() > 0).double()
+    rows = [planted(name=str(size), log_likelihood=value) for size, value in ((2, -5.0), (3, -6.0))]
+    for family, said in ((bernoulli.UniformWeights(), 0), (bernoulli, 1)):
+        own = [Candidate(family, size, None, str(size)) for size in (2, 3)]
+        assert len(comparison._gaps(rows, own, x)) == said
+
+
+def test_probabilities_of_some_candidates_are_said_to_be() -> None:
+    rows = [planted(name="A", log_evidence=-7.0), planted(name="B")]
+    assert comparison._disagreements(rows, None) == ["B has no evidence, and the probabilities are among the others"]
+    assert comparison._disagreements([planted(name="A"), planted(name="B")], None) == []
 
 
 def test_names_are_shown_as_they_are() -> None:

@@ -10,7 +10,7 @@ import pytest
 from mixproof.inference.effective_dimension import effective_dimension
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.validation import example_params
-from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_sum, laplace
+from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_sum, laplace
 from tests.conftest import Case, randn, seeded
 
 
@@ -70,3 +70,13 @@ def test_many_components_are_decided_though_they_overlap(family: Any, k: int, d:
 def test_neither_the_rows_nor_the_seed_enter() -> None:
     case = Case("full", gaussian_full)
     assert {dimension(case, 2, 2, num_rows, seed)[0] for num_rows, seed in [(1, 0), (4, 1), (50, 2)]} == {11}
+
+
+@pytest.mark.parametrize(
+    ("family", "k", "d", "decided"),
+    [(gaussian_full, 8, 10, 7 + 80 + 8 * 55), (gaussian_spherical, 10, 3, 49), (gaussian_diagonal, 10, 2, 49)],
+)
+def test_light_components_count_too(family: Any, k: int, d: int, decided: int) -> None:
+    """By seeds of which some drew next to no rows from a component of small weight."""
+    for seed in (0, 6) if k * d > 50 else range(20):
+        assert dimension(Case("light", family), k, d, seed=seed)[0] == decided, seed

@@ -21,7 +21,7 @@ from torch import Tensor
 from mixproof.inference import tempered_smc as smc_module
 from mixproof.inference.bridge_sampling import _solve, bridge_sampling, variance_of_mean
 from mixproof.inference.draws import Draws
-from mixproof.inference.evidence import Evidence, log_evidence, posterior_probabilities
+from mixproof.inference.evidence import Evidence, _resampled, log_evidence, posterior_probabilities
 from mixproof.inference.exact_evidence import exact_draws, exact_log_evidence
 from mixproof.inference.gibbs import gibbs
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
@@ -29,6 +29,7 @@ from mixproof.inference.particles import Replicates
 from mixproof.inference.relabelling import Relabelling
 from mixproof.inference.tempered_smc import TemperedSMC, tempered_smc
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_sum
+from tests.conftest import randn
 
 if TYPE_CHECKING:
     from tests.conftest import Case
@@ -310,6 +311,82 @@ def test_exchangeable_components(num_components: int) -> None:
     check_smc(model, x, exact)
     found = log_evidence(model, x, method="bridge", seed=2, **SMALL)
     assert abs(found.log_evidence - exact) < scipy.stats.norm.isf(RARE / 2) * found.standard_error
+
+
+@pytest.mark.parametrize("with_family", [True, False])
+@pytest.mark.parametrize("concentration", [0.1, 0.01])
+def test_weights_of_any_size_above_zero(concentration: float, with_family: bool) -> None:
+    """Sparse Dirichlet priors, whose weights go down to 1e-300: stick-breaking, as torch has it, puts the bridge at
+    -573.5 for a concentration of 0.01, and says that it is sure."""
+    x = torch.cat([randn(4, 1, generator=seeded(0)), 4 + randn(4, 1, generator=seeded(1))])
+    prior = gaussian_diagonal.weakly_informative_prior(x, 3)
+    prior = prior._replace(concentration=torch.full((3,), concentration, dtype=torch.float64))
+    exact = float(exact_log_evidence(gaussian_diagonal, x, prior, num_components=3))
+    model = partial(gaussian_diagonal.model, num_components=3, prior=prior)
+    found = log_evidence(model, x, seed=1, family=gaussian_diagonal if with_family else None)
+    for name, value, error in (
+        ("bridge", found.log_evidence, found.standard_error),
+        ("smc", found.diagnostics["smc_log_evidence"], found.diagnostics["smc_standard_error"]),
+    ):
+        assert abs(value - exact) < scipy.stats.t.isf(RARE / 2, 31) * error, name
+    draws = exact_draws(gaussian_diagonal, x, prior, num_components=3, num_draws=2000, generator=seeded(2))
+    params = {name: value.unflatten(0, (4, -1)) for name, value in draws._asdict().items()}
+    given = log_evidence(model, x, draws=Draws(params, {}, {}), seed=3)
+    assert abs(given.log_evidence - exact) < scipy.stats.norm.isf(RARE / 2) * given.standard_error
+
+
+def test_two_normal_summands_under_one_prior_have_an_evidence() -> None:
+    """Weights of a single component are 1 in every draw, and do not tell the summands apart."""
+    x = randn(6, 1, generator=seeded(0)) * 2
+    part = gaussian_full.Prior(*(torch.as_tensor(v).double() for v in ([1.0], [0.0], 0.5, 4.0, [[2.0]])))
+    model = partial(gaussian_sum.model, num_components=(1, 1), prior=gaussian_sum.Prior(part, part))
+    found = log_evidence(model, x, seed=0)
+    generator, size = np.random.default_rng(1), (1_000_000, 2)
+    variances = scipy.stats.invgamma.rvs(2, scale=1, size=size, random_state=generator)  # of one feature
+    locs = generator.normal(size=size) * np.sqrt(variances / 0.5)
+    law = scipy.stats.norm(locs.sum(1)[:, None], np.sqrt(variances.sum(1))[:, None])
+    likelihood = np.exp(law.logpdf(x.mT.numpy()).sum(1))  # plain Monte Carlo
+    mean, error = likelihood.mean(), likelihood.std() / math.sqrt(len(likelihood))
+    assert abs(found.log_evidence - math.log(mean)) < 5 * math.hypot(found.standard_error, error / mean)
+
+
+def test_rows_in_single_precision_and_the_callers_random_numbers(tiny: Tiny) -> None:
+    """The first have an evidence too, and the second are as they were."""
+    x = randn(8, 2, generator=seeded(0)).float()
+    prior = gaussian_full.weakly_informative_prior(x, 2)
+    before = torch.get_rng_state()
+    found = log_evidence(partial(gaussian_full.model, num_components=2, prior=prior), x, seed=0, **SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
+    doubles = gaussian_full.Prior(*(value.double() for value in prior))
+    exact = float(exact_log_evidence(gaussian_full, x.double(), doubles, num_components=2))
+    assert abs(found.log_evidence - exact) < scipy.stats.norm.isf(RARE / 2) * found.standard_error
+
+
+def test_a_bridge_that_cannot_be_built_leaves_the_particles_evidence(tiny: Tiny) -> None:
+    settings: dict[str, Any] = {"num_replicates": 4, "num_chains": 2, "num_moves": 1}
+    program = partial(gaussian_diagonal.model, num_components=2, prior=tiny.prior)
+    with pytest.warns(UserWarning, match="no bridge from the particles, whose own evidence it is: .* are too few"):
+        found = log_evidence(program, tiny.x, family=gaussian_diagonal, seed=0, **settings)
+    alone = log_evidence(program, tiny.x, family=gaussian_diagonal, seed=0, method="smc", **settings)
+    assert found[:2] == alone[:2]
+
+
+def test_an_evidence_that_is_no_number_is_an_error() -> None:
+    with pytest.raises(ArithmeticError, match=r"the evidence of the particles is nan: .* centre and scale"):
+        Replicates(torch.tensor([-3.0, math.nan])).check()
+
+
+def test_the_chains_of_the_draws_share_no_replicate() -> None:
+    """Draws say which replicate they are from; in a chain they are as many as the evidence of that says."""
+    where = torch.arange(8.0).double()[:, None].expand(8, 50)
+    logs = torch.tensor([0.0, math.log(3.0)] * 4).double()
+    found = _resampled(Draws({"where": where}, {"lp": where}, {}), logs, seed=0)
+    assert found.params["where"].shape == (4, 100)
+    for chain, values in enumerate(found.params["where"]):
+        first, second = ((values == 2 * chain + own).sum().item() for own in (0, 1))
+        assert first + second == 100
+        assert abs(first - 25) <= 1
+    assert torch.equal(found.params["where"], found.sample_stats["lp"])
 
 
 def test_one_component_has_a_closed_form_for_any_number_of_rows(real_data: dict[str, Tensor]) -> None:

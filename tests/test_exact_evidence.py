@@ -369,3 +369,14 @@ def test_bad_settings_get_one_sentence() -> None:
         exact_log_evidence(gaussian_sum, x, None, num_components=2)
     with pytest.raises(ValueError, match=r"x\[1, 0\] is nan"):
         exact_log_evidence(gaussian_diagonal, [[0.0], [math.nan]], prior, num_components=2)
+
+
+@pytest.mark.parametrize("family", [gaussian_full, gaussian_diagonal, gaussian_spherical, gaussian_tied])
+@pytest.mark.parametrize("offset", [1e6, 1.7e9])
+def test_data_far_from_zero_have_the_same_evidence(family: Any, offset: float) -> None:
+    """The offset is exact in the rows; the prior goes with it. Times in seconds since 1970 lie that far."""
+    x = (torch.randn(8, 2, generator=seeded(3), dtype=torch.float64) * 2**10).round() / 2**10
+    near = exact_log_evidence(family, x, family.weakly_informative_prior(x, 2), num_components=2)
+    prior = family.weakly_informative_prior(x, 2)
+    far = exact_log_evidence(family, x + offset, prior._replace(loc=prior.loc + offset), num_components=2)
+    torch.testing.assert_close(far, near, rtol=0, atol=1e3 * EPS * offset)
