@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import constraints
 
 from mixproof.inference.allocation_smc import allocation_smc, integrates_out
 from mixproof.inference.bridge_sampling import bridge_sampling
@@ -28,6 +29,9 @@ from mixproof.inference.validation import feasible_params
 NUM_CHAINS = 4
 """Into how many chains the particles of the replicates go: as many as R-hat and effective sample sizes ask for at least
 (Vehtari et al. 2021, Bayesian Analysis 16, section 4)."""
+
+MAX_LOST = 1e-3
+"""How large a share of draws may lie so near the upper end of a support that rounding takes them for it."""
 
 
 class Evidence(NamedTuple):
@@ -175,6 +179,17 @@ def _coordinates(posterior: LogPosterior, draws: Draws) -> Tensor:
     names = list(posterior.coordinates.transforms)
     if missing := sorted(set(names) - set(draws.params)):
         raise ValueError(f"the draws lack the sites {', '.join(missing)}; they have {', '.join(sorted(draws.params))}")
+    for name in names:
+        support = posterior.program.supports[name]
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        values, highest = draws.params[name].flatten(2), getattr(support, "upper_bound", math.inf)
+        lost = (highest - values < 4 * torch.finfo(values.dtype).eps * abs(highest)).any(2)
+        if lost.double().mean() > MAX_LOST:
+            raise ValueError(
+                f"{float(lost.double().mean()):.1%} of the draws of {name} lie within rounding of {highest}, between "
+                "which and that floating point has no numbers: the prior puts too much of its weight there"
+            )
     shape = draws.params[names[0]].shape[:2]
     u = posterior.unconstrain({name: draws.params[name].flatten(0, 1) for name in names})
     if not u.isfinite().all():

@@ -405,7 +405,7 @@ class _Run:
         Raises:
             ValueError: the log posterior there is another one, to half of the digits.
         """
-        states, device = tensors["rng"], self.one.device
+        states, device = tensors["rng"], self.posterior.device
         tensors = {name: value.to(device) for name, value in tensors.items()}
         self.start(tensors["u"], Tuning(**{name: tensors[f"tuning.{name}"] for name in Tuning._fields}))
         height, before = _height(self.state.evaluation), tensors["height"].to(self.one)

@@ -6,9 +6,11 @@ The device compares tensors by where they say they are. What a GPU does in anoth
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -145,6 +147,17 @@ def few_draws(x: Tensor, prior: Any, **settings: Any) -> Any:
     return gibbs(gaussian_full, x, prior, generator=generator_at(x), **CHAINS | settings)
 
 
+FEW_PARTICLES: dict[str, Any] = {"num_replicates": 4, "num_chains": 4, "num_moves": 4}
+
+
+def resumed(run: Callable[..., Any]) -> Any:
+    """Return what a run returns that goes on from where another ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "state"
+        run(checkpoint=file)
+        return run(checkpoint=file)
+
+
 FRONT_DOORS: dict[str, Callable[[Tensor, Any, Any], Any]] = {
     "accelerated em": lambda x, start, prior: em(gaussian_full, x, start, accelerate="anderson"),
     "weighted em": lambda x, start, prior: em(gaussian_full, x, start, weights=x[:, 0].square()),
@@ -174,6 +187,16 @@ FRONT_DOORS: dict[str, Callable[[Tensor, Any, Any], Any]] = {
     )[:2],
     "bridge": lambda x, start, prior: log_evidence(
         model_under(prior), x[:8], seed=0, num_replicates=4, num_chains=4, num_moves=4
+    )[:2],
+    "resumed hmc": lambda x, start, prior: (
+        resumed(partial(hmc, model_under(prior), x, num_chains=4, num_draws=2, num_warmup=20, seed=0)).params
+    ),
+    "resumed gibbs": lambda x, start, prior: resumed(partial(few_draws, x, prior)).params,
+    "resumed particles of temperatures": lambda x, start, prior: resumed(
+        partial(log_evidence, model_under(prior), x[:8], method="smc", seed=0, **FEW_PARTICLES)
+    )[:2],
+    "resumed particles of rows": lambda x, start, prior: resumed(
+        partial(log_evidence, model_under(prior), x[:8], method="smc", seed=0, family=gaussian_full, **FEW_PARTICLES)
     )[:2],
     "stephens": lambda x, start, prior: (
         align(few_draws(x, prior), LogPosterior(model_under(prior), x), method="stephens").params

@@ -335,6 +335,19 @@ def test_weights_of_any_size_above_zero(concentration: float, with_family: bool)
     assert abs(given.log_evidence - exact) < scipy.stats.norm.isf(RARE / 2) * given.standard_error
 
 
+def test_probabilities_that_round_to_one_have_no_bridge() -> None:
+    """Under Beta(0.05, 0.05) a sixth of those above a half are 1 in floating point; the sum over rows needs none."""
+    x = (randn(9, 3, generator=seeded(0)) > 0).double()
+    prior = bernoulli.Prior(*(torch.full((size,), value).double() for size, value in ((2, 1.0), (3, 0.05), (3, 0.05))))
+    exact = float(exact_log_evidence(bernoulli, x, prior, num_components=2))
+    model = partial(bernoulli.model, num_components=2, prior=prior)
+    with pytest.warns(
+        UserWarning, match="no bridge from the particles.* of the draws of probs lie within rounding of 1"
+    ):
+        found = log_evidence(model, x, family=bernoulli, seed=0)
+    assert abs(found.log_evidence - exact) < scipy.stats.t.isf(RARE / 2, 31) * found.standard_error
+
+
 def test_two_normal_summands_under_one_prior_have_an_evidence() -> None:
     """Weights of a single component are 1 in every draw, and do not tell the summands apart."""
     x = randn(6, 1, generator=seeded(0)) * 2
