@@ -183,8 +183,9 @@ def _coordinates(posterior: LogPosterior, draws: Draws) -> Tensor:
         support = posterior.program.supports[name]
         while isinstance(support, constraints.independent):
             support = support.base_constraint
-        values, highest = draws.params[name].flatten(2), getattr(support, "upper_bound", math.inf)
-        lost = (highest - values < 4 * torch.finfo(values.dtype).eps * abs(highest)).any(2)
+        values, highest = draws.params[name], getattr(support, "upper_bound", math.inf)
+        entries = values.reshape(*values.shape[:2], -1)
+        lost = (highest - entries < 4 * torch.finfo(values.dtype).eps * abs(highest)).any(2)
         if lost.double().mean() > MAX_LOST:
             raise ValueError(
                 f"{float(lost.double().mean()):.1%} of the draws of {name} lie within rounding of {highest}, between "
