@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mixproof.inference import checkpoint as checkpoints
+from mixproof.inference.allocations import draw_allocations
 from mixproof.inference.particles import Replicates, check_settings, systematic
 from mixproof.inference.validation import about_mean, check_num_components, check_prior, check_rows, example_params
 
@@ -46,8 +47,8 @@ class AllocationSMC(Replicates):
 
 
 def integrates_out(family: Any) -> bool:
-    """Whether the parameters of a family integrate out of sums that rows add to, which ``allocation_smc`` needs."""
-    return hasattr(family, "log_marginal") and getattr(family, "additive", False)
+    """Whether a family says how rows so far predict one more, its parameters integrated out."""
+    return hasattr(family, "log_predictive")
 
 
 def allocation_smc(
@@ -94,7 +95,7 @@ def allocation_smc(
         OSError: the checkpoint cannot be read or written, which is tried first.
     """
     if not integrates_out(family):
-        raise TypeError("this family has no log_marginal(stats, prior) of sums over rows: use tempered_smc")
+        raise TypeError("this family has no log_predictive(stats, prior, x): use tempered_smc")
     check_settings(num_replicates, num_chains, num_moves, efficiency)
     if prior is None:
         raise ValueError("prior is None, which is flat: the evidence under an improper prior is not defined")
@@ -163,12 +164,10 @@ class _Particles:
         self.x = x[order]  # (R, N, D)
         template = about_mean(example_params(family, num_components, x)[0], x)
         self.about = type(template)(*(value.expand(self.batch, *value.shape) for value in template))
-        labels = torch.eye(num_components, dtype=x.dtype, device=x.device)[:, None]  # (K, 1, K): one row in each
-        per_label = torch.func.vmap(lambda row, resp: family.statistics(template, row, resp), (None, 0))
-        of_rows = torch.func.vmap(per_label, (0, None))(x[:, None], labels)
-        self.of_rows = _map(lambda value: value[order], of_rows)  # (R, N, K, ...)
         self.num_rows = 0
-        self.stats = _map(lambda value: value.new_zeros(self.batch, *value.shape[3:]), self.of_rows)
+        self.stats = self._statistics(
+            self.about, x.new_zeros(self.batch, 0, x.shape[1]), x.new_zeros(self.batch, 0, num_components)
+        )
         self.log_weights = x.new_zeros(self.shape)
         self.log_evidences = x.new_zeros(num_replicates)
         self.resampled_at: list[int] = []
@@ -176,15 +175,16 @@ class _Particles:
 
     def add_row(self) -> None:
         """Weigh the particles by the predictive density of the next row, and draw its component."""
-        every = torch.arange(self.batch, device=self.x.device)
-        row = _map(lambda value: value[:, self.num_rows].repeat_interleave(self.shape[1], 0), self.of_rows)
-        options = _map(lambda before, more: before[:, None] + more, self.stats, row)  # (B, K, ...)
-        log_joint = self.family.log_marginal(options, self.prior)
-        log_terms = log_joint - self.family.log_marginal(self.stats, self.prior)[:, None]
-        self.log_weights = self.log_weights + log_terms.logsumexp(1).view(self.shape)
-        chosen = _draw(log_terms, self.generator)
-        self.stats = _map(lambda value: value[every, chosen], options)
+        row = self.x[:, self.num_rows].repeat_interleave(self.shape[1], 0)  # (B, D)
+        log_terms = self.family.log_predictive(self.stats, self.prior, row)
+        resp, log_density = draw_allocations(log_terms[..., None], None, self.generator)
+        self.log_weights = self.log_weights + log_density.view(self.shape)
+        self.stats = _map(torch.add, self.stats, self._statistics(self.about, row[:, None], resp.mT))
         self.num_rows += 1
+
+    def _statistics(self, about: Any, x: Tensor, resp: Tensor) -> Any:
+        """Return the statistics of rows x (B, n, D) in the components resp (B, n, K)."""
+        return torch.func.vmap(self.family.statistics)(about, x, resp)
 
     def effective_sample_size(self) -> Tensor:
         """Return it by replicate, (R,)."""
@@ -221,10 +221,10 @@ class _Particles:
         for some in torch.arange(self.batch, device=self.x.device).split(at_once):
             x = self.x[some // self.shape[1], : self.num_rows]
             table = torch.func.vmap(self.family.log_joint)(_map(lambda value, at=some: value[at], params), x)
-            resp = torch.nn.functional.one_hot(_draw(table, self.generator), self.size).to(x)
             about = _map(lambda value, at=some: value[at], self.about)
-            parts.append(torch.func.vmap(self.family.statistics)(about, x, resp))
-            log_likelihoods.append(table.logsumexp(2).sum(1))
+            resp, log_likelihood = draw_allocations(table.mT.contiguous(), None, self.generator)
+            parts.append(self._statistics(about, x, resp.mT))
+            log_likelihoods.append(log_likelihood)
         self.stats = _map(lambda *values: torch.cat(values), *parts)
         return torch.cat(log_likelihoods)
 
@@ -253,11 +253,3 @@ class _Particles:
 def _map(function: Any, *trees: Any) -> Any:
     """Return a tuple with names, of what a function makes of the fields of such tuples."""
     return type(trees[0])(*map(function, *trees))
-
-
-def _draw(log_terms: Tensor, generator: torch.Generator) -> Tensor:
-    """Return numbers (...) drawn in proportion to exp(log_terms), (..., K)."""
-    cumulated = log_terms.softmax(-1).cumsum(-1)
-    shape = cumulated.shape[:-1]
-    uniform = torch.rand(shape, generator=generator, dtype=cumulated.dtype, device=cumulated.device)
-    return (cumulated <= (uniform * cumulated[..., -1])[..., None]).sum(-1).clamp_max(log_terms.shape[-1] - 1)

@@ -25,8 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mixproof.inference import checkpoint as checkpoints
+from mixproof.inference.allocations import draw_allocations
 from mixproof.inference.draws import Draws
-from mixproof.inference.split_merge import draw_allocations, reallocate
+from mixproof.inference.split_merge import reallocate
 from mixproof.inference.validation import (
     check_integer,
     check_num_components,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from mixproof.inference.allocations import draw_allocations
 from mixproof.models.initial import rescale
 
 NUM_LAUNCHES = 2
@@ -132,23 +133,3 @@ def _seeded_halves(x: Tensor, pooled: Tensor, generator: torch.Generator) -> Ten
 
     first = distances(pooled)
     return (distances(pooled * first) < first).long()
-
-
-def draw_allocations(table: Tensor, powers: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return components drawn in proportion to exp(power table), (B, K, n) of 0 and 1, and log sum_k exp, (B,).
-
-    By inverting the distribution function of each row, in the place of the table.
-    """
-    if powers is not None:
-        table.mul_(powers[:, None, None])
-    largest = table.amax(1, keepdim=True)
-    cumulated = table.sub_(largest).exp_()
-    for k in range(1, table.shape[1]):  # as cumsum, which is slower along an inner axis
-        cumulated[:, k] += cumulated[:, k - 1]
-    normaliser = cumulated[:, -1].clone()
-    uniform = torch.rand(normaliser.shape, generator=generator, dtype=table.dtype, device=table.device)
-    resp = cumulated.gt_(uniform.mul_(normaliser)[:, None])  # 1 from the component drawn onwards
-    resp[:, -1] = 1  # the product may round up to the normaliser
-    for k in range(table.shape[1] - 1, 0, -1):
-        resp[:, k] -= resp[:, k - 1]
-    return resp, normaliser.log_().add_(largest[:, 0]).sum(-1)

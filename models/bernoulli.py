@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.conjugate import draw_beta, draw_dirichlet, log_allocations
+from mixproof.models.conjugate import draw_beta, draw_dirichlet, log_allocations, log_urn
 from mixproof.models.initial import check_num_components, check_rows, partition, row_weights
 
 
@@ -187,6 +187,25 @@ def _log_beta_ratio(ones: Tensor, zeros: Tensor, prior_ones: Tensor, prior_zeros
     return log_allocations(counts, torch.stack([prior_ones, prior_zeros], -1)).sum((-2, -1))
 
 
+def log_predictive(stats: Stats, prior: Prior, x: Tensor) -> Tensor:
+    """Return log p(x, z = k | rows so far), (..., K), of one more row, the parameters integrated out.
+
+    An urn for each component and feature.
+
+    Args:
+        stats: those of the rows so far, each in one component, behind any leading dimensions.
+        prior: the prior.
+        x: (..., D), the row.
+    """
+    log_density = _log_urns(prior.ones + stats.ones, prior.zeros + stats.zeros, x)
+    return log_urn(stats.counts, prior.concentration) + log_density
+
+
+def _log_urns(ones: Tensor, zeros: Tensor, x: Tensor) -> Tensor:
+    """Return the log probability (..., K) of a row x (..., D) from urns with so many ones and zeros (..., K, D)."""
+    return (torch.where(x[..., None, :] > 0, ones, zeros) / (ones + zeros)).log().sum(-1)
+
+
 def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return ``num_samples`` draws x (n, D) of 0.0 and 1.0 and the components z (n,) that they came from."""
     z = torch.multinomial(params.weights, num_samples, replacement=True, generator=generator)
@@ -325,6 +344,11 @@ class UniformWeights:
         ones, zeros = stats
         num_data = (ones + zeros)[..., 0].sum(-1)
         return _log_beta_ratio(ones, zeros, *prior) - num_data * math.log(ones.shape[-2])
+
+    def log_predictive(self, stats: UniformWeights.Stats, prior: UniformWeights.Prior, x: Tensor) -> Tensor:
+        """Return log p(x, z = k | rows so far), (..., K), of one more row x (..., D), probabilities integrated out."""
+        log_density = _log_urns(prior.ones + stats.ones, prior.zeros + stats.zeros, x)
+        return log_density - math.log(log_density.shape[-1])
 
     def sample(
         self, params: UniformWeights.Params, num_samples: int, generator: torch.Generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,28 @@ def log_allocations(counts: Tensor, concentration: Tensor) -> Tensor:
     total, rows = concentration.sum(-1), counts.sum(-1)
     urns = (concentration + counts).lgamma() - concentration.lgamma()
     return total.lgamma() - (total + rows).lgamma() + urns.sum(-1)
+
+
+def log_urn(counts: Tensor, concentration: Tensor) -> Tensor:
+    """Return log p(z = k), (..., K), of the next allocation after these counts (..., K): Polya's urn."""
+    return (concentration + counts).log() - (concentration.sum(-1) + counts.sum(-1)).log()[..., None]
+
+
+def log_student(squares: Tensor, size: int, shape: Tensor, rate: Tensor | float, strength: Tensor) -> Tensor:
+    """Return the log density of a row from N(loc, v (1 + 1 / strength) I), v ~ InverseGamma(shape, rate) unknown.
+
+    Murphy 2007, Conjugate Bayesian analysis of the Gaussian distribution, equation 110, in ``size`` features.
+
+    Args:
+        squares: (...), the squared distance of the row from loc.
+        size: of the row.
+        shape: (...), of the law of v.
+        rate: (...), of the law of v.
+        strength: (...), from how many rows loc is known.
+    """
+    scale = 2 * rate * (1 + 1 / strength)
+    after = shape + size / 2
+    return after.lgamma() - shape.lgamma() - size / 2 * (math.pi * scale).log() - after * (squares / scale).log1p()
 
 
 class DataScale(NamedTuple):

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_gamma, draw_normal, log_allocations
+from mixproof.models.conjugate import (
+    data_scale,
+    draw_dirichlet,
+    draw_gamma,
+    draw_normal,
+    log_allocations,
+    log_student,
+    log_urn,
+)
 from mixproof.models.initial import partition, row_weights
 
 
@@ -238,6 +246,22 @@ def log_marginal(stats: Stats, prior: Prior) -> Tensor:
         - after.shape * after.rate.log()
     )
     return log_allocations(stats.counts, prior.concentration) + log_density.sum((-2, -1))
+
+
+def log_predictive(stats: Stats, prior: Prior, x: Tensor) -> Tensor:
+    """Return log p(x, z = k | rows so far), (..., K), of one more row, the parameters integrated out.
+
+    Student's law in each feature.
+
+    Args:
+        stats: those of the rows so far, each in one component, behind any leading dimensions.
+        prior: the prior.
+        x: (..., D), the row.
+    """
+    after = posterior(stats, prior)
+    squares = (x[..., None, :] - after.loc).square()
+    log_density = log_student(squares, 1, after.shape, after.rate, after.strength)
+    return log_urn(stats.counts, prior.concentration) + log_density.sum(-1)
 
 
 def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models import gaussian_spherical
-from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_normal, log_allocations
+from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_normal, log_allocations, log_urn
 from mixproof.models.initial import partition, row_weights
 
 
@@ -199,6 +199,22 @@ class GaussianIsotropic:
             - (within + pull) / self.variance
         ) / 2
         return log_allocations(counts, prior.concentration) + log_density.sum(-1)
+
+    def log_predictive(self, stats: GaussianIsotropic.Stats, prior: GaussianIsotropic.Prior, x: Tensor) -> Tensor:
+        """Return log p(x, z = k | rows so far), (..., K), of one more row, the parameters integrated out.
+
+        Normal: the location of a component adds to the variance.
+
+        Args:
+            stats: those of the rows so far, each in one component, behind any leading dimensions.
+            prior: the prior.
+            x: (..., D), the row.
+        """
+        _, loc, strength = self.posterior(stats, prior)
+        variance = self.variance * (1 + 1 / strength)
+        squares = (x[..., None, :] - loc).square().sum(-1)
+        log_density = -(x.shape[-1] * (2 * math.pi * variance).log() + squares / variance) / 2
+        return log_urn(stats.counts, prior.concentration) + log_density
 
     def sample(
         self, params: GaussianIsotropic.Params, num_samples: int, generator: torch.Generator

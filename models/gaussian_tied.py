@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_normal, log_allocations
+from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_normal, log_allocations, log_student, log_urn
 from mixproof.models.initial import partition, row_weights
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import (
@@ -270,6 +270,24 @@ def log_marginal(stats: Stats, prior: Prior) -> Tensor:
         + size / 2 * (prior.strength.log() - after.strength.log()).sum(-1)
     )
     return log_allocations(stats.counts, prior.concentration) + log_density
+
+
+def log_predictive(stats: Stats, prior: Prior, x: Tensor) -> Tensor:
+    """Return log p(x, z = k | rows so far), (..., K), of one more row, the parameters integrated out.
+
+    Student's law of all features together, in coordinates in which the posterior scale is the unit matrix.
+
+    Args:
+        stats: those of the rows so far, each in one component, behind any leading dimensions.
+        prior: the prior.
+        x: (..., D), the row.
+    """
+    after, size = posterior(stats, prior), x.shape[-1]
+    factor = cholesky(after.scale)
+    deviations = (x[..., None, :] - after.loc).mT
+    squares = torch.linalg.solve_triangular(factor, deviations, upper=False).square().sum(-2)
+    log_density = log_student(squares, size, (after.df[..., None] + 1 - size) / 2, 0.5, after.strength)
+    return log_urn(stats.counts, prior.concentration) + log_density - log_det(factor)[..., None] / 2
 
 
 def sample(params: Params, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

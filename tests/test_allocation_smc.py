@@ -149,7 +149,7 @@ def test_two_groups_of_iris_are_found(real_data: dict[str, Tensor]) -> None:
 
 def test_failures_are_said_in_words(x: Tensor, prior: Any) -> None:
     run = partial(allocation_smc, gaussian_diagonal, x, num_components=2, seed=0)
-    with pytest.raises(TypeError, match="no log_marginal"):
+    with pytest.raises(TypeError, match="no log_predictive"):
         allocation_smc(laplace, x, laplace.weakly_informative_prior(x, 2), num_components=2, seed=0)
     with pytest.raises(ValueError, match="prior is None"):
         run(None)

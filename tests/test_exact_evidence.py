@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -171,16 +171,16 @@ def predictive_law(case: Case, prior: Any, k: int) -> Any:
     return by_module[case.module](prior, k)
 
 
-def chain_rule(case: Case, x: Tensor, z: Tensor, prior: Any, k: int) -> float:
+def chain_rule(case: Case, x: Tensor, z: Tensor, prior: Any, k: int) -> Iterator[list[float]]:
+    """Yield for each row log p(x_n, z_n = j | rows before) of every component j."""
     law = predictive_law(case, prior, k)
     urn = prior.concentration.numpy().copy() if hasattr(prior, "concentration") else None
-    total = 0.0
     for row, own in zip(x.numpy(), z.tolist(), strict=True):
-        total += math.log(1 / k if urn is None else urn[own] / urn.sum()) + law.log_predictive(row, own)
+        shares = np.full(k, 1 / k) if urn is None else urn / urn.sum()
+        yield [math.log(shares[j]) + law.log_predictive(row, j) for j in range(k)]
         law.update(row, own)
         if urn is not None:
             urn[own] += 1
-    return total
 
 
 def able(case: Case) -> bool:
@@ -196,8 +196,28 @@ def test_closed_form_is_the_product_of_predictive_laws(case: Case, k: int) -> No
     if not able(case) or case.family is laplace:
         return  # laplace by quadrature, below
     x, z, stats, prior, _ = complete(case, k)
-    found, expected = case.family.log_marginal(stats, prior).item(), chain_rule(case, x, z, prior, k)
+    found = case.family.log_marginal(stats, prior).item()
+    expected = sum(terms[own] for terms, own in zip(chain_rule(case, x, z, prior, k), z.tolist(), strict=True))
     assert abs(found - expected) <= ROUNDINGS * EPS * abs(expected)
+
+
+def test_families_whose_statistics_add_predict_the_next_row(all_families: list[Case]) -> None:
+    for case in all_families:
+        assert hasattr(case.family, "log_predictive") == (able(case) and getattr(case.family, "additive", False))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_next_row_is_as_the_rows_so_far_predict(case: Case, k: int) -> None:
+    """From no rows at all to all but one, in one batch."""
+    if not hasattr(case.family, "log_predictive"):
+        return
+    x, z, _, prior, params = complete(case, k)
+    resp = torch.nn.functional.one_hot(z, k).double()
+    before = [case.family.statistics(params, x[:n], resp[:n]) for n in range(len(x))]
+    stats = type(before[0])(*(torch.stack(values) for values in zip(*before, strict=True)))
+    found = case.family.log_predictive(stats, prior, x)
+    expected = torch.tensor(list(chain_rule(case, x, z, prior, k)), dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=ROUNDINGS * EPS, atol=ROUNDINGS * EPS)
 
 
 def test_closed_form_of_laplace_is_the_double_integral() -> None:
