@@ -30,6 +30,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.inference.supports import base_of
 from mixproof.inference.validation import feasible_params, num_components, settings_of
 
 MEMORY = 5
@@ -194,11 +195,8 @@ class _Coordinates:
         nodes: Any = tape.trace.nodes
         self.supports: dict[str, constraints.Constraint] = {}
         for name in params._fields:
-            support = nodes[name]["fn"].support
-            while isinstance(support, constraints.independent):
-                support = support.base_constraint
             if not nodes[name]["infer"].get("_deterministic"):  # a known one stays as it is
-                self.supports[name] = support
+                self.supports[name] = base_of(nodes[name]["fn"].support)
         edges = []
         for name, support in self.supports.items():
             size = self._flat(name, getattr(params, name).double().cpu()).numel()

@@ -96,7 +96,7 @@ def allocation_smc(
     """
     if not integrates_out(family):
         raise TypeError("this family has no log_predictive(stats, prior, x): use tempered_smc")
-    check_settings(num_replicates, num_chains, num_moves, efficiency)
+    check_settings(num_replicates=num_replicates, num_chains=num_chains, num_moves=num_moves, efficiency=efficiency)
     if prior is None:
         raise ValueError("prior is None, which is flat: the evidence under an improper prior is not defined")
     size: Any = check_num_components(family, num_components)

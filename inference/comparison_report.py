@@ -13,7 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mixproof.inference.comparison import Row
+    from mixproof.inference.comparison_study import Row
 
 UNFOLDED = 10_000
 """Of what width text is where no screen folds it."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.supports import base_of
 
 ROUNDING = 1e-11
 """The share of the largest singular value below which one is rounding."""
@@ -44,7 +45,8 @@ def effective_dimension(family: Any, posterior: LogPosterior, params: Any, *, se
         parts = []
         for site, shape in posterior.coordinates.shapes.items():
             part = torch.randn(shape.numel(), generator=generator, dtype=torch.float64, device=posterior.device)
-            parts.append(SPREAD * part if _is_real(posterior.program.supports[site]) else part)
+            real = base_of(posterior.program.supports[site]) is constraints.real
+            parts.append(SPREAD * part if real else part)
         u = torch.cat(parts)
         at = params._replace(**posterior.constrain(u))
         alike = {name: torch.ones_like(getattr(at, name)) for name in at._fields if name.endswith("weights")}
@@ -57,9 +59,3 @@ def effective_dimension(family: Any, posterior: LogPosterior, params: Any, *, se
         if found == size:
             break
     return found
-
-
-def _is_real(support: constraints.Constraint) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real

@@ -20,6 +20,7 @@ from mixproof.inference.dataset import Block, Dataset
 from mixproof.inference.distributed import Group, all_sum, first_of, is_first, object_of_first, together
 from mixproof.inference.expectation import Expectation, expectation
 from mixproof.inference.progress import EMProgress
+from mixproof.inference.supports import base_of
 from mixproof.inference.validation import check_params, check_prior, check_rows, data_support
 from mixproof.models.initial import check_num_components
 
@@ -473,8 +474,7 @@ def raise_for_impossible(table: Tensor, block: Block, when: str) -> None:
 
 def has_spread(family: Any, num_features: int) -> bool:
     """Return whether the data are real, so that a component may become too narrow for them."""
-    support = data_support(family, num_features)
-    return getattr(support, "base_constraint", support) is constraints.real
+    return base_of(data_support(family, num_features)) is constraints.real
 
 
 def raise_for_collapse(family: Any, params: Any, block: Block, step: int) -> None:

@@ -13,7 +13,6 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import constraints
 
 from mixproof.inference.allocation_smc import allocation_smc, integrates_out
 from mixproof.inference.bridge_sampling import bridge_sampling
@@ -23,6 +22,7 @@ from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.particles import systematic
 from mixproof.inference.random_state import seeded
 from mixproof.inference.relabelling import Relabelling
+from mixproof.inference.supports import ends
 from mixproof.inference.tempered_smc import tempered_smc
 from mixproof.inference.validation import feasible_params
 
@@ -55,10 +55,10 @@ def log_evidence(
     family: Any = None,
     draws: Draws | None = None,
     relabel: bool = True,
-    num_replicates: int = 32,
+    num_replicates: int | None = None,
     num_chains: int | None = None,
     num_moves: int | None = None,
-    efficiency: float = 0.5,
+    efficiency: float | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Evidence:
@@ -112,9 +112,14 @@ def log_evidence(
         bridge = bridge_sampling(posterior, _coordinates(posterior, draws), seed=seed, relabelling=relabelling)
         diagnostics: dict[str, Any] = {"bridge_effective_sample_size": bridge.effective_sample_size}
         return Evidence(bridge.log_evidence, bridge.standard_error, draws, diagnostics)
-    chosen = {"num_chains": num_chains, "num_moves": num_moves}
+    chosen = {
+        "num_replicates": num_replicates,
+        "num_chains": num_chains,
+        "num_moves": num_moves,
+        "efficiency": efficiency,
+    }
     settings: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    settings |= {"num_replicates": num_replicates, "efficiency": efficiency, "checkpoint": checkpoint}
+    settings |= {"checkpoint": checkpoint}
     run: Any
     if integrates_out(family):
         size, prior = _bound(model, family, args)
@@ -180,10 +185,7 @@ def _coordinates(posterior: LogPosterior, draws: Draws) -> Tensor:
     if missing := sorted(set(names) - set(draws.params)):
         raise ValueError(f"the draws lack the sites {', '.join(missing)}; they have {', '.join(sorted(draws.params))}")
     for name in names:
-        support = posterior.program.supports[name]
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
-        values, highest = draws.params[name], getattr(support, "upper_bound", math.inf)
+        values, (_, highest) = draws.params[name], ends(posterior.program.supports[name])
         entries = values.reshape(*values.shape[:2], -1)
         lost = (highest - entries < 4 * torch.finfo(values.dtype).eps * abs(highest)).any(2)
         if lost.double().mean() > MAX_LOST:

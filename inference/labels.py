@@ -23,6 +23,7 @@ from torch.distributions import constraints
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import LogJoint, log_joint_table
 from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.supports import base_of
 
 TABLE_ENTRIES = 1 << 22
 """How many entries of log joint tables are in memory at once where only sums of them are kept."""
@@ -195,9 +196,8 @@ def _candidates(support: constraints.Constraint, shape: torch.Size, size: int) -
 
     Rows and columns of a matrix are one index, and permuting one of the two leaves a symmetric matrix not symmetric.
     """
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    num_axes = len(shape) - (support.event_dim if support.event_dim > 1 else 0)
+    size_of_event = base_of(support).event_dim
+    num_axes = len(shape) - (size_of_event if size_of_event > 1 else 0)
     return [*(axis for axis in range(num_axes) if shape[axis] == size), None]
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixproof.inference.validation import check_integer
+
 
 @dataclass(frozen=True)
 class Replicates:
@@ -52,13 +54,19 @@ class Replicates:
             )
 
 
-def check_settings(num_replicates: int, num_chains: int, num_moves: int, efficiency: float) -> None:
-    """Raise ValueError where a setting of the particles is out of range."""
+def check_settings(
+    *,
+    num_replicates: int | None = None,
+    num_chains: int | None = None,
+    num_moves: int | None = None,
+    efficiency: float | None = None,
+) -> None:
+    """Raise TypeError or ValueError where a setting of the particles cannot be; None is a default, which can."""
     least = {"num_replicates": (num_replicates, 2), "num_chains": (num_chains, 2), "num_moves": (num_moves, 1)}
     for name, (value, smallest) in least.items():
-        if value < smallest:
-            raise ValueError(f"{name} must be at least {smallest}, not {value}")
-    if not 0 < efficiency < 1:
+        if value is not None:
+            check_integer(value, name, smallest)
+    if efficiency is not None and not 0 < efficiency < 1:
         raise ValueError(f"efficiency must lie between 0 and 1, not {efficiency}")
 
 

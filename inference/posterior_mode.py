@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
-from torch.distributions import constraints
 
 from mixproof.inference.bfgs import minimise, with_gradient
 from mixproof.inference.enumeration import Coordinates, inspect, log_density
+from mixproof.inference.supports import at_edge
 
 
 class Mode(NamedTuple):
@@ -71,12 +70,3 @@ def posterior_mode(
         params = coordinates(found.u)
     mode = params if isinstance(init, Mapping) else type(init)(**params)
     return Mode(mode, -found.value, found.converged, found.num_steps)
-
-
-def at_edge(value: Tensor, support: Any) -> bool:
-    """Whether an entry lies on the boundary of its support, which unconstrained coordinates cannot reach or leave."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    low = 0 if support is constraints.simplex else getattr(support, "lower_bound", -math.inf)
-    high = getattr(support, "upper_bound", math.inf)
-    return bool(((value <= low) | (value >= high)).any())

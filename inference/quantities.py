@@ -23,6 +23,7 @@ from mixproof.inference.enumeration import default_dtype_of, inspect, log_joint_
 from mixproof.inference.labels import component_axes
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
+from mixproof.inference.supports import base_of
 
 Quantity = Callable[[dict[str, Tensor], Tensor], Tensor]
 """A number () from parameters by site and data x (N, D), written in operations that ``torch.func.vmap`` can batch."""
@@ -171,8 +172,7 @@ def _exchangeable(posterior: LogPosterior) -> dict[str, tuple[int, int]]:
 
 def _entries(name: str, value: Tensor, support: constraints.Constraint) -> dict[str, Tensor]:
     """Return the entries of a tensor by name, those of a symmetric matrix once."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = base_of(support)
     if support is constraints.simplex and value.shape[-1:] == (1,):
         return {}  # it is 1 up to rounding
     symmetric = support is constraints.positive_definite

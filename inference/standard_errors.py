@@ -17,7 +17,7 @@ from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import log_joint_table
 from mixproof.inference.labels import assign, log_likelihood, numbering, renumber, responsibilities
 from mixproof.inference.log_posterior import LogPosterior
-from mixproof.inference.posterior_mode import at_edge
+from mixproof.inference.supports import at_edge, base_of
 from mixproof.inference.validation import check_params, check_rows, num_components
 
 LOG_ERROR = 10.0
@@ -149,9 +149,7 @@ def _raise_unless_definite(information: Tensor, owners: list[str]) -> None:
 def _raise_next_to_edge(posterior: LogPosterior, errors: Tensor, owners: list[str]) -> None:
     """Raise where a bounded parameter is undecided by factors, from standard errors (P,) of the coordinates."""
     for site, error in zip(owners, errors.tolist(), strict=True):
-        support = posterior.program.supports[site]
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
+        support = base_of(posterior.program.supports[site])
         bounded = support is not constraints.real and support.event_dim < 2
         if bounded and error > LOG_ERROR:
             raise ValueError(

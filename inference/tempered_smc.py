@@ -86,7 +86,7 @@ def tempered_smc(
     Source: Del Moral, Doucet and Jasra 2006, JRSS B 68, section 3; the temperatures: Zhou, Johansen and Aston 2016,
     Journal of Computational and Graphical Statistics 25, section 3.3; all states kept: Dau and Chopin 2022, JRSS B 84.
     """
-    check_settings(num_replicates, num_chains, num_moves, efficiency)
+    check_settings(num_replicates=num_replicates, num_chains=num_chains, num_moves=num_moves, efficiency=efficiency)
     generator = torch.Generator(posterior.device).manual_seed(seed)
     starts = posterior.draw_prior(num_replicates * num_chains, seed=seed)
     kernel = _Kernel(posterior, generator)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from torch.utils._pytree import tree_leaves
 
+from mixproof.inference.supports import base_of
+
 
 def check_integer(value: Any, name: str, least: int) -> None:
     """Say what is wrong with a setting that must be an integer, at least so large.
@@ -68,7 +70,7 @@ def check_data(
         advice = "drop or impute the row (em takes missing=True where NaN marks a missing entry)"
         _raise_at_first(~torch.isfinite(x), x, f"is {{value}}: {advice}", first_row)
     if support is not None:
-        elementwise = support.base_constraint if isinstance(support, constraints.independent) else support
+        elementwise = base_of(support)
         if elementwise is constraints.real:
             return x
         outside = ~elementwise.check(x) & ~torch.isnan(x)
@@ -381,7 +383,7 @@ def _shown(value: Tensor) -> str:
 
 
 def _words(support: Any) -> str:
-    base = support.base_constraint if isinstance(support, constraints.independent) else support
+    base = base_of(support)
     if base is constraints.boolean:
         return "0 or 1"
     if base is constraints.simplex:

@@ -22,7 +22,7 @@ import xarray
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from mixproof.inference import checkpoint, cli
+from mixproof.inference import checkpoint, cli, comparison_study
 from mixproof.inference.cli import app
 from mixproof.inference.sampling import sample
 from mixproof.models import families, gaussian_full
@@ -582,7 +582,7 @@ def test_a_prior_that_is_none_is_refused_in_words(given: Any, words: str, erupti
 
 
 def test_an_interrupted_comparison_shows_what_is_done(eruptions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = cli.comparison.log_evidence, []
+    real, calls = comparison_study.log_evidence, []
 
     def interrupted(*args: Any, **settings: Any) -> Any:
         calls.append(1)
@@ -590,7 +590,7 @@ def test_an_interrupted_comparison_shows_what_is_done(eruptions: Path, monkeypat
             raise KeyboardInterrupt
         return real(*args, **settings)
 
-    monkeypatch.setattr(cli.comparison, "log_evidence", interrupted)
+    monkeypatch.setattr(comparison_study, "log_evidence", interrupted)
     result = run("compare", eruptions, "-k", "1-3", "--family", "laplace", *QUICK_COMPARISON)
     assert result.exit_code == 130
     assert "laplace K = 1 " in result.stdout

@@ -21,8 +21,9 @@ from rich.console import Console
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from mixproof.inference import comparison
+from mixproof.inference import comparison, comparison_study
 from mixproof.inference.comparison import Candidate, Comparison, compare
+from mixproof.inference.comparison_verdicts import disagreements, gaps
 from mixproof.inference.datatree import loo
 from mixproof.inference.draws import Draws
 from mixproof.inference.evidence import Evidence
@@ -406,8 +407,8 @@ def test_bad_candidates_are_refused_before_any_run() -> None:
         ({"evidence": {"num_move": 4}}, "evidence takes .*num_moves.*, and not num_move"),
         ({"evidence": {"seed": 1}}, "evidence takes .*, and not seed"),
         ({"evidence": {"checkpoint": "file"}}, "evidence takes .*, and not checkpoint"),
-        ({"evidence": {"num_moves": 0}}, "num_moves of evidence must be at least 1, not 0"),
-        ({"evidence": {"num_chains": 1}}, "num_chains must be at least 2, not 1"),
+        ({"evidence": {"num_moves": 0}}, "evidence: num_moves must be at least 1, not 0"),
+        ({"evidence": {"num_chains": 1}}, "evidence: num_chains must be at least 2, not 1"),
         ({"evidence": {"efficiency": 2.0}}, "efficiency must lie between 0 and 1, not 2.0"),
         ({"num_warmup": -1}, "num_warmup must be at least 0, not -1"),
         ({"num_chains": 64.0}, "num_chains must be an integer, not 64.0"),
@@ -420,7 +421,7 @@ def test_bad_settings_are_refused_before_any_run(
     settings: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = tiny()
-    monkeypatch.setattr(comparison, "_study", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(comparison, "study_of", lambda *_: pytest.fail("it ran"))
     with pytest.raises((TypeError, ValueError), match=words):
         compare([candidate(gaussian_diagonal, 2, x, "two")], x, seed=0, **settings)
 
@@ -432,18 +433,18 @@ def test_without_arviz_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) ->
         compare([candidate(gaussian_diagonal, 1, x)], x, seed=0)
 
 
-def planted(**changes: Any) -> comparison.Row:
-    unknown: dict[str, Any] = dict.fromkeys(comparison.Row._fields)
-    return comparison.Row(**unknown | {"name": "A", "num_parameters": 2} | changes)
+def planted(**changes: Any) -> comparison_study.Row:
+    unknown: dict[str, Any] = dict.fromkeys(comparison_study.Row._fields)
+    return comparison_study.Row(**unknown | {"name": "A", "num_parameters": 2} | changes)
 
 
 def test_disagreement_is_said_with_who_prefers_what() -> None:
     first = planted(name="A", bic=10.0, aic=9.0, icl=11.0, elpd_loo=-5.0, log_evidence=-7.0)
     second = planted(name="B", bic=11.0, aic=8.0, icl=12.0, elpd_loo=-4.0, log_evidence=-6.0)
-    (sentence,) = comparison._disagreements([first, second], None)[:1]
+    (sentence,) = disagreements([first, second], None)[:1]
     assert sentence == "the criteria disagree: BIC and ICL prefer A; AIC, LOO and the evidence prefer B"
     agreeing = second._replace(bic=9.0, icl=10.0, log_evidence=-6.0, log_evidence_standard_error=0.01)
-    assert comparison._disagreements([first, agreeing], None) == []
+    assert disagreements([first, agreeing], None) == []
 
 
 def test_evidences_within_their_error_are_said_to_be() -> None:
@@ -451,9 +452,9 @@ def test_evidences_within_their_error_are_said_to_be() -> None:
         planted(name=name, log_evidence=value, log_evidence_standard_error=0.2)
         for name, value in (("A", -7.0), ("B", -6.9))
     ]
-    (sentence,) = comparison._disagreements(rows, None)
+    (sentence,) = disagreements(rows, None)
     assert sentence.startswith("the log evidences of B and A are 0.10 apart with a standard error of 0.28")
-    assert comparison._disagreements([rows[0], rows[1]._replace(log_evidence=-6.0)], None) == []
+    assert disagreements([rows[0], rows[1]._replace(log_evidence=-6.0)], None) == []
 
 
 def test_a_likelihood_that_falls_and_a_best_at_the_end_are_said() -> None:
@@ -462,10 +463,10 @@ def test_a_likelihood_that_falls_and_a_best_at_the_end_are_said() -> None:
     rows = [
         planted(name=str(size), log_likelihood=value, aic=-value) for size, value in ((1, -9.0), (2, -5.0), (3, -6.0))
     ]
-    (sentence,) = comparison._gaps(rows, candidates, x)
+    (sentence,) = gaps(rows, candidates, x)
     assert sentence.startswith("the log likelihood falls from 2 to 3, which contains it")
     rows[2] = rows[2]._replace(log_likelihood=-4.0, aic=0.0)
-    (sentence,) = comparison._gaps(rows, candidates, x)
+    (sentence,) = gaps(rows, candidates, x)
     assert sentence == "AIC prefers 3, the largest K of its family here: try larger ones"
 
 
@@ -477,14 +478,14 @@ def test_the_largest_is_named_that_the_criteria_prefer() -> None:
         planted(name=name, bic=bic, aic=bic, log_evidence=value)
         for name, bic, value in (("1", 9.0, -60.0), ("far", 5.0, -50.0), ("near", 6.0, -10.0))
     ]
-    assert comparison._gaps(rows, candidates, x) == [
+    assert gaps(rows, candidates, x) == [
         "BIC and AIC prefer far, the largest K of its family here: try larger ones",
         "the evidence prefers near, the largest K of its family here: try larger ones",
     ]
     own = [c._replace(family=GaussianIsotropic(1.0)) for c in candidates[:2]]
-    assert len(comparison._gaps(rows[:2], own, x)) == 1
+    assert len(gaps(rows[:2], own, x)) == 1
     own[1] = own[1]._replace(family=GaussianIsotropic(2.0))
-    assert comparison._gaps(rows[:2], own, x) == []
+    assert gaps(rows[:2], own, x) == []
 
 
 def test_fixed_weights_contain_no_fewer_components() -> None:
@@ -493,13 +494,15 @@ def test_fixed_weights_contain_no_fewer_components() -> None:
     rows = [planted(name=str(size), log_likelihood=value) for size, value in ((2, -5.0), (3, -6.0))]
     for family, said in ((bernoulli.UniformWeights(), 0), (bernoulli, 1)):
         own = [Candidate(family, size, None, str(size)) for size in (2, 3)]
-        assert len(comparison._gaps(rows, own, x)) == said
+        assert len(gaps(rows, own, x)) == said
 
 
 def test_probabilities_of_some_candidates_are_said_to_be() -> None:
     rows = [planted(name="A", log_evidence=-7.0), planted(name="B")]
-    assert comparison._disagreements(rows, None) == ["B has no evidence, and the probabilities are among the others"]
-    assert comparison._disagreements([planted(name="A"), planted(name="B")], None) == []
+    assert disagreements(rows, None) == ["B has no evidence, and the probabilities are among the others"]
+    rows.append(planted(name="C"))
+    assert disagreements(rows, None) == ["B, C have no evidence, and the probabilities are among the others"]
+    assert disagreements([planted(name="A"), planted(name="B")], None) == []
 
 
 def test_names_are_shown_as_they_are() -> None:
@@ -583,10 +586,10 @@ def test_the_loo_sentence_is_said_within_two_errors_and_not_beyond() -> None:
     rows = [planted(name="A", elpd_loo=-4.0), planted(name="B", elpd_loo=-6.5)]
     for error, said in ((1.5, True), (1.2, False)):
         ranking = pandas.DataFrame({"elpd_diff": [0.0, 2.5], "dse": [0.0, error]}, index=["A", "B"])
-        sentences = comparison._disagreements(rows, ranking)
+        sentences = disagreements(rows, ranking)
         assert bool(sentences) == said
     first = pandas.DataFrame({"elpd_diff": [0.0, 2.5], "dse": [0.0, 1.5]}, index=["A", "B"])
-    (sentence,) = comparison._disagreements(rows, first)
+    (sentence,) = disagreements(rows, first)
     assert sentence == "LOO does not tell A from B: 2.5 apart, with a standard error of 1.5"
 
 
@@ -600,7 +603,7 @@ def chains_that_differ_by(shift: float) -> xarray.DataTree:
 @pytest.mark.parametrize(("shift", "complains"), [(0.0, False), (0.5, True)])
 def test_chains_are_judged_by_their_r_hat(shift: float, complains: bool) -> None:
     """By the rank-normalised one of the means, which a shift of s puts at about (1 + s^2 / 4)^(1/2)."""
-    found, complaints = comparison._diagnostics(chains_that_differ_by(shift))
+    found, complaints = comparison_study.diagnostics(chains_that_differ_by(shift))
     assert bool(complaints) == complains
     assert found["max_rhat"] == pytest.approx(math.sqrt(1 + shift**2 / 4), abs=0.01)
 
@@ -622,11 +625,11 @@ def test_chains_go_on_from_particles_of_their_own_group(with_particles: bool, mo
         values = first[:, None].expand(-1, num_draws)
         return Draws({"site": values}, {"lp": -values}, {"num_draws": num_draws})
 
-    monkeypatch.setattr(comparison, "gibbs", stuck)
-    runs = comparison._Runs(1, 1, {"num_chains": 32, "num_draws": 3, "num_warmup": 5}, {}, False, None)
+    monkeypatch.setattr(comparison_study, "gibbs", stuck)
+    runs = comparison_study.Runs(1, 1, {"num_chains": 32, "num_draws": 3, "num_warmup": 5}, {}, False, None)
     unused: Any = None
     particles = numbered(4, 24) if with_particles else None
-    draws = comparison._sample(unused, unused, unused, 2, particles, unused, runs, 1)
+    draws = comparison_study._sample(unused, unused, unused, 2, particles, unused, runs, 1)
     expected = [[group + 3 * start / 100 for start in range(8) for _ in range(3)] for group in range(4)]
     if not with_particles:
         assert starts == [None]
@@ -667,7 +670,7 @@ def test_modes_between_which_no_chain_changes_have_their_shares() -> None:
 def test_components_without_a_row_are_counted() -> None:
     """Of two rows, the responsibilities of which are halves, and 0 and 1."""
     table = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.75, 0.0]]).double().log()
-    empty = comparison._num_empty(SimpleNamespace(rows=table))["empty"]
+    empty = comparison_study._num_empty(SimpleNamespace(rows=table))["empty"]
     assert float(empty) == pytest.approx(0.5 * 0.75 + 0.5 * 0.25 + 1, rel=1e-14)
 
 
@@ -675,13 +678,13 @@ def test_candidates_have_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
     seeds: list[int] = []
     x = tiny()
     found = [candidate(gaussian_diagonal, size, x) for size in (1, 2, 3)]
-    kept = comparison._Study(found[0], planted(), [], None, None, None, None)
+    kept = comparison_study.Study(found[0], planted(), [], None, None, None, None)
 
     def study(_: Any, __: int, ___: Any, seed: int, ____: Any) -> Any:
         seeds.append(seed)
         return kept
 
-    monkeypatch.setattr(comparison, "_study", study)
+    monkeypatch.setattr(comparison, "study_of", study)
     compare(found, x, seed=0)
     assert len(set(seeds)) == 3
     compare(found, x, seed=1)
@@ -692,7 +695,7 @@ def test_draws_that_never_change_are_said_to_be() -> None:
     tree = xarray.DataTree.from_dict(
         {"label_invariant": xarray.Dataset({"lp": (("chain", "draw"), np.full((4, 50), -3.0))})}
     )
-    found, complaints = comparison._diagnostics(tree)
+    found, complaints = comparison_study.diagnostics(tree)
     assert found == {"max_rhat": None, "min_effective_draws": None}
     assert complaints == ["nothing varies over the draws: no chain has moved"]
 
@@ -715,9 +718,9 @@ def test_bad_runs_are_said_for_the_candidate() -> None:
 def test_a_vague_evidence_is_said(monkeypatch: pytest.MonkeyPatch, of_tiny: tuple[Tensor, Comparison]) -> None:
     x, found = of_tiny
     assert not any("standard error of the log evidence" in sentence for sentence in found.warnings)
-    real = comparison.log_evidence
+    real = comparison_study.log_evidence
     monkeypatch.setattr(
-        comparison, "log_evidence", lambda *args, **settings: real(*args, **settings)._replace(standard_error=0.8)
+        comparison_study, "log_evidence", lambda *args, **settings: real(*args, **settings)._replace(standard_error=0.8)
     )
     vague = compare(found.candidates, x, seed=0, **QUICK)
     assert any("K = 1: the standard error of the log evidence is 0.80" in sentence for sentence in vague.warnings)
@@ -732,14 +735,14 @@ def test_em_that_has_not_converged_is_said(real_data: dict[str, Tensor]) -> None
 
 
 def test_what_fails_for_one_candidate_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, real = tiny(), comparison.log_evidence
+    x, real = tiny(), comparison_study.log_evidence
 
     def fails_for_two(model: Any, *args: Any, **settings: Any) -> Evidence:
         if model.keywords["num_components"] == 2:
             raise RuntimeError("the particles do not move")
         return real(model, *args, **settings)
 
-    monkeypatch.setattr(comparison, "log_evidence", fails_for_two)
+    monkeypatch.setattr(comparison_study, "log_evidence", fails_for_two)
     found = compare([candidate(gaussian_diagonal, size, x, f"K = {size}") for size in (1, 2)], x, seed=0, **QUICK)
     assert "K = 2: the evidence failed: the particles do not move" in found.warnings
     first, second = found.rows
@@ -754,7 +757,7 @@ def test_what_fails_for_one_candidate_leaves_the_others(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("run", ["em_restarts", "gibbs", "log_evidence"])
 def test_an_interrupt_keeps_what_is_done(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, real, calls = tiny(), getattr(comparison, run), []
+    x, real, calls = tiny(), getattr(comparison_study, run), []
 
     def interrupted(*args: Any, **settings: Any) -> Any:
         calls.append(run)
@@ -762,7 +765,7 @@ def test_an_interrupt_keeps_what_is_done(run: str, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return real(*args, **settings)
 
-    monkeypatch.setattr(comparison, run, interrupted)
+    monkeypatch.setattr(comparison_study, run, interrupted)
     candidates = [candidate(gaussian_diagonal, size, x, f"K = {size}") for size in (1, 2, 3)]
     found = compare(candidates, x, seed=0, **QUICK)
     assert found.interrupted
@@ -775,7 +778,7 @@ def test_an_interrupt_keeps_what_is_done(run: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_chain_cut_short_by_an_interrupt_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """``gibbs`` returns what it has, with a warning, which would be a row of a few draws."""
-    x, real = tiny(), comparison.gibbs
+    x, real = tiny(), comparison_study.gibbs
 
     def cut(*args: Any, **settings: Any) -> Any:
         if settings["num_components"] == 1:
@@ -783,7 +786,7 @@ def test_a_chain_cut_short_by_an_interrupt_is_left_out(monkeypatch: pytest.Monke
         warnings.warn("interrupted after 7 of 250 draws from each chain, which are returned", stacklevel=2)
         return real(*args, **{**settings, "num_draws": 7})
 
-    monkeypatch.setattr(comparison, "gibbs", cut)
+    monkeypatch.setattr(comparison_study, "gibbs", cut)
     found = compare([candidate(gaussian_diagonal, size, x, f"K = {size}") for size in (1, 2)], x, seed=0, **QUICK)
     assert [row.name for row in found.rows] == ["K = 1"]
     assert found.interrupted

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.inference.supports import base_of
 from mixproof.inference.verification.report import Check, blamed
 from mixproof.inference.verification.trial import PENALISED, SMALL, StepError, Target, Trial
 
@@ -370,9 +371,7 @@ def _multiplier(own: Trial, point: Point, site: str, with_constant: Callable[[Ta
 
 def _pseudo_counts(own: Trial, site: str) -> Iterator[tuple[str, Term]]:
     """Yield the terms that pseudo-counts add to Q at a site of probabilities, and what they are called."""
-    support = own.program.supports[site]
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = base_of(own.program.supports[site])
 
     def ones(params: Mapping[str, Tensor]) -> Tensor:
         return params[site].log().sum()

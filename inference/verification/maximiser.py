@@ -24,6 +24,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from mixproof.inference.supports import base_of
 from mixproof.inference.verification.identity import (
     NUM_PERTURBATIONS,
     PERTURBATION,
@@ -130,9 +131,7 @@ def face_of(values: Sequence[Tensor], sets: Sequence[constraints.Constraint]) ->
     builders: list[Callable[[Sequence[Tensor]], Tensor]] = []
     inward: list[tuple[int, Tensor]] = []
     for i, (value, constraint) in enumerate(zip(values, sets, strict=True)):
-        base = constraint
-        while isinstance(base, constraints.independent):
-            base = base.base_constraint
+        base = base_of(constraint)
         start = len(inner)
         if base is constraints.simplex:
             kept = value > 4 * torch.finfo(value.dtype).tiny

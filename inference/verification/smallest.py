@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.inference.supports import base_of
 from mixproof.inference.verification.report import Check, blamed
 from mixproof.inference.verification.subject import Subject
 from mixproof.inference.verification.trial import BLIND, PENALISED, ROUNDING, Target, Trial, largest_eps
@@ -194,9 +195,7 @@ def tidied(own: Trial, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = dict(params)
     for site in own.coordinates.transforms:
         support = own.program.supports[site]
-        base = support
-        while isinstance(base, constraints.independent):
-            base = base.base_constraint
+        base = base_of(support)
         rounded = _short(found[site])
         if base is constraints.simplex:
             rounded = (found[site] * 20).round().clamp_min(1) / 20
