@@ -173,7 +173,9 @@ class Means:
             shift = torch.where(totals > 0, sums / totals, 0)
             gain = (totals * shift.square()).sum()  # the theorem of Huygens and Steiner
             centers = centers + shift.to(centers)
-            if not gain > squares / 2:  # else the centres were so far off that their difference has lost digits
+            # Else the centres were so far off that the difference below has lost digits; once at the means, gain is a
+            # rounding of squares, and not half of it.
+            if not gain > squares / 2:
                 break
         self.objective = (squares - gain).to(centers)
         self.totals = self.totals_summed = totals
