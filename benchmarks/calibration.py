@@ -304,7 +304,14 @@ CLOSE_TO_NORMAL = {"separated": separated, "separated_scaled": separated_scaled}
 
 
 def calibrate_engine(
-    engine: str, name: str, num_simulations: int, seed: int, *, checkpoint: Path | None = None, **sizes: int
+    engine: str,
+    name: str,
+    num_simulations: int,
+    seed: int,
+    *,
+    false_alarm: float = FALSE_ALARM,
+    checkpoint: Path | None = None,
+    **sizes: int,
 ) -> Calibration:
     """Return the calibration of an engine on a family, by eight rows whose posterior is far from normal, or a program.
 
@@ -331,7 +338,7 @@ def calibrate_engine(
         num_simulations=num_simulations,
         seed=seed,
         batch_size=BATCH_SIZES[engine],
-        false_alarm=FALSE_ALARM,
+        false_alarm=false_alarm,
         checkpoint=checkpoint,
     )
 
