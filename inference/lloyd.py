@@ -9,9 +9,10 @@ that is the mean (Lloyd, "Least squares quantization in PCM", 1982, Method I), f
 (problem 1 of the exercise sheet). Neither half-step raises J, and there are finitely many partitions, so a fixed point
 is reached; it is a local optimum, hence the restarts. The weights w_n are 1 unless given.
 
-After the first step a centre is moved by the rows that change cluster, and the triangle inequality tells which rows may
-have a new nearest centre (``Margins``); the nearest of K means is found from a product of matrices. The results are
-those of the full half-steps, ``assign`` and ``update``.
+After the first step a centre is moved by the rows that change cluster. The nearest of K means is found from a product
+of matrices for all rows; for medians the triangle inequality tells which rows may have a new nearest centre (after
+Hamerly, "Making k-means even faster", 2010, with one bound for a row where he has two). The results are those of the
+full half-steps, ``assign`` and ``update``.
 """
 
 from __future__ import annotations
@@ -86,46 +87,11 @@ class Clustering(NamedTuple):
     """Whether another step would change nothing."""
 
 
-class Margins:
-    """Which rows may have another nearest centre than when they were asked.
-
-    While centres move, the lead that a row's own centre has over any other falls by the two largest shifts together at
-    most, by the triangle inequality (after Hamerly, "Making k-means even faster", 2010, with one bound for a row where
-    he has two).
-    """
-
-    def __init__(self, x: Tensor, power: int) -> None:
-        self.power = power
-        self.safe_until = torch.empty_like(x[:, 0], dtype=torch.float64)  # on the path of the centres
-
-    def start(self, centers: Tensor) -> None:
-        """Begin at centres about which no row has been asked."""
-        self.centers, self.path, self.num_moves = centers, self.safe_until.new_zeros(()), 0
-        self.safe_until.fill_(-torch.inf)
-
-    def caught_up(self, centers: Tensor) -> Tensor:
-        """Go on to other centres, and return the rows (n,) to ask, in order."""
-        rounding = 4 * (centers.shape[1] + 8) * torch.finfo(centers.dtype).eps
-        shifts = (centers - self.centers).norm(self.power, 1).double()
-        self.path = self.path + shifts.topk(min(2, len(shifts))).values.sum()
-        self.centers, self.num_moves = centers, self.num_moves + 1
-        safe = self.safe_until > self.path * (1 + self.num_moves * rounding)  # not where it is NaN
-        return safe.logical_not_().nonzero()[:, 0]
-
-    def put(self, rows: Tensor, leads: Tensor) -> None:
-        """Note the leads (n,) of rows that were asked, no larger than they are."""
-        self.safe_until.index_copy_(0, rows, leads.double() + self.path)
-
-    def doubt(self, row: int) -> None:
-        self.safe_until[row] = -torch.inf
-
-
 class Means:
     """The means of clusters, and which of them is nearest to each row.
 
     A product of matrices in single precision tells all squared distances but for what is equal for all centres. The
-    rows between whose centres its rounding could decide are asked again, by differences, as in ``assign``. All rows are
-    asked while many change; then leads are noted, and only those that were caught up with are asked.
+    rows between whose centres its rounding could decide are asked again, by differences, as in ``assign``.
     """
 
     def __init__(self, x: Tensor, weights: Tensor) -> None:
@@ -134,7 +100,6 @@ class Means:
         self._lay_out(torch.float32)
         self.rows, self.flags = Workspace(x), Workspace(x.new_empty(0, dtype=torch.float64))
         self.codes, self.last = self.columns.new_empty(2, self.columns[:, 0].numel())
-        self.margins = Margins(x, 2)
 
     def _lay_out(self, dtype: torch.dtype) -> None:
         """Copy the centred rows, features first: operations then run over neighbouring numbers.
@@ -145,38 +110,27 @@ class Means:
         num_lanes = torch.get_num_threads() if self.x.device.type == "cpu" else 1
         shape = (num_lanes, num_features + 1, -(-num_rows // num_lanes))
         self.columns = torch.ones(shape, dtype=dtype, device=self.x.device)
-        self.squares = self.columns.new_zeros(num_lanes, shape[2])  # the squared norm of each column
+        self.reach = self.columns.new_zeros(())  # the squared norm of the longest column
         size = max(1, 2**16 // num_features)
-        for lane, squares, own in zip(self.columns, self.squares, self.x.split(shape[2]), strict=False):
-            for columns, norms, rows in zip(
-                lane[:-1].split(size, 1), squares.split(size), own.split(size), strict=False
-            ):
-                columns[:, : len(rows)] = (rows - self.origin).to(dtype).mT
-                norms[: len(rows)] = columns[:, : len(rows)].square().sum(0)
+        for lane, own in zip(self.columns, self.x.split(shape[2]), strict=False):  # there may be fewer rows than lanes
+            for columns, rows in zip(lane[:-1, : len(own)].split(size, 1), own.split(size), strict=True):
+                columns.copy_((rows - self.origin).to(dtype).mT)
+                self.reach = torch.maximum(self.reach, columns.square().sum(0).amax())
         self.space = Workspace(self.columns)
 
     def assign(self, centers: Tensor) -> Tensor:
-        self.settled = False
-        self._ask_all(centers)
+        self._nearest(centers)
         labels = self.codes[: len(self.x)].long().sub_(len(centers))
         self._decide(labels, torch.arange(len(labels), device=labels.device), centers)
         return labels
 
     def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.margins.caught_up(centers) if self.settled else None
-        if rows is None or len(rows) > len(self.x) // 2:
-            self.codes, self.last = self.last, self.codes
-            self._ask_all(centers)
-            rows = (self.codes != self.last)[: len(self.x)].nonzero()[:, 0]
-        else:
-            self._ask(rows, centers)
+        self.codes, self.last = self.last, self.codes
+        self._nearest(centers)
+        rows = (self.codes != self.last)[: len(self.x)].nonzero()[:, 0]
         found = self.codes.index_select(0, rows).long().sub_(len(centers))
         self._decide(found, rows, centers)
-        rows, before = _relabel(labels, rows, found)
-        if not self.settled and len(rows) < len(self.x) // 32:
-            self.settled = True
-            self.margins.start(centers)
-        return rows, before
+        return _relabel(labels, rows, found)
 
     def _decide(self, found: Tensor, rows: Tensor, centers: Tensor) -> None:
         """Find by differences the labels of rows (n,) that have none."""
@@ -189,68 +143,29 @@ class Means:
             found[doubtful] = labels = assign(self.x.index_select(0, rows), centers, SQUARED_EUCLIDEAN)
             self.codes[rows] = (labels + k).to(self.codes)
 
-    def _ask_all(self, centers: Tensor) -> None:
-        """Set the code of every row: k plus the label of the nearest centre, or none of these numbers in doubt."""
-        nearest, num_lanes, size = self._prepare(centers), len(self.columns), self._size(centers)
-        codes = self.codes.view(num_lanes, -1)
-        leads = self.space("leads", *codes.shape)
-        for chunk in zip(*(each.split(size, -1) for each in (self.columns, self.squares, codes, leads)), strict=True):
-            nearest(*chunk)
-        if self.settled:
-            self.margins.put(torch.arange(len(self.x), device=self.x.device), leads.view(-1)[: len(self.x)])
-
-    def _ask(self, rows: Tensor, centers: Tensor) -> None:
-        """Set the codes of rows (n,), which are in order."""
-        nearest, (num_lanes, _, length), size = self._prepare(centers), self.columns.shape, self._size(centers)
-        starts = torch.arange(1, num_lanes, device=rows.device) * length
-        codes, leads = rows.new_empty(2, len(rows), dtype=self.columns.dtype)
-        first = 0
-        for lane, own in enumerate(rows.tensor_split(torch.searchsorted(rows, starts).tolist())):
-            for some in own.split(size):
-                place, end = some - lane * length, first + len(some)
-                columns = torch.index_select(self.columns[lane], 1, place)
-                squares = self.squares[lane].index_select(0, place)
-                nearest(columns[None], squares[None], codes[None, first:end], leads[None, first:end])
-                first = end
-        self.codes.index_copy_(0, rows, codes.to(self.codes))
-        self.margins.put(rows, leads)
-
-    def _size(self, centers: Tensor) -> int:
-        return max(1, 2 * CHUNK // max(centers.shape))
-
-    def _prepare(self, centers: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-        """Return what finds the nearest of centres to columns (L, D + 1, n) of squared norms (L, n).
-
-        It writes codes (L, n) and, once settled, leads (L, n).
-        """
-        k, dtype = len(centers), self.columns.dtype
+    def _nearest(self, centers: Tensor) -> None:
+        """Set the codes: k plus the label of the nearest centre, or no such number where rounding could decide it."""
+        k, size = len(centers), max(1, 2 * CHUNK // max(centers.shape))
         location = centers - self.origin
-        norms = location.square().sum(1, keepdim=True)
-        factors = torch.cat([-2 * location, norms], 1).to(dtype)
-        eps, tiny = max(torch.finfo(dtype).eps, torch.finfo(self.x.dtype).eps), torch.finfo(dtype).tiny
-        longest = self.squares.amax() + norms.amax().to(dtype)
-        slack = 4 * (self.x.shape[1] + 8) * (eps * longest + tiny)
-        numbers = torch.arange(k, 2 * k, dtype=dtype, device=self.x.device)[None]  # two exceed any single one
-
-        def nearest(columns: Tensor, squares: Tensor, codes: Tensor, leads: Tensor) -> None:
-            num_lanes, _, n = columns.shape
-            table = torch.bmm(factors.expand(num_lanes, -1, -1), columns, out=self.space("table", num_lanes, k, n))
+        squares = location.square().sum(1, keepdim=True)
+        factors = torch.cat([-2 * location, squares], 1).to(self.columns)
+        eps, tiny = (
+            max(torch.finfo(dtype).eps for dtype in (self.columns.dtype, self.x.dtype)),
+            torch.finfo(self.columns.dtype).tiny,
+        )
+        slack = 4 * (self.x.shape[1] + 8) * (eps * (self.reach + squares.max().to(self.columns)) + tiny)
+        num_lanes, codes = len(self.columns), self.codes.view(len(self.columns), 1, -1)
+        numbers = torch.arange(k, 2 * k, dtype=self.columns.dtype, device=self.x.device)  # two exceed any single one
+        factors, numbers = factors.expand(num_lanes, -1, -1), numbers.expand(num_lanes, 1, -1)
+        for columns, some in zip(self.columns.split(size, 2), codes.split(size, 2), strict=True):
+            n = some.shape[2]
+            table = torch.bmm(factors, columns, out=self.space("table", num_lanes, k, n))
             least = torch.amin(table, 1, keepdim=True, out=self.space("least", num_lanes, 1, n))
-            flags = table if not self.settled else self.space("flags", num_lanes, k, n)
-            torch.le(table, least + slack, out=flags)
-            codes.copy_(torch.bmm(numbers.expand(num_lanes, -1, -1), flags)[:, 0])
-            if self.settled:
-                second = table.add_(flags, alpha=torch.finfo(dtype).max / 4).amin(1)
-                upper = squares + slack
-                lengths = (upper + least[:, 0]).clamp_min_(0).sqrt_() + (upper + second).clamp_min_(0).sqrt_()
-                lead = (second - least[:, 0] - slack) / lengths * (1 - 16 * eps)
-                leads.copy_(torch.where(codes < 2 * k, lead, 0))
-
-        return nearest
+            nearest = table.le_(least.add_(slack))
+            some.copy_(torch.bmm(numbers, nearest, out=least))
 
     def doubt(self, row: int) -> None:
         self.codes[row] = 0
-        self.margins.doubt(row)
 
     def update(self, labels: Tensor, centers: Tensor) -> Tensor:
         while True:
@@ -328,28 +243,37 @@ class Medians:
         # Weights in whole multiples of a power of two have exact sums in any order.
         unit = 2.0 ** (60 - math.frexp(weights.double().sum().item())[1])
         self.mass = torch.where(weights > 0, (weights.double() * unit).round().clamp_min(1), 0).long()
-        self.margins = Margins(x, 1)
+        self.safe_until = torch.empty_like(weights, dtype=torch.float64)  # on the path of the centres
 
     def assign(self, centers: Tensor) -> Tensor:
-        self.margins.start(centers)
+        self.centers, self.path, self.num_moves = centers, self.safe_until.new_zeros(()), 0
+        self.safe_until.fill_(-torch.inf)
         labels = torch.zeros_like(self.mass)
         self.reassign(labels, centers)
         return labels
 
     def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask only where the centres have moved by the gap between the two nearest to a row since it was asked.
+
+        By the triangle inequality: its own centre and any other move together by the two largest shifts at most. Gaps
+        are rounded down.
+        """
         rounding = 4 * (centers.shape[1] + 8) * torch.finfo(centers.dtype).eps
-        rows = self.margins.caught_up(centers)
+        shifts = (centers - self.centers).abs().sum(1).double()
+        self.path = self.path + shifts.topk(min(2, len(shifts))).values.sum()
+        self.centers, self.num_moves = centers, self.num_moves + 1
+        rows = (self.safe_until <= self.path * (1 + self.num_moves * rounding)).nonzero()[:, 0]
         found = torch.empty_like(rows)
         for some, own in zip(rows.split(_chunk(centers)), found.split(_chunk(centers)), strict=True):
             table = torch.cdist(self.x.index_select(0, some), centers, p=1)
             least, nearest = table.min(1)
             own.copy_(nearest)
             other = table.scatter_(1, nearest[:, None], torch.inf).amin(1)
-            self.margins.put(some, other.double() * (1 - rounding) - least)
+            self.safe_until.index_copy_(0, some, other.double() * (1 - rounding) - least + self.path)
         return _relabel(labels, rows, found)
 
     def doubt(self, row: int) -> None:
-        self.margins.doubt(row)
+        self.safe_until[row] = -torch.inf
 
     def update(self, labels: Tensor, centers: Tensor) -> Tensor:
         self.table = labels.new_zeros(*centers.shape, self.num_blocks)  # mass

@@ -566,7 +566,7 @@ def test_labels_that_nothing_vouches_for_are_asked_again(monkeypatch: pytest.Mon
     assert not torch.equal(Means(x, torch.ones(10)).assign(x[[0, 8]]), assign(x, x[[0, 8]], SQUARED_EUCLIDEAN))
     medians = Medians(x, torch.ones(10))
     labels = medians.assign(x[[0, 9]])
-    medians.margins.safe_until += 10
+    medians.safe_until += 10
     medians.reassign(labels, x[[0, 5]])
     assert not torch.equal(labels, assign(x, x[[0, 5]], MANHATTAN))
 
