@@ -160,6 +160,7 @@ class _Particles:
         self.family, self.prior, self.generator = family, prior, generator
         self.size, self.shape = num_components, (num_replicates, num_chains)
         self.batch = num_replicates * num_chains
+        self._numbers = torch.arange(self.batch, device=x.device)
         order = torch.rand(num_replicates, len(x), generator=generator, device=x.device).argsort(1)
         self.x = x[order]  # (R, N, D)
         template = about_mean(example_params(family, num_components, x)[0], x)
@@ -218,13 +219,14 @@ class _Particles:
         """Draw all allocations given parameters, and return log p(x | params), (B,)."""
         at_once = max(TABLE_ENTRIES // (self.num_rows * self.size), 1)
         parts, log_likelihoods = [], []
-        for some in torch.arange(self.batch, device=self.x.device).split(at_once):
-            x = self.x[some // self.shape[1], : self.num_rows]
-            table = torch.func.vmap(self.family.log_joint)(_map(lambda value, at=some: value[at], params), x)
-            about = _map(lambda value, at=some: value[at], self.about)
-            resp, log_likelihood = draw_allocations(table.mT.contiguous(), None, self.generator)
-            parts.append(self._statistics(about, x, resp.mT))
-            log_likelihoods.append(log_likelihood)
+        for rows, own in zip(self.x[:, : self.num_rows], self._numbers.view(self.shape), strict=True):
+            for some in own.split(at_once):
+                table = torch.func.vmap(self.family.log_joint, (0, None))(_at(params, some), rows)
+                resp, log_likelihood = draw_allocations(table.mT.contiguous(), None, self.generator)
+                parts.append(
+                    torch.func.vmap(self.family.statistics, (0, None, 0))(_at(self.about, some), rows, resp.mT)
+                )
+                log_likelihoods.append(log_likelihood)
         self.stats = _map(lambda *values: torch.cat(values), *parts)
         return torch.cat(log_likelihoods)
 
@@ -248,6 +250,11 @@ class _Particles:
         self.log_evidences = state["log_evidences"].to(self.x)
         self.resampled_at, self.sizes = state["resampled_at"].tolist(), state["sizes"].tolist()
         self.stats = type(self.stats)(*(state[f"stats.{name}"].to(self.x) for name in self.stats._fields))
+
+
+def _at(tree: Any, places: Tensor) -> Any:
+    """Return a tuple with names, of what lies in places of the fields of one."""
+    return _map(lambda value: value[places], tree)
 
 
 def _map(function: Any, *trees: Any) -> Any:
