@@ -26,7 +26,13 @@ from torch import Tensor
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.allocations import draw_allocations
 from mixproof.inference.particles import Replicates, check_settings, systematic
-from mixproof.inference.validation import about_mean, check_num_components, check_prior, check_rows, example_params
+from mixproof.inference.validation import (
+    about_mean,
+    check_num_components,
+    check_proper_prior,
+    check_rows,
+    example_params,
+)
 
 TABLE_ENTRIES = 1 << 22
 """How many entries of the tables of particles, rows and components are in memory at once."""
@@ -97,11 +103,9 @@ def allocation_smc(
     if not integrates_out(family):
         raise TypeError("this family has no log_predictive(stats, prior, x): use tempered_smc")
     check_settings(num_replicates=num_replicates, num_chains=num_chains, num_moves=num_moves, efficiency=efficiency)
-    if prior is None:
-        raise ValueError("prior is None, which is flat: the evidence under an improper prior is not defined")
     size: Any = check_num_components(family, num_components)
     rows = check_rows(family, x).to(torch.float64)
-    prior = check_prior(family, prior, example_params(family, size, rows)[0])
+    prior = check_proper_prior(family, prior, example_params(family, size, rows)[0])
     generator = torch.Generator(rows.device).manual_seed(seed)
     particles = _Particles(family, rows, prior, size, num_replicates, num_chains, generator)
     sizes = {"num_replicates": num_replicates, "num_chains": num_chains, "num_moves": num_moves}

@@ -26,7 +26,7 @@ from mixproof.inference.particles import check_settings
 from mixproof.inference.validation import (
     check_integer,
     check_num_components,
-    check_prior,
+    check_proper_prior,
     check_rows,
     data_support,
     example_params,
@@ -265,21 +265,10 @@ def _check(candidates: Sequence[Candidate], x: Any) -> Tensor:
     for candidate in candidates:
         rows = check_rows(candidate.family, x).to(torch.float64)
         size: Any = check_num_components(candidate.family, candidate.num_components)
-        if candidate.prior is None:
-            raise ValueError(
-                f"{candidate.name} has no prior: under a flat one the evidence is not defined and the posterior is "
-                "improper. Give a proper one, such as family.weakly_informative_prior(x, num_components)"
-            )
         try:
-            params, _ = example_params(candidate.family, size, rows)
-            prior = check_prior(candidate.family, candidate.prior, params)
+            check_proper_prior(candidate.family, candidate.prior, example_params(candidate.family, size, rows)[0])
         except (TypeError, ValueError) as error:
             raise type(error)(f"{candidate.name}: {error}") from error
-        if not candidate.family.log_prior(params, prior).isfinite():
-            raise ValueError(
-                f"{candidate.name}: the prior is improper, for it has no density inside its support, and the evidence "
-                "is not defined: is a strength 0?"
-            )
         kinds[data_support(candidate.family, rows.shape[1]).is_discrete] = candidate.name
     if len(kinds) > 1:
         raise ValueError(

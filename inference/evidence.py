@@ -283,8 +283,11 @@ def _check_priors(model: Callable[..., Any], *args: Any, from_prior: bool) -> No
         try:
             with torch.no_grad(), default_dtype_of(*args), seeded(0):
                 site["fn"].sample()
-        except NotImplementedError as error:
+                proper = bool(site["fn"].log_prob(site["value"]).isfinite().all())  # not of an infinite scale
+        except NotImplementedError:
+            proper = False
+        if not proper:
             raise ValueError(
                 f'the prior of "{name}" is improper ({type(site["fn"]).__name__}), so that the evidence is known only '
                 "up to a constant that differs between candidates: give it a proper prior"
-            ) from error
+            )

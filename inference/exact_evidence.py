@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixproof.inference.validation import about_mean, check_num_components, check_prior, check_rows, example_params
+from mixproof.inference.validation import (
+    about_mean,
+    check_num_components,
+    check_proper_prior,
+    check_rows,
+    example_params,
+)
 
 MAX_ALLOCATIONS = 2**22
 """How many allocations are summed at most: a few seconds to a minute. The log joints take 32 MB; the allocations
@@ -98,7 +104,7 @@ def exact_draws(
     template, _ = example_params(family, num_components, x)
     params = _expanded(about_mean(template, x), num_draws)
     stats = family.statistics(params, x, _one_hot(posterior.allocations[chosen], num_components, x))
-    return family.draw(params, stats, check_prior(family, prior, template), generator)
+    return family.draw(params, stats, check_proper_prior(family, prior, template), generator)
 
 
 def _allocations(family: Any, x: Any, prior: Any, num_components: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -110,15 +116,13 @@ def _allocations(family: Any, x: Any, prior: Any, num_components: int) -> Iterat
         )
     size: Any = check_num_components(family, num_components)
     x = check_rows(family, x).to(torch.float64)
-    if prior is None:
-        raise ValueError("prior is None, which is flat: the evidence under an improper prior is not defined")
     if size ** len(x) > MAX_ALLOCATIONS:
         raise ValueError(
             f"{size} components and {len(x)} rows have {size ** len(x):.3g} allocations, above {MAX_ALLOCATIONS}: take "
             "fewer rows, or approximate by log_evidence"
         )
     params, _ = example_params(family, size, x)
-    prior = check_prior(family, prior, params)
+    prior = check_proper_prior(family, prior, params)
     powers = size ** torch.arange(len(x), device=x.device)
     for numbers in torch.arange(size ** len(x), device=x.device).split(AT_ONCE):
         z = numbers[:, None] // powers % size

@@ -32,7 +32,7 @@ from mixproof.inference.validation import (
     check_integer,
     check_num_components,
     check_params,
-    check_prior,
+    check_proper_prior,
     check_rows,
     example_params,
 )
@@ -170,17 +170,12 @@ class _Chains:
     ):
         if not hasattr(family, "draw"):
             raise TypeError("this family has no draw(params, stats, prior, generator), which Gibbs sampling needs")
-        if prior is None:
-            raise ValueError(
-                "prior is None, which is flat: the posterior of a mixture is then improper, because a component may be "
-                f"empty. Give the family's Prior({', '.join(family.Prior._fields)})"
-            )
         self.family, self.x, self.ladder, self.generator = family, x, ladder, generator
         self.num_components, self.num_chains = check_num_components(family, num_components), num_chains
         self.num_replicas = num_chains * len(ladder)
         template, free = example_params(family, self.num_components, x)
         self.axes = self._component_axes(template, free)
-        self.prior = check_prior(family, prior, template)
+        self.prior = check_proper_prior(family, prior, template)
         num_columns = family.log_joint(template, x[:1]).shape[1]
         self._none = x.new_zeros(self.num_replicas, 0, num_columns)  # responsibilities of no rows
         self._template = type(template)(*(value.expand(self.num_replicas, *value.shape) for value in template))

@@ -211,6 +211,33 @@ def check_prior(family: Any, prior: Any, params: Any) -> Any:
     return prior
 
 
+def check_proper_prior(family: Any, prior: Any, params: Any) -> Any:
+    """Return a prior as ``check_prior`` does, which must be one of total mass 1.
+
+    Args:
+        family: a family of the contract.
+        prior: its ``Prior``.
+        params: its ``Params`` inside their supports, which the prior must fit.
+
+    Raises:
+        TypeError: as ``check_prior``.
+        ValueError: the prior is None or improper, or as ``check_prior``.
+    """
+    if prior is None:
+        raise ValueError(
+            "prior is None, which is flat: the posterior of a mixture is then improper, because a component may be "
+            f"empty, and it has no evidence. Give the family's Prior({', '.join(family.Prior._fields)}), such as "
+            "family.weakly_informative_prior(x, num_components)"
+        )
+    prior = check_prior(family, prior, params)
+    if not family.log_prior(params, prior).isfinite():
+        raise ValueError(
+            "the prior is improper, for it has no density inside its support, and neither posterior nor evidence is "
+            "defined: is a strength 0?"
+        )
+    return prior
+
+
 def as_floating(value: Any, name: str) -> Tensor:
     """Return a tensor, or what numpy reads as one, as a floating tensor; integers and booleans become float64.
 

@@ -377,7 +377,7 @@ def test_bad_candidates_are_refused_before_any_run() -> None:
         compare([], x, seed=0)
     with pytest.raises(ValueError, match="several candidates are called two"):
         compare([good, good], x, seed=0)
-    with pytest.raises(ValueError, match="one has no prior: under a flat one the evidence is not defined"):
+    with pytest.raises(ValueError, match="one: prior is None, which is flat"):
         compare([good, good._replace(prior=None, name="one")], x, seed=0)
     improper = good.prior._replace(shape=torch.zeros(1).double())
     with pytest.raises(ValueError, match="two: the prior does not define a distribution"):

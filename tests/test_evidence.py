@@ -567,8 +567,11 @@ def test_failures_are_said_in_words(tiny: Tiny, monkeypatch: pytest.MonkeyPatch)
 
     row = tiny.x[:, 0]
     flat = partial(gaussian_diagonal.model, num_components=2)
+    prior = gaussian_diagonal.weakly_informative_prior(tiny.x, 2)
+    endless = partial(flat, prior=prior._replace(strength=torch.zeros_like(prior.strength)))
     cases: list[tuple[Any, Tensor, str]] = [
         (flat, tiny.x, '"weights" is improper'),
+        (endless, tiny.x, '"locs" is improper'),
         (with_param, row, '"scale" is a pyro.param'),
         (half_observed, row, '"summary" is observed outside'),
         (impossible, row, "no row has a density at any of 16 points"),

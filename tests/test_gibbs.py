@@ -729,6 +729,13 @@ def test_improper_priors_and_incomplete_rows_are_refused(case: Case) -> None:
             case.family, case.data(), None, num_components=case.num_components(), num_chains=1, num_draws=1,
             num_warmup=0, generator=seeded(0),
         )  # fmt: skip
+    prior = case.prior()
+    if hasattr(prior, "strength"):
+        with pytest.raises(ValueError, match=r"prior (is improper, .* is a strength 0|does not define)"):
+            gibbs(
+                case.family, case.data(), prior._replace(strength=0 * prior.strength), num_chains=1, num_draws=1,
+                num_components=case.num_components(), num_warmup=0, generator=seeded(0),
+            )  # fmt: skip
     if hasattr(case.family, "draw_statistics"):
         with pytest.raises(ValueError, match="temperatures need rows that are complete"):
             run(case, temperatures=(1.0, 0.5))
