@@ -288,11 +288,14 @@ def at_draws(
         # Pyro's enumeration reads the data of a value, which vmap refuses unless a gradient, of anything, is taken.
         return torch.func.grad(traced, has_aux=True)(params)[1]
 
-    parts = []
+    results: dict[str, Tensor] = {}
     with torch.no_grad(), pyro.validation_enabled(False):
         for start in range(0, shape.numel(), at_once):
-            parts.append(torch.func.vmap(at)({site: value[start : start + at_once] for site, value in flat.items()}))
-    return {name: torch.cat([part[name] for part in parts]).unflatten(0, shape) for name in parts[0]}
+            some = slice(start, start + at_once)
+            # kept in one piece from the outset: parts that lie between what is freed would keep it from being reused
+            for name, part in torch.func.vmap(at)({site: value[some] for site, value in flat.items()}).items():
+                results.setdefault(name, part.new_empty(shape.numel(), *part.shape[1:]))[some] = part
+    return {name: value.unflatten(0, shape) for name, value in results.items()}
 
 
 def log_likelihood(posterior: LogPosterior, params: Mapping[str, Tensor]) -> Tensor:

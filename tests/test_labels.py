@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixproof.inference import labels
 from mixproof.inference.draws import Draws
 from mixproof.inference.labels import (
     align,
@@ -442,3 +446,32 @@ def test_each_latent_is_aligned_on_its_own(all_families: list[Case]) -> None:
         variance, before = (each.params[name].var((0, 1)).sum() for each in (draws, switched))
         assert torch.allclose(value.var((0, 1)).sum(), variance, rtol=1e-10), name
         assert before > 2 * variance, name
+
+
+MANY_DRAWS = """
+import resource, torch
+from functools import partial
+from mixproof.inference.labels import log_likelihood
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.models import bernoulli
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+x = (torch.rand(1800, 64, generator=generator, dtype=torch.float64) < 0.5).double()
+prior = bernoulli.weakly_informative_prior(x, 5)
+posterior = LogPosterior(partial(bernoulli.model, num_components=5, prior=prior), x)
+for count in (100, 900):
+    weights = torch.rand(1, count, 5, generator=generator, dtype=torch.float64).softmax(-1)
+    probs = torch.rand(1, count, 5, 64, generator=generator, dtype=torch.float64)
+    log_likelihood(posterior, {"weights": weights, "probs": probs})
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_draws() -> None:
+    """By no more than a dozen of the tables that are worked on at once, of 8 bytes an entry; it grew by 0.7 GB."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", MANY_DRAWS]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    few, many = (1024 * int(line) for line in shown.split())
+    assert many - few < 12 * 8 * labels.TABLE_ENTRIES
