@@ -483,10 +483,9 @@ def matrix_probes(functions: dict[str, FunctionType]) -> Iterator[Probe]:
         df = torch.tensor(size + 0.7, dtype=torch.float64)
         for batch in (matrices, matrices[0, 0]):
             yield partial(functions["positive_definite.log_inverse_wishart"], batch, df, matrices[1, 1] + 1)
-            draw = functions["positive_definite.draw_inverse_wishart_root"]
-            yield partial(
-                over_signs, partial(draw, df + torch.arange(batch[..., 0, 0].numel()).view_as(batch[..., 0, 0]), batch)
-            )
+            each_df = df + torch.arange(batch[..., 0, 0].numel()).reshape(batch.shape[:-2])
+            draw = partial(functions["positive_definite.draw_inverse_wishart_root"], each_df, batch)
+            yield partial(over_signs, draw)
         for matrix, num_rows in itertools.product([*matrices[0], *near[0], *near[1]], [size - 1, size, size + 1]):
             yield partial(functions["positive_definite.check_regular"], matrix, num_rows)
 
