@@ -805,10 +805,11 @@ def with_tests(use: Callable[[list[Check], list[Any]], None]) -> None:
 
 EQUIVALENT_BECAUSE = [  # the first line whose mutation operator and pattern in the changed statement both match
     ("sign added", r"-torch\.nan", "a NaN has no sign that counts"),
+    ("sign added", r"check_\w+\(-|weakly_informative_prior\(-", "rows are as finite, and as many, with another sign"),
     ("sign added|dropped call", r"_standard_gamma", "torch draws no smaller number"),
     (
         "sign added|constant",
-        r"full_like\(-|expand_as\(-|len\(-|draw_(normal|uniform)\(-|full_like\(\w+\[\.\.\., -1\]",
+        r"full_like\(-|ones_like\(|expand_as\(-|len\(-|draw_(normal|uniform)\(-|full_like\(\w+\[\.\.\., -1\]",
         "of this argument the shape and the type alone are used",
     ),
     (
@@ -832,6 +833,8 @@ EQUIVALENT_BECAUSE = [  # the first line whose mutation operator and pattern in 
         r"sum\(|shape|unflatten|half",
         "the same axis by another name, or kept and broadcast",
     ),
+    ("constant", r"\[\.\.\., -1\]", "the axis has one entry, or each of its entries gives the same"),
+    ("constant|dropped call", r"^raise ", "the words of an error change, and not its type"),
     ("dropped index|moved None|dropped call", r"", "broadcasting puts the missing axes in front"),
 ]
 
