@@ -418,3 +418,32 @@ def test_data_far_from_zero_have_the_same_evidence(family: Any, offset: float) -
     prior = family.weakly_informative_prior(x, 2)
     far = exact_log_evidence(family, x + offset, prior._replace(loc=prior.loc + offset), num_components=2)
     torch.testing.assert_close(far, near, rtol=0, atol=1e3 * EPS * offset)
+
+
+@pytest.mark.parametrize("family", [gaussian_diagonal, gaussian_spherical])
+def test_rounding_leaves_no_rate_below_that_of_the_prior(family: Any) -> None:
+    """Equal rows at the prior's location, their squares about a place 1e8 away short by eight roundings."""
+    x, resp = torch.full((5, 2), 0.25).double(), torch.ones(5, 1).double()
+    prior = family.weakly_informative_prior(torch.eye(2).double(), 1)._replace(loc=x[0])
+    params = family.Params(torch.ones(1).double(), torch.full((1, 2), 1e8).double(), torch.ones(1).double())
+    stats = family.statistics(params, x, resp)
+    after = family.posterior(stats._replace(squares=stats.squares * (1 - 8 * EPS)), prior)
+    assert (after.rate == prior.rate).all()
+
+
+# Priors on the scale of the data
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_one_covariance_for_all_has_the_prior_of_one_for_each(k: int) -> None:
+    x = torch.randn(9, 2, generator=seeded(1), dtype=torch.float64)
+    tied, full = (family.weakly_informative_prior(x, k) for family in (gaussian_tied, gaussian_full))
+    for value, expected in zip(tied, full, strict=True):
+        torch.testing.assert_close(value, expected, rtol=ROUNDINGS * EPS, atol=0)
+
+
+def test_locations_scatter_as_the_rows_where_the_variance_is_known() -> None:
+    x = torch.randn(9, 2, generator=seeded(1), dtype=torch.float64)
+    for variance in (0.7, 3.0):
+        prior = GaussianIsotropic(variance).weakly_informative_prior(x, 3)
+        torch.testing.assert_close(variance / prior.strength, x.var(0).mean(), rtol=ROUNDINGS * EPS, atol=0)
