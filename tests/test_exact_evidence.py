@@ -442,6 +442,12 @@ def test_one_covariance_for_all_has_the_prior_of_one_for_each(k: int) -> None:
         torch.testing.assert_close(value, expected, rtol=ROUNDINGS * EPS, atol=0)
 
 
+def test_one_variance_for_all_features_has_the_mean_of_the_rates() -> None:
+    x = torch.randn(9, 2, generator=seeded(1), dtype=torch.float64)
+    one, each = (family.weakly_informative_prior(x, 3) for family in (gaussian_spherical, gaussian_diagonal))
+    torch.testing.assert_close(one.rate, each.rate.mean(), rtol=ROUNDINGS * EPS, atol=0)
+
+
 def test_locations_scatter_as_the_rows_where_the_variance_is_known() -> None:
     x = torch.randn(9, 2, generator=seeded(1), dtype=torch.float64)
     for variance in (0.7, 3.0):
