@@ -1,12 +1,13 @@
 """Change every line of the families' mathematics, one node at a time, and see whether the tests notice.
 
-    python benchmarks/mutants.py [--family gaussian_full] [--list] [--workers 2] [--json FILE]
+    python benchmarks/mutants.py [--family gaussian_full] [--function draw] [--list] [--workers 2] [--json FILE]
 
 A mutant is one function with one node of its syntax tree replaced. It changes a result if some probe (random
-parameters, data, responsibilities, priors, and the edges of their domains) gives another value beyond rounding, or an
-exception; otherwise it is equivalent, and counted apart. It is killed if a test of its family or a claim of the
-exercise sheet fails. Progress goes to stderr, the table to stdout; the exit status is 1 if fewer than 98 % of the
-mutants that change a result are killed.
+parameters, data, responsibilities, allocations, priors, and the edges of their domains; of what draws, from a seeded
+generator and under every sign of its normal variables) gives another value beyond rounding, or an exception; otherwise
+it is equivalent, and counted apart. It is killed if a quick test of its family fails, or a claim of the exercise sheet;
+of what the families share, a test of any family. Progress goes to stderr, the table to stdout; the exit status is 1 if
+fewer than 98 % of the mutants that change a result are killed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, Literal, NamedTuple, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -47,7 +49,18 @@ from mixproof.inference.verification.exercise_sheet import claims, verify_sheet
 from mixproof.models import missing
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("test_contract", "test_limits", "test_references", "test_em", "test_missing", "test_bad_input")
+TESTS = (
+    "test_contract",
+    "test_limits",
+    "test_references",
+    "test_em",
+    "test_missing",
+    "test_bad_input",
+    "test_exact_evidence",
+    "test_gibbs",
+    "test_comparison",
+)
+SELECTION = ("-m", "not slow", "-k", "not test_comparison or prior or scale")  # of the table, what is about priors
 MATHEMATICS = (
     "log_joint",
     "statistics",
@@ -56,6 +69,12 @@ MATHEMATICS = (
     "m_step",
     "log_prior",
     "moments",
+    "posterior",
+    "draw_statistics",
+    "draw",
+    "log_marginal",
+    "log_predictive",
+    "weakly_informative_prior",
 )
 REQUIRED = 0.98
 PATIENCE = 5.0  # seconds beyond ten times what a check takes without a mutation
@@ -347,6 +366,70 @@ def family_probes(case: Any) -> Iterator[Probe]:
         yield partial(torch.func.vmap(partial(call, family, "log_prior"), (0, None)), batch[0], prior)
         yield partial(torch.func.vmap(partial(call, family, "log_joint"), (0, None)), batch[0], x)
         yield partial(torch.func.vmap(partial(call, family, "moments")), batch[0])
+        chains = [tree_map(lambda value: torch.stack([value, value]), params), torch.stack([hard, hard.flip(-1)])]
+        for point, rows, allocations, law in [
+            (params, x, hard, prior),
+            (params, x[:0], hard[:0], prior),
+            (chains[0], x, chains[1], prior),
+            (chains[0], x[:0], chains[1][:, :0], prior),
+            single((params, x, hard, prior)),
+        ]:
+            yield partial(given_allocations, family, point, rows, allocations, law, next_rows=x[:2])
+        if hasattr(family, "weakly_informative_prior"):
+            constant, unknown = x.clone(), x.clone()
+            constant[:, -1], unknown[-1, -1] = 1, torch.nan
+            for rows, number in [
+                (x, k),
+                (x[:1], k),
+                (x[: x.shape[1]], k),
+                (constant, k),
+                (unknown, k),
+                (x, 0),
+                (x, 1.5),
+            ]:
+                yield partial(call, family, "weakly_informative_prior", rows, number)
+            yield partial(call, family, "weakly_informative_prior", single(x), k)
+
+
+def given_allocations(family: Any, params: Any, x: Tensor, resp: Tensor, prior: Any, next_rows: Tensor) -> Any:
+    """Return what a family says of rows each in one component, and of two rows to come."""
+    if hasattr(family, "draw_statistics"):
+        stats = family.draw_statistics(params, x, resp, torch.Generator().manual_seed(0))
+        found = [over_signs(partial(family.draw_statistics, params, x, resp))]
+    else:
+        stats = family.statistics(params, x, resp)
+        found = []
+    found.append(over_signs(partial(family.draw, params, stats, prior)))
+    found += [call(family, name, stats, prior) for name in ("posterior", "log_marginal") if hasattr(family, name)]
+    if hasattr(family, "log_predictive"):
+        found += [family.log_predictive(stats, prior, rows) for rows in (next_rows[0], next_rows)[: resp.ndim - 1]]
+    if hasattr(family, "posterior"):  # where rounding has left less than no scatter
+        lost = {name: 0 * value for name, value in stats._asdict().items() if name.startswith(("squares", "scatter"))}
+        found.append(family.posterior(stats._replace(**lost), prior))
+    return found
+
+
+def over_signs(draw: Callable[[torch.Generator], Any]) -> Any:
+    """Return what is drawn from a seeded generator under every choice of signs for the calls of ``torch.randn``.
+
+    The draws are in an order that depends on their values alone: the normal law is symmetric, so that a mutant which
+    turns the sign of a normal variable draws from the same law, and gives the same result here.
+    """
+    normal = torch.randn
+    found: list[Any] = []
+    signs: list[int] = []  # of the calls so far
+
+    def signed(*shape: Any, **options: Any) -> Tensor:
+        signs.append(-1 if len(found) >> len(signs) & 1 else 1)
+        return signs[-1] * normal(*shape, **options)
+
+    while len(found) < 2 ** len(signs):
+        signs.clear()
+        with mock.patch.object(torch, "randn", signed):
+            found.append(draw(torch.Generator().manual_seed(0)))
+    leaves = [torch.cat([leaf.double().flatten() for leaf in tree_flatten(tree)[0]]).nan_to_num() for tree in found]
+    keys = torch.stack(leaves) @ torch.arange(len(leaves[0])).double().cos()
+    return tree_map(lambda *values: torch.stack(values)[keys.argsort()], *found)
 
 
 def call(family: Any, name: str, *arguments: Any) -> Any:
@@ -400,6 +483,56 @@ def matrix_probes(functions: dict[str, FunctionType]) -> Iterator[Probe]:
         df = torch.tensor(size + 0.7, dtype=torch.float64)
         for batch in (matrices, matrices[0, 0]):
             yield partial(functions["positive_definite.log_inverse_wishart"], batch, df, matrices[1, 1] + 1)
+            each_df = df + torch.arange(batch[..., 0, 0].numel()).reshape(batch.shape[:-2])
+            draw = partial(functions["positive_definite.draw_inverse_wishart_root"], each_df, batch)
+            yield partial(over_signs, draw)
+        for matrix, num_rows in itertools.product([*matrices[0], *near[0], *near[1]], [size - 1, size, size + 1]):
+            yield partial(functions["positive_definite.check_regular"], matrix, num_rows)
+
+
+def conjugate_probes(functions: dict[str, FunctionType]) -> Iterator[Probe]:
+    """Yield calls of the functions of ``conjugate`` at shapes down to where draws underflow, counts, and rows."""
+
+    def drawn(name: str, *arguments: Tensor) -> list[Tensor]:
+        result = over_signs(partial(functions[f"conjugate.{name}"], *arguments))
+        return [result, result.log(), (-result).log1p()]  # where it is next to 0 or 1
+
+    generator = torch.Generator().manual_seed(0)
+    for exponents in (
+        torch.ones(3),
+        torch.linspace(-1, 1, 8).reshape(2, 4),
+        torch.linspace(-300, 9, 36).reshape(3, 3, 4),
+    ):
+        shapes = 10 ** exponents.double()
+        squares = torch.rand(shapes.shape, generator=generator, dtype=torch.float64)
+        for each in (shapes, single(shapes.clamp_min(1e-30))):
+            for name in ("draw_gamma", "draw_normal", "draw_uniform", "draw_dirichlet"):
+                yield partial(drawn, name, each)
+            yield partial(drawn, "draw_beta", each, each.flip(-1))
+        counts = (5 * squares).round()
+        for concentration in (shapes, shapes.flatten()[: shapes.shape[-1]]):
+            yield partial(functions["conjugate.log_allocations"], counts, concentration)
+            yield partial(functions["conjugate.log_urn"], counts, concentration)
+        for size, rate in itertools.product([1, 3], [0.5, squares + 1]):
+            yield partial(functions["conjugate.log_student"], squares, size, counts + 0.7, rate, squares.flip(-1) + 0.2)
+    for x, num_components in itertools.product(row_probes(), [1, 3]):
+        yield partial(functions["conjugate.data_scale"], x, num_components)
+
+
+def initial_probes(functions: dict[str, FunctionType]) -> Iterator[Probe]:
+    """Yield calls of the functions of ``initial`` that check rows and numbers of components."""
+    for x in row_probes():
+        yield partial(functions["initial.check_rows"], x)
+    for number, most in itertools.product([-1, 0, 1, 2, 3, 1.5, True], [None, 2]):
+        yield partial(functions["initial.check_num_components"], number, *([] if most is None else [most]))
+
+
+def row_probes() -> list[Any]:
+    """Return rows of several sizes, some of them none to read a scale from, and what is no matrix of numbers."""
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    constant, unknown = x.clone(), x.clone()
+    constant[:, 1], unknown[2, 1] = 0.7, torch.nan
+    return [x, x[:2], x[:1], x[:0], x[:, :1], x[:, 0], x.float(), x.long(), x.numpy(), x[None], constant, unknown]
 
 
 def missing_probes(functions: dict[str, FunctionType]) -> Iterator[Probe]:
@@ -547,8 +680,8 @@ def survey(
         functions: the functions by name. A mutant's code is put into the function itself, in a fork, so that every
             module that has imported it runs the mutant.
         checks: as ``measured`` returns them. A mutant meets those that call its function and are about its file or
-            none, until one fails or loses ``PATIENCE``. Those that killed many mutants of
-            the function in little time come first.
+            none, until one fails or loses ``PATIENCE``; all that call it, if none is about its file, which families
+            share. Those that killed many mutants of the function in little time come first.
         probes: for each file, the calls of which a mutant that is not equivalent changes a result.
         num_workers: how many forks run at a time.
     """
@@ -576,10 +709,14 @@ def survey(
                 return
         tell("survived")
 
+    files = {check.file for check in checks}
+
     def tasks() -> Iterator[Callable[[Callable[[Any], None]], None]]:
         for mutant in found:
-            name = mutant.function
-            own = [check for check in checks if name in check.calls and check.file in ("", file_of(name))]
+            name, file = mutant.function, _file(mutant)
+            own = [check for check in checks if name in check.calls]
+            if file in files:
+                own = [check for check in own if check.file in ("", file)]
             own.sort(key=lambda check: check.seconds / (1 + kills[name, check.name]))
             yield partial(judge, mutant, own)
 
@@ -644,13 +781,22 @@ def claim_holds(name: str) -> bool:
         return False
 
 
+def claims_as_checks(files: set[str]) -> list[Check]:
+    """Return the claims; an end-to-end claim, as E.em.bernoulli.digits, is about the one of the files that it names."""
+
+    def about(name: str) -> str:
+        return next((file for file in files if file and re.match(rf"E\.\w+\.{file}", name)), "")
+
+    return [Check(claim.id, partial(claim_holds, claim.id), about(claim.id)) for claim in claims()]
+
+
 def with_tests(use: Callable[[list[Check], list[Any]], None]) -> None:
     """Collect the tests and call a function with them, as checks, and with their cases of families."""
     paths = [str(ROOT / "tests" / f"{name}.py") for name in TESTS]
     output = io.StringIO()
-    arguments = [*paths, "--quiet", "--capture=no", "--tb=line", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    options = ["--quiet", "--capture=no", "--tb=line", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
     with contextlib.redirect_stdout(output):
-        status = pytest.main(arguments, plugins=[Tests(use)])
+        status = pytest.main([*paths, *SELECTION, *options], plugins=[Tests(use)])
     if status != 0:
         raise SystemExit(output.getvalue())
 
@@ -659,11 +805,19 @@ def with_tests(use: Callable[[list[Check], list[Any]], None]) -> None:
 
 EQUIVALENT_BECAUSE = [  # the first line whose mutation operator and pattern in the changed statement both match
     ("sign added", r"-torch\.nan", "a NaN has no sign that counts"),
+    ("sign added", r"check_\w+\(-|weakly_informative_prior\(-", "rows are as finite, and as many, with another sign"),
+    ("sign added|dropped call", r"_standard_gamma", "torch draws no smaller number"),
     (
         "sign added|constant",
-        r"full_like\(-|expand_as\(-|len\(-|full_like\(\w+\[\.\.\., -1\]",
+        r"full_like\(-|ones_like\(|expand_as\(-|len\(-|draw_(normal|uniform)\(-|full_like\(\w+\[\.\.\., -1\]",
         "of this argument the shape and the type alone are used",
     ),
+    (
+        "sign added|operator|operand order|dropped call",
+        r"draw_normal",
+        "a normal variable has either sign by the same law",
+    ),
+    ("swapped arguments", r"log_urn", "counts and concentration add, in either order"),
     ("sign added|operand order", r"^weights = ", "a common sign cancels in weights / weights.sum()"),
     ("sign added|operand order", r"return .*variances @ params.weights", "an inner product commutes"),
     ("sign added|operand order", r"", "it enters by a square, an absolute value or an outer product with itself"),
@@ -679,6 +833,8 @@ EQUIVALENT_BECAUSE = [  # the first line whose mutation operator and pattern in 
         r"sum\(|shape|unflatten|half",
         "the same axis by another name, or kept and broadcast",
     ),
+    ("constant", r"\[\.\.\., -1\]", "the axis has one entry, or each of its entries gives the same"),
+    ("constant|dropped call", r"^raise ", "the words of an error change, and not its type"),
     ("dropped index|moved None|dropped call", r"", "broadcasting puts the missing axes in front"),
 ]
 
@@ -714,6 +870,7 @@ def main() -> None:
     files = sorted({file_of(name) for name in targets()})
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--family", choices=files, action="append", help="mutate this file of models/ alone")
+    parser.add_argument("--function", action="append", help="mutate the functions of this name alone")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="how many mutants run at a time")
     parser.add_argument("--json", type=Path, help="write the fate of each mutant to this file")
@@ -724,6 +881,7 @@ def main() -> None:
         mutant
         for name, function in functions.items()
         if not arguments.family or file_of(name) in arguments.family
+        if not arguments.function or name.rsplit(".", 1)[1] in arguments.function
         for mutant in mutants(name, function)
     ]
     if arguments.list:
@@ -733,7 +891,10 @@ def main() -> None:
     started = time.perf_counter()
 
     def use(checks: list[Check], cases: list[Any]) -> None:
-        checks = [*checks, *(Check(claim.id, partial(claim_holds, claim.id)) for claim in claims())]
+        files, wanted = {check.file for check in checks}, {*map(_file, found)}
+        checks += claims_as_checks(files)
+        if wanted <= files:
+            checks = [check for check in checks if check.file in ("", *wanted)]
         checks = measured(checks, functions, arguments.workers)
         say(f"{len(checks)} tests and claims hold without a mutation; {len(found)} mutants")
         probes: dict[str, list[Probe]] = defaultdict(list)
@@ -741,6 +902,8 @@ def main() -> None:
             probes[case.module.__name__.rsplit(".", 1)[-1]] += family_probes(case)
         probes["positive_definite"] += matrix_probes(functions)
         probes["missing"] += missing_probes(functions)
+        probes["conjugate"] += conjugate_probes(functions)
+        probes["initial"] += initial_probes(functions)
         for outcome in survey(found, functions, checks, probes, arguments.workers):
             outcomes.append(outcome)
             if outcome.fate == "survived":

@@ -191,11 +191,11 @@ def test_only_the_sums_have_no_closed_form(all_families: list[Case]) -> None:
     assert {case.name for case in all_families if not able(case)} == {"gaussian_sum", "KnownNoise"}
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_closed_form_is_the_product_of_predictive_laws(case: Case, k: int) -> None:
+@pytest.mark.parametrize(("k", "num_features"), [(1, 2), (3, 2), (2, 1)])
+def test_closed_form_is_the_product_of_predictive_laws(case: Case, k: int, num_features: int) -> None:
     if not able(case) or case.family is laplace:
         return  # laplace by quadrature, below
-    x, z, stats, prior, _ = complete(case, k)
+    x, z, stats, prior, _ = complete(case, k, num_features=num_features)
     found = case.family.log_marginal(stats, prior).item()
     expected = sum(terms[own] for terms, own in zip(chain_rule(case, x, z, prior, k), z.tolist(), strict=True))
     assert abs(found - expected) <= ROUNDINGS * EPS * abs(expected)
@@ -208,7 +208,7 @@ def test_families_whose_statistics_add_predict_the_next_row(all_families: list[C
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_next_row_is_as_the_rows_so_far_predict(case: Case, k: int) -> None:
-    """From no rows at all to all but one, in one batch."""
+    """From no rows at all to all but one, in one batch, and the last alone."""
     if not hasattr(case.family, "log_predictive"):
         return
     x, z, _, prior, params = complete(case, k)
@@ -218,6 +218,8 @@ def test_the_next_row_is_as_the_rows_so_far_predict(case: Case, k: int) -> None:
     found = case.family.log_predictive(stats, prior, x)
     expected = torch.tensor(list(chain_rule(case, x, z, prior, k)), dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=ROUNDINGS * EPS, atol=ROUNDINGS * EPS)
+    last = case.family.log_predictive(before[-1], prior, x[-1])
+    torch.testing.assert_close(last, expected[-1], rtol=ROUNDINGS * EPS, atol=ROUNDINGS * EPS)
 
 
 def test_closed_form_of_laplace_is_the_double_integral() -> None:
@@ -273,6 +275,22 @@ def test_evidence_of_all_binary_data_is_one(case: Case) -> None:
     rows = list(itertools.product([0.0, 1.0], repeat=6))
     evidence = [exact_log_evidence(case.family, np.reshape(row, (3, 2)), prior, num_components=2) for row in rows]
     assert abs(torch.stack(evidence).exp().sum().item() - 1) <= ROUNDINGS * EPS
+
+
+def test_one_bit_is_a_fair_coin_before_any_was_seen(case: Case) -> None:
+    """Its evidence, and its probability in the mean over draws of the parameters given nothing."""
+    if case.module is not bernoulli:
+        return
+    x, params = torch.ones(1, 1).double(), case.params(1, 3, 1)
+    prior = case.family.weakly_informative_prior(x, 3)
+    evidence = exact_log_evidence(case.family, x, prior, num_components=3).exp().item()
+    assert abs(evidence - 0.5) <= ROUNDINGS * EPS
+    batch = type(params)(*(value.expand(10_000, *value.shape) for value in params))
+    nothing = case.family.statistics(batch, x[:0], torch.zeros(10_000, 0, 3).double())
+    drawn = case.family.draw(batch, nothing, prior, seeded(0))
+    probs = torch.func.vmap(case.family.log_joint, (0, None))(drawn, x).exp().sum((-2, -1))
+    error = (probs.mean() - 0.5).abs() / (probs.std() / math.sqrt(len(probs)))
+    assert error < scipy.stats.norm.isf(1e-6)
 
 
 FAULTS: dict[str, Callable[[Any, Any], Any]] = {
@@ -400,3 +418,38 @@ def test_data_far_from_zero_have_the_same_evidence(family: Any, offset: float) -
     prior = family.weakly_informative_prior(x, 2)
     far = exact_log_evidence(family, x + offset, prior._replace(loc=prior.loc + offset), num_components=2)
     torch.testing.assert_close(far, near, rtol=0, atol=1e3 * EPS * offset)
+
+
+@pytest.mark.parametrize("family", [gaussian_diagonal, gaussian_spherical])
+def test_rounding_leaves_no_rate_below_that_of_the_prior(family: Any) -> None:
+    """Equal rows at the prior's location, their squares about a place 1e8 away short by eight roundings."""
+    x, resp = torch.full((5, 2), 0.25).double(), torch.ones(5, 1).double()
+    prior = family.weakly_informative_prior(torch.eye(2).double(), 1)._replace(loc=x[0])
+    params = family.Params(torch.ones(1).double(), torch.full((1, 2), 1e8).double(), torch.ones(1).double())
+    stats = family.statistics(params, x, resp)
+    after = family.posterior(stats._replace(squares=stats.squares * (1 - 8 * EPS)), prior)
+    assert (after.rate == prior.rate).all()
+
+
+# Priors on the scale of the data
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_one_covariance_for_all_has_the_prior_of_one_for_each(k: int) -> None:
+    x = torch.randn(9, 2, generator=seeded(1), dtype=torch.float64)
+    tied, full = (family.weakly_informative_prior(x, k) for family in (gaussian_tied, gaussian_full))
+    for value, expected in zip(tied, full, strict=True):
+        torch.testing.assert_close(value, expected, rtol=ROUNDINGS * EPS, atol=0)
+
+
+def test_one_variance_for_all_features_has_the_mean_of_the_rates() -> None:
+    x = torch.randn(9, 2, generator=seeded(1), dtype=torch.float64)
+    one, each = (family.weakly_informative_prior(x, 3) for family in (gaussian_spherical, gaussian_diagonal))
+    torch.testing.assert_close(one.rate, each.rate.mean(), rtol=ROUNDINGS * EPS, atol=0)
+
+
+def test_locations_scatter_as_the_rows_where_the_variance_is_known() -> None:
+    x = torch.randn(9, 2, generator=seeded(1), dtype=torch.float64)
+    for variance in (0.7, 3.0):
+        prior = GaussianIsotropic(variance).weakly_informative_prior(x, 3)
+        torch.testing.assert_close(variance / prior.strength, x.var(0).mean(), rtol=ROUNDINGS * EPS, atol=0)

@@ -27,6 +27,7 @@ from mixproof.inference.enumeration import Coordinates
 from mixproof.inference.exact_evidence import exact_draws, exact_posterior
 from mixproof.inference.gibbs import gibbs
 from mixproof.models import gaussian_diagonal, gaussian_full, gaussian_sum, laplace
+from mixproof.models.conjugate import draw_beta, draw_dirichlet
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
 
 if TYPE_CHECKING:
@@ -167,6 +168,15 @@ def test_stein_identities_see_planted_faults(fault: str, all_families: list[Case
     x, resp = complete(case, 5)
     scores = stein_scores(faulty_draws(gaussian_diagonal)[fault], case, x, resp, case.prior(2), 3, 20_000)
     assert largest_score(scores) > bound(len(scores))
+
+
+def test_draws_next_to_a_vertex_are_inside_the_simplex() -> None:
+    """Shares below the smallest number, and their complements."""
+    few = torch.full((1000,), 1e-4).double()
+    weights = draw_dirichlet(torch.stack([few, few, few], -1), seeded(5))
+    probs = draw_beta(few, few, seeded(5))
+    assert (weights > 0).all()
+    assert ((probs > 0) & (probs < 1)).all()
 
 
 def test_summands_have_their_expected_statistics(case: Case) -> None:

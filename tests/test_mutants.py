@@ -194,10 +194,14 @@ def test_endless_mutant_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_check_about_another_file_or_function_is_not_asked() -> None:
     functions: dict[str, Any] = {"tiny.half_square": half_square, "tiny.log_gap": log_gap}
-    checks = [view.Check("elsewhere", half_square_is_right, file="other"), view.Check("right", half_square_is_right)]
+    checks = [
+        view.Check(name, half_square_is_right, file) for name, file in [("elsewhere", "other"), ("right", "tiny")]
+    ]
     killers = {killer.split(" ")[0] for _, killer in survey(functions, checks, [*PROBES, probe_of_log_gap]).values()}
     assert "right" in killers
     assert "elsewhere" not in killers
+    fates = survey(functions, checks[:1], [*PROBES, probe_of_log_gap])  # no check is about the file: others share it
+    assert "elsewhere" in {killer.split(" ")[0] for _, killer in fates.values()}
     measured = {check.name: check for check in view.measured(checks, functions, 2)}
     assert measured["right"].calls == {"tiny.half_square"}
     assert 0 < measured["right"].seconds < math.inf
@@ -238,8 +242,36 @@ def test_every_module_that_imported_a_function_runs_its_mutant() -> None:
 def test_targets_are_the_mathematics_and_what_it_calls() -> None:
     names = set(view.targets())
     assert {"laplace.weighted_median", "gaussian_sum._summand_statistics", "bernoulli._log_beta"} <= names
+    assert {"gaussian_full.draw", "conjugate.draw_gamma", "gaussian_isotropic.GaussianIsotropic.posterior"} <= names
     assert {"gaussian_sum.KnownNoise.moments", "positive_definite.cholesky", "gaussian_tied.m_step"} <= names
     assert not any(name.rsplit(".", 1)[1] in ("model", "sample", "init_params", "partition") for name in names)
+
+
+# Draws
+
+
+def two_normals(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    options: Any = {"generator": generator, "dtype": torch.float64}
+    return torch.randn(3, **options), torch.randn(2, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "equal"),
+    [
+        (lambda u, v: (u, v.flip(0), u[0] * v), True),
+        (lambda u, v: (-u, v.flip(0), -u[0] * v), True),
+        (lambda u, v: (-u, -v.flip(0), u[0] * v), True),
+        (lambda u, v: (u, v.flip(0), -u[0] * v), False),
+        (lambda u, v: (u, v, u[0] * v), False),
+        (lambda u, v: (u, v.flip(0), u[0] * v + 1e-9), False),
+        (lambda u, v: (u, v.abs().flip(0), u[0] * v), False),
+    ],
+)
+def test_signs_of_normal_variables_do_not_count(change: Any, equal: bool) -> None:
+    def found(function: Any) -> Any:
+        return view.over_signs(lambda generator: function(*two_normals(generator)))
+
+    assert view.same(found(change), found(lambda u, v: (u, v.flip(0), u[0] * v))) == equal
 
 
 # Equality of results, and the report
