@@ -294,6 +294,7 @@ def _num_empty(joint: Any) -> dict[str, Tensor]:
 
 
 def import_arviz_stats() -> Any:
+    """Return ``arviz_stats``, or raise ImportError with what to install."""
     try:
         import arviz_base  # noqa: F401
         import arviz_stats
