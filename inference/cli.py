@@ -231,7 +231,7 @@ def fit(
             found_params = {name: value.cpu() for name, value in best.params._asdict().items()}
             tables.write_params(out, {**_settings_of(chosen), **found_params})
     if not best.converged and caught:
-        Console(stderr=True).print(f"warning: {caught[-1].message}", style="yellow", highlight=False)
+        Console(stderr=True).print(f"warning: {caught[-1].message}", style="yellow", highlight=False, soft_wrap=True)
     if failures:
         Console(stderr=True).print(
             f"warning: {len(failures)} of {starts} starts failed: {failures[-1]}", style="yellow"
@@ -490,7 +490,9 @@ def _errors() -> Iterator[None]:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" in process {rank}"
-        Console(stderr=True).print(f"error{where}: {error}", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(
+            f"error{where}: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )  # a path in two lines cannot be copied
         raise typer.Exit(2) from error
 
 
