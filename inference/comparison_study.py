@@ -18,7 +18,6 @@ from mixproof.inference.effective_dimension import effective_dimension
 from mixproof.inference.em import Fit, responsibilities
 from mixproof.inference.evidence import NUM_CHAINS, Evidence, log_evidence
 from mixproof.inference.gibbs import gibbs
-from mixproof.inference.labels import at_draws
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.restarts import em_restarts
 from mixproof.inference.validation import check_prior, example_params
@@ -163,7 +162,7 @@ def study_of(candidate: Candidate, number: int, x: Tensor, seed: int, runs: Runs
             row = row._replace(**found)
             sentences += [f"{name}: {complaint}" for complaint in complaints]
             if len(posterior.program.latents) == 1:
-                empty = float(at_draws(posterior, draws.params, _num_empty)["empty"].mean())
+                empty = float(tree["label_invariant"]["num_empty_components"].mean())
                 row = row._replace(num_empty_components=empty)
                 if empty >= 0.5:
                     sentences.append(
@@ -286,11 +285,6 @@ def _loo(elpd: Any, sentences: list[str], name: str) -> dict[str, Any]:
         "max_pareto_k": largest,
         "num_high_pareto_k": num_high,
     }
-
-
-def _num_empty(joint: Any) -> dict[str, Tensor]:
-    """Return how many components are expected to have no row, given the parameters."""
-    return {"empty": torch.log1p(-joint.rows.softmax(1)).sum(0).exp().sum()}
 
 
 def import_arviz_stats() -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import bind, default_dtype_of
-from mixproof.inference.labels import label_invariant, log_likelihood, numbering
+from mixproof.inference.labels import log_likelihood_and_label_invariant, numbering
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 
@@ -78,7 +78,7 @@ def to_datatree(
     point = {site: value[0, 0] for site, value in draws.params.items()}
     with seeded(seed):  # a run draws the latents
         observed = _observed(posterior, point)
-    rows = log_likelihood(posterior, draws.params)
+    rows, invariant = log_likelihood_and_label_invariant(draws, posterior, family=family)
     data_dims = {site: _data_dims(value, rows.shape[-1]) for site, value in observed.items()}
     component_axes, labels = _numbering(posterior, draws)
     num_features = next((value.shape[1] for value in observed.values() if value.ndim == 2), None)
@@ -86,7 +86,6 @@ def to_datatree(
         site: list((dims or {}).get(site) or _param_dims(site, shape, component_axes.get(site), num_features))
         for site, shape in shapes.items()
     }
-    invariant = label_invariant(draws, posterior, family=family)
     invariant_dims = {"row_mean": ["feature"], "row_covariance": ["feature", "feature_bis"]}
     for site, names in param_dims.items():
         invariant_dims[site] = names

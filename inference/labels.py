@@ -362,24 +362,51 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
 
     Returns:
         By name, (C, S, ...): ``lp``, log p(x, params); ``log_likelihood``, log p(x | params); ``allocation_entropy``,
-        the entropy of p(z | x, params), summed over rows; each parameter that numbers exchangeable components, sorted
-        along that axis, as ``*_sorted``, together with those that may change places with it (``exchanges``); the other
-        parameters as they are; and of a family ``row_mean`` and ``row_covariance``, the moments of one row given the
-        parameters.
+        the entropy of p(z | x, params), summed over rows; ``num_empty_components``, how many components are expected to
+        have no row, given x and the parameters (of latent z ``num_empty_components_z``, where there are several); each
+        parameter that numbers exchangeable components, sorted along that axis, as ``*_sorted``, together with those
+        that may change places with it (``exchanges``); the other parameters as they are; and of a family ``row_mean``
+        and ``row_covariance``, the moments of one row given the parameters.
 
     Raises:
         ValueError: a site of the program has the name of one of the others.
     """
+    return log_likelihood_and_label_invariant(draws, posterior, family=family)[1]
+
+
+def log_likelihood_and_label_invariant(
+    draws: Draws, posterior: LogPosterior, *, family: Any = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what ``log_likelihood`` and ``label_invariant`` do, from one pass over the draws.
+
+    Args:
+        draws: of the parameters of ``posterior``.
+        posterior: the program with its data.
+        family: the family of the contract whose program it is, for its moments; None leaves them out.
+
+    Raises:
+        ValueError: a site of the program has the name of a quantity of ``label_invariant``.
+    """
+    latents, sizes = posterior.program.latents, posterior.program.latent_sizes
 
     def of_rows(joint: LogJoint) -> dict[str, Tensor]:
-        entropy = -torch.special.xlogy(resp := joint.rows.softmax(1), resp).sum(1)
-        return {
-            "lp": joint.log_prior + joint.log_likelihood,
-            "log_likelihood": joint.log_likelihood,
+        rows, resp = joint.row_weights * joint.rows.logsumexp(1), joint.rows.softmax(1)
+        log_lik = rows.sum()
+        entropy = -torch.special.xlogy(resp, resp).sum(1)
+        found = {
+            "rows": rows,
+            "lp": joint.log_prior + log_lik,
+            "log_likelihood": log_lik,
             "allocation_entropy": joint.row_weights @ entropy,
         }
+        for place, (latent, size) in enumerate(zip(latents, sizes, strict=True), 1):
+            of_latent = resp.reshape(-1, *sizes).movedim(place, 1).reshape(-1, size, resp.shape[1] // size).sum(2)
+            name = f"num_empty_components_{latent}" if len(latents) > 1 else "num_empty_components"
+            found[name] = torch.log1p(-of_latent.clamp_max(1)).sum(0).exp().sum()  # it may round to above 1
+        return found
 
     found = at_draws(posterior, draws.params, of_rows)
+    of_each_row = found.pop("rows")
     axes: dict[str, int] = {}
     for latent in posterior.program.latents:
         of_latent, exchangeable = numbering(posterior, latent)
@@ -402,7 +429,7 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
             found[name] = torch.cat([draws.params[other] for other in group], axis).sort(dim=axis).values
         else:
             found[name] = value
-    return found
+    return of_each_row, found
 
 
 def align(

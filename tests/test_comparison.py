@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -665,13 +664,6 @@ def test_modes_between_which_no_chain_changes_have_their_shares() -> None:
     assert abs(float(of_chains.mean()) - share) < limit
     alone = gibbs(family, x, prior, num_components=2, generator=generator, **runs)
     assert float(with_the_first(alone.params).mean()) - share > 3 * limit
-
-
-def test_components_without_a_row_are_counted() -> None:
-    """Of two rows, the responsibilities of which are halves, and 0 and 1."""
-    table = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.75, 0.0]]).double().log()
-    empty = comparison_study._num_empty(SimpleNamespace(rows=table))["empty"]
-    assert float(empty) == pytest.approx(0.5 * 0.75 + 0.5 * 0.25 + 1, rel=1e-14)
 
 
 def test_candidates_have_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from mixproof.inference.labels import (
     component_axes,
     label_invariant,
     log_likelihood,
+    log_likelihood_and_label_invariant,
     numbering,
     permute,
     responsibilities,
@@ -265,6 +266,8 @@ def test_quantities_at_draws_are_those_of_each(draws: Draws, posterior: LogPoste
         assert torch.allclose(found["log_likelihood"][at], rows[at].sum(), rtol=1e-13)
         entropies = [torch.distributions.Categorical(row).entropy() for row in resp[at]]
         assert torch.allclose(found["allocation_entropy"][at], torch.stack(entropies).sum(), rtol=1e-12)
+        empty = sum(math.prod(1 - p for p in resp[at][:, k].tolist()) for k in range(2))
+        assert found["num_empty_components"][at].item() == pytest.approx(empty, rel=1e-11)
         mean, covariance = bernoulli.moments(point)
         assert torch.allclose(found["row_mean"][at], mean, rtol=1e-13)
         assert torch.allclose(found["row_covariance"][at], covariance, rtol=1e-12)
@@ -280,8 +283,20 @@ def test_rows_count_as_often_as_the_program_says(draws: Draws, posterior: LogPos
             z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Bernoulli(probs[z]).to_event(1), obs=x)
 
-    counted = log_likelihood(LogPosterior(weighted, exact.x), draws.params)
+    counted, found = log_likelihood_and_label_invariant(draws, LogPosterior(weighted, exact.x))
     assert torch.allclose(counted, counts * log_likelihood(posterior, draws.params), rtol=1e-13)
+    assert torch.allclose(found["log_likelihood"], counted.sum(-1), rtol=1e-13)
+
+
+def test_empty_components_are_counted_for_each_latent(all_families: list[Case]) -> None:
+    case = next(case for case in all_families if case.name == "gaussian_sum")
+    posterior = LogPosterior(case.program(3), case.data(0, 9))
+    u = torch.randn(1, 5, posterior.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    params = posterior.constrain(u)
+    found = label_invariant(Draws(params, {}, {}), posterior)
+    for latent in ("k", "l"):
+        absent = 1 - responsibilities(posterior, params, latent)
+        assert torch.allclose(found[f"num_empty_components_{latent}"], absent.prod(-2).sum(-1), rtol=1e-11)
 
 
 def test_large_problems_go_in_parts(draws: Draws, posterior: LogPosterior, monkeypatch: pytest.MonkeyPatch) -> None:
