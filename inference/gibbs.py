@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from mixproof.models.initial import partition
 
 TABLE_ENTRIES = 1 << 17
 """Up to how large the table of rows, components and replicas is made in one piece: it stays in a core's cache."""
+ROWS = 1 << 10
+"""From how many rows on blocks of them are divided among replicas rather than made smaller."""
 
 
 def gibbs(
@@ -180,9 +183,12 @@ class _Chains:
         self._none = x.new_zeros(self.num_replicas, 0, num_columns)  # responsibilities of no rows
         self._template = type(template)(*(value.expand(self.num_replicas, *value.shape) for value in template))
         self._center = x.mean(0)
-        additive = getattr(family, "additive", False)
-        rows = max(TABLE_ENTRIES // (self.num_replicas * num_columns), 256) if additive else len(x)
+        rows, some = len(x), self.num_replicas
+        if getattr(family, "additive", False):
+            rows = min(max(TABLE_ENTRIES // (some * num_columns), ROWS), rows)
+            some = max(TABLE_ENTRIES // (rows * num_columns), 1)
         self._blocks = x.split(rows)
+        self._groups = [slice(first, first + some) for first in range(0, self.num_replicas, some)]
         self._features: list[Tensor] = []
 
     def _component_axes(self, template: Any, free: tuple[str, ...]) -> dict[str, dict[str, int]]:
@@ -276,13 +282,17 @@ class _Chains:
         """
         log_lik = self.x.new_zeros(self.num_replicas)
         form = self._form(params)
-        total: Any = None
-        for number, x in enumerate(self._blocks):
-            resp, log_densities = draw_allocations(form.table(number, x), powers, self.generator)
-            log_lik += log_densities
-            part = form.sums(number, x, resp if powers is None else resp * powers[:, None, None])
-            total = part if total is None else _add(total, part)
-        return self.family.draw(params, form.statistics(total), self.prior, self.generator), log_lik
+        totals = []
+        for some in self._groups:
+            of_some, own = form.of(some), None if powers is None else powers[some]
+            total: Any = None
+            for number, x in enumerate(self._blocks):
+                resp, log_densities = draw_allocations(of_some.table(number, x), own, self.generator)
+                log_lik[some] += log_densities
+                part = of_some.sums(number, x, resp if own is None else resp * own[:, None, None])
+                total = part if total is None else _add(total, part)
+            totals.append(total)
+        return self.family.draw(params, form.statistics(_joined(totals)), self.prior, self.generator), log_lik
 
     def split_merge_sweep(self, params: Any, powers: Tensor | None) -> tuple[Any, Tensor, Tensor]:
         """Return what ``sweep`` does with a split-merge move between both draws, and whether it moved, (B,)."""
@@ -341,6 +351,10 @@ class _Plain:
     def __init__(self, chains: _Chains, params: Any):
         self.chains, self.params = chains, params
 
+    def of(self, some: slice) -> _Plain:
+        """Return the same of some of the replicas, for their tables and sums."""
+        return _Plain(self.chains, _member(self.params, some))
+
     def table(self, number: int, x: Tensor) -> Tensor:
         """Return log p(x_n, z_n = k), shape (B, K, n), for rows x (n, D)."""
         return torch.func.vmap(self.chains.family.log_joint, (0, None))(self.params, x).mT.contiguous()
@@ -369,6 +383,12 @@ class _Moments(_Plain):
         growth = (self._natural.abs() * sizes.mT).sum(-1).amax()
         return bool(growth <= torch.finfo(center.dtype).eps ** -0.5)
 
+    def of(self, some: slice) -> _Plain:
+        found = copy(self)
+        found.params = _member(self.params, some)
+        found._natural = self._natural.unflatten(0, (len(self.params[0]), -1))[some].flatten(0, 1)
+        return found
+
     def table(self, number: int, x: Tensor) -> Tensor:
         return (self._natural @ self.chains._features[number]).unflatten(0, (len(self.params[0]), -1))
 
@@ -395,7 +415,16 @@ def _add(left: Any, right: Any) -> Any:
     return type(left)(*map(_add, left, right))
 
 
-def _member(params: Any, i: Tensor | int) -> Any:
+def _joined(parts: list[Any]) -> Any:
+    """Return sums of groups of replicas in one."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return type(parts[0])(*(_joined(list(values)) for values in zip(*parts, strict=True)))
+
+
+def _member(params: Any, i: Tensor | int | slice) -> Any:
     return type(params)(*(value[i] for value in params))
 
 

@@ -644,7 +644,8 @@ def test_a_plot_that_cannot_be_drawn_costs_no_table(
 def test_a_comparison_survives_ctrl_c_and_a_kill(eruptions: Path, tmp_path: Path) -> None:
     """Real signals to real processes, while the particles of the second candidate are under way."""
     runs = tmp_path / "runs"
-    arguments = ("compare", eruptions, "-k", "1-2", "--family", "laplace", "--json", *QUICK_COMPARISON)
+    long = (*QUICK_COMPARISON, "--moves", 60)  # two seconds of particles, which a busy machine does not overlook
+    arguments = ("compare", eruptions, "-k", "1-2", "--family", "laplace", "--json", *long)
     command = [sys.executable, "-m", "mixproof.inference.cli", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 

@@ -581,10 +581,11 @@ def test_narrow_components_far_apart_are_drawn_precisely() -> None:
     assert draws.params["variances"].max() < 1e-11
 
 
-def test_rows_in_several_blocks_are_all_counted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_and_chains_in_several_blocks_are_all_counted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     x = case.data(0, 600)
-    monkeypatch.setattr(f"{MODULE}.TABLE_ENTRIES", 1)
-    draws = run(case, x=x, num_chains=2)
+    monkeypatch.setattr(f"{MODULE}.TABLE_ENTRIES", 5000)
+    monkeypatch.setattr(f"{MODULE}.ROWS", 256)
+    draws = run(case, x=x, num_chains=20)
     flat = as_params(case, draws, 3)
     log_lik = torch.func.vmap(lambda p: case.family.log_joint(p, x).logsumexp(-1).sum())(flat)
     prior = case.prior()
