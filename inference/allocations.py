@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,15 @@ def draw_allocations(table: Tensor, powers: Tensor | None, generator: torch.Gene
     if powers is not None:
         table.mul_(powers[:, None, None])
     largest = table.amax(1, keepdim=True)
-    cumulated = table.sub_(largest).exp_()
-    for k in range(1, table.shape[1]):  # as cumsum, which is slower along an inner axis
-        cumulated[:, k] += cumulated[:, k - 1]
-    normaliser = cumulated[:, -1]
-    log_normaliser = normaliser.log().add_(largest[:, 0]).sum(-1)
+    resp = table.sub_(largest).exp_()
+    columns = resp.unbind(1)
+    for before, column in itertools.pairwise(columns):  # as cumsum, which is slower along an inner axis
+        column.add_(before)
+    normaliser = columns[-1]
+    log_normaliser = normaliser.log().sum(-1) + largest.sum((1, 2))
     uniform = torch.rand(normaliser.shape, generator=generator, dtype=table.dtype, device=table.device)
-    resp = cumulated.gt_(uniform.mul_(normaliser)[:, None])  # 1 from the component drawn onwards
-    resp[:, -1] = 1  # the product may round up to the normaliser
-    for k in range(table.shape[1] - 1, 0, -1):
-        resp[:, k] -= resp[:, k - 1]
+    resp.gt_(uniform.mul_(normaliser)[:, None])  # 1 from the component drawn onwards
+    normaliser.fill_(1)  # the product may round up to the normaliser
+    for column, before in itertools.pairwise(columns[::-1]):
+        column.sub_(before)
     return resp, log_normaliser
