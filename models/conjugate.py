@@ -52,7 +52,8 @@ def log_allocations(counts: Tensor, concentration: Tensor) -> Tensor:
 
 def log_urn(counts: Tensor, concentration: Tensor) -> Tensor:
     """Return log p(z = k), (..., K), of the next allocation after these counts (..., K): Polya's urn."""
-    return (concentration + counts).log() - (concentration.sum(-1) + counts.sum(-1)).log()[..., None]
+    after = concentration + counts
+    return after.log() - after.sum(-1, keepdim=True).log()
 
 
 def log_student(squares: Tensor, size: int, shape: Tensor, rate: Tensor | float, strength: Tensor) -> Tensor:

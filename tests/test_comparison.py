@@ -305,6 +305,29 @@ def test_the_univariate_prior_is_that_of_the_mclust_book() -> None:
         assert prior.concentration.tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize(("size", "num_features"), [(1, 3), (4, 3), (3, 1)])
+def test_components_share_the_volume_of_the_data(size: int, num_features: int) -> None:
+    """The mean covariance under each prior has 1 / K^2 of the determinant of the data's, where it keeps the shape."""
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(40, num_features, generator=generator, dtype=torch.float64)
+        * torch.tensor([1.0, 3.0, 0.2])[:num_features]
+    )
+    x[:, -1] += x[:, 0]
+    of_data = np.atleast_2d(np.cov(x.mT.numpy()))
+    full, tied, diagonal, spherical = (
+        family.weakly_informative_prior(x, size)
+        for family in (gaussian_full, gaussian_tied, gaussian_diagonal, gaussian_spherical)
+    )
+    for prior in (full, tied):
+        mean = (prior.scale / (prior.df - num_features - 1)).numpy()
+        assert np.linalg.det(mean) == pytest.approx(np.linalg.det(of_data) / size**2, rel=1e-12)
+        np.testing.assert_allclose(mean / mean[0, 0], of_data / of_data[0, 0], rtol=1e-12)
+    means = (diagonal.rate / (diagonal.shape - 1)).numpy()
+    np.testing.assert_allclose(means, of_data.diagonal() / size ** (2 / num_features), rtol=1e-12)
+    assert float(spherical.rate / (spherical.shape - 1)) == pytest.approx(means.mean(), rel=1e-12)
+
+
 def test_one_variance_has_the_same_prior_in_every_gaussian_family() -> None:
     """So that full and diagonal with D = 1 are one model, of one evidence; exactly."""
     x = tiny(8)
