@@ -41,6 +41,8 @@ from mixproof.models.initial import partition
 
 TABLE_ENTRIES = 1 << 17
 """Up to how large the table of rows, components and replicas is made in one piece: it stays in a core's cache."""
+DEVICE_ENTRIES = 1 << 26
+"""The same on other devices, which want large pieces: half a gibibyte."""
 ROWS = 1 << 10
 """From how many rows on blocks of them are divided among replicas rather than made smaller."""
 
@@ -185,8 +187,9 @@ class _Chains:
         self._center = x.mean(0)
         rows, some = len(x), self.num_replicas
         if getattr(family, "additive", False):
-            rows = min(max(TABLE_ENTRIES // (some * num_columns), ROWS), rows)
-            some = max(TABLE_ENTRIES // (rows * num_columns), 1)
+            entries = TABLE_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES
+            rows = min(max(entries // (some * num_columns), ROWS), rows)
+            some = max(entries // (rows * num_columns), 1)
         self._blocks = x.split(rows)
         self._groups = [slice(first, first + some) for first in range(0, self.num_replicas, some)]
         self._features: list[Tensor] = []
