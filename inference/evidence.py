@@ -40,7 +40,8 @@ class Evidence(NamedTuple):
     log_evidence: float
     """log p(data), natural logarithm."""
     standard_error: float
-    """The standard deviation of the estimate over repetitions of the run with other seeds."""
+    """The standard deviation of the estimate over repetitions of the run with other seeds; or, where the bridge and the
+    particles that it starts from differ by more than four of it, how far they are apart: a warning says so."""
     draws: Draws
     """Draws from p(params | data) that the run made or was given."""
     diagnostics: dict[str, Any]
@@ -151,15 +152,16 @@ def log_evidence(
         "smc_log_evidence": run.log_evidence,
         "smc_standard_error": run.standard_error,
     }
-    gap, error = bridge.log_evidence - run.log_evidence, math.hypot(bridge.standard_error, run.standard_error)
-    if relabel and abs(gap) > 4 * error:
-        warnings.warn(
-            f"the bridge puts the log evidence at {bridge.log_evidence:.3f} and the particles that it starts from "
-            f"at {run.log_evidence:.3f}, which is {abs(gap) / error:.1f} standard errors away: raise num_moves and "
-            "num_chains of the particles until they agree",
-            stacklevel=2,
-        )
-    return Evidence(bridge.log_evidence, bridge.standard_error, resampled, diagnostics)
+    gap, error = abs(bridge.log_evidence - run.log_evidence), math.hypot(bridge.standard_error, run.standard_error)
+    if not relabel or gap <= 4 * error:
+        return Evidence(bridge.log_evidence, bridge.standard_error, resampled, diagnostics)
+    warnings.warn(
+        f"the bridge puts the log evidence at {bridge.log_evidence:.3f} and the particles that it starts from at "
+        f"{run.log_evidence:.3f}, which is {gap / error:.1f} standard errors away, so that its standard error is their "
+        "distance: raise num_moves and num_chains of the particles until they agree",
+        stacklevel=2,
+    )
+    return Evidence(bridge.log_evidence, gap, resampled, diagnostics)
 
 
 def _bound(model: Callable[..., Any], family: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mixproof.inference import tempered_smc as smc_module
-from mixproof.inference.bridge_sampling import _solve, bridge_sampling, variance_of_mean
+from mixproof.inference.bridge_sampling import Bridge, _solve, bridge_sampling, variance_of_mean
 from mixproof.inference.draws import Draws
 from mixproof.inference.evidence import Evidence, _resampled, log_evidence, posterior_probabilities
 from mixproof.inference.exact_evidence import exact_draws, exact_log_evidence
@@ -382,6 +383,24 @@ def test_a_bridge_that_cannot_be_built_leaves_the_particles_evidence(tiny: Tiny)
         found = log_evidence(program, tiny.x, family=gaussian_diagonal, seed=0, **settings)
     alone = log_evidence(program, tiny.x, family=gaussian_diagonal, seed=0, method="smc", **settings)
     assert found[:2] == alone[:2]
+
+
+@pytest.mark.parametrize(("off", "agrees"), [(0.1, True), (-3.0, False), (3.0, False)])
+def test_a_bridge_that_the_particles_contradict_is_no_better_than_their_distance(
+    off: float, agrees: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = partial(gaussian_diagonal.model, num_components=2, prior=tiny.prior)
+    few: Any = {"seed": 0, "num_replicates": 8, "num_chains": 16}
+    particles = log_evidence(program, tiny.x, family=gaussian_diagonal, method="smc", **few)
+    wrong = Bridge(particles.log_evidence + off, 0.1, 100.0)
+    monkeypatch.setattr("mixproof.inference.evidence.bridge_sampling", lambda *_, **__: wrong)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = log_evidence(program, tiny.x, family=gaussian_diagonal, **few)
+    assert found.log_evidence == wrong.log_evidence
+    assert found.standard_error == pytest.approx(0.1 if agrees else 3, rel=1e-12)
+    said = any("its standard error is their distance" in str(each.message) for each in caught)
+    assert said is not agrees
 
 
 def test_an_evidence_that_is_no_number_is_an_error() -> None:

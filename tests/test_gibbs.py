@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from mixproof.inference import checkpoint
-from mixproof.inference import gibbs as gibbs_module
 from mixproof.inference import split_merge as split_merge_module
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import Coordinates
 from mixproof.inference.exact_evidence import exact_draws, exact_posterior
 from mixproof.inference.gibbs import gibbs
+from mixproof.inference.gibbs_sweep import Chains
 from mixproof.models import gaussian_diagonal, gaussian_full, gaussian_sum, laplace
 from mixproof.models.conjugate import draw_beta, draw_dirichlet
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 FALSE_ALARM = 1e-6
-MODULE = "mixproof.inference.gibbs"
+MODULE = "mixproof.inference.gibbs_sweep"
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -276,7 +276,7 @@ def test_exact_posterior_sees_planted_faults(fault: str, all_families: list[Case
 
 def faulty_swaps() -> dict[str, Any]:
     """Return log likelihoods to the powers, by which swaps are accepted, wrong in one respect each."""
-    right = gibbs_module._Chains.log_likelihood
+    right = Chains.log_likelihood
 
     def with_prior(self: Any, params: Any, powers: list[Tensor]) -> list[Tensor]:
         log_prior = torch.func.vmap(partial(self.family.log_prior, prior=self.prior))(params)
@@ -291,7 +291,7 @@ def faulty_swaps() -> dict[str, Any]:
 @pytest.mark.parametrize("fault", faulty_swaps())
 def test_wrong_swaps_are_seen(fault: str, all_families: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in all_families if case.family is gaussian_diagonal)
-    monkeypatch.setattr(f"{MODULE}._Chains.log_likelihood", faulty_swaps()[fault])
+    monkeypatch.setattr(f"{MODULE}.Chains.log_likelihood", faulty_swaps()[fault])
     scores = scores_against_exact(gaussian_diagonal, case, temperatures=(1.0, 0.6, 0.2))
     assert largest_score(scores) > bound(len(scores))
 
