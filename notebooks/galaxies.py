@@ -191,7 +191,7 @@ plt.show()
 # ## What we may say
 #
 # One or two groups are out of the question. Beyond that the data narrow $K$ to four, five or six, and no further: with
-# the prior of the table $K = 5$ has a probability of about 0.4, and none has more. A prior that expects groups a third as wide
+# the prior of the table $K = 5$ has probability 0.41, and none has more. A prior that expects groups a third as wide
 # in variance makes it four, one that expects them three times as wide makes it six. Leave-one-out prediction does not
 # tell the last two apart, and a criterion that asks for separate groups, ICL, sees three. So "how many groups?" is
 # answered only together with "how wide is a group?", and whoever publishes one number should publish the prior with it.
