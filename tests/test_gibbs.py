@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -99,6 +100,32 @@ def test_draw_is_from_the_density_that_the_family_declares(case: Case, num_data:
     x, resp = complete(case, max(num_data, 1))
     scores = stein_scores(case.family, case, x[:num_data], resp[:num_data], case.prior(2), 3, 20_000)
     assert largest_score(scores) < bound(len(scores))
+
+
+@pytest.mark.parametrize("rows", [[], [-1.0], [-1.0, 0.2, 2.0]])
+def test_laplace_draws_have_their_law_between_rows_and_in_both_tails(rows: list[float]) -> None:
+    """One component: p(loc | x) in proportion to h^-(q + 1) by quadrature, and h / scale ~ Gamma(q + 1) given loc."""
+    loc0, strength, shape, rate = 0.4, 0.7, 1.5, 1.2
+    prior = laplace.Prior(*(torch.tensor(value).double() for value in ([1.0], [loc0], strength, [shape], [rate])))
+    x = torch.tensor(rows, dtype=torch.float64)[:, None]
+    stats = laplace.Stats(x, torch.ones(20_000, len(rows), 1, dtype=torch.float64))
+    one = laplace.Params(*(torch.ones(20_000, *size, dtype=torch.float64) for size in ((1,), (1, 1), (1, 1))))
+    drawn = laplace.draw(one, stats, prior, seeded(5))
+
+    def h(loc: Any) -> Any:
+        return rate + strength * abs(loc - loc0) + sum(abs(loc - row) for row in rows)
+
+    grid = np.sort(np.concatenate([loc0 + np.sinh(np.linspace(-15, 15, 40_001)), [loc0, *rows]]))  # kinks are on it
+    power = shape + len(rows)
+    middle = h((grid[1:] + grid[:-1]) / 2) ** -(power + 1)
+    ends = h(grid) ** -(power + 1)
+    masses = np.diff(grid) * (ends[1:] + 4 * middle + ends[:-1]) / 6
+    law = np.append(0, np.cumsum(masses)) / masses.sum()
+    locs, scales = drawn.locs[:, 0, 0].numpy(), drawn.scales[:, 0, 0].numpy()
+    assert scipy.stats.kstest(locs, lambda loc: np.interp(loc, grid, law)).pvalue > FALSE_ALARM
+    assert scipy.stats.kstest(h(locs) / scales, scipy.stats.gamma(power + 1).cdf).pvalue > FALSE_ALARM
+    for kink in (min([loc0, *rows]), max([loc0, *rows])):
+        assert 0.02 < np.interp(kink, grid, law) < 0.98  # the tails count
 
 
 def test_prior_draws_are_those_of_the_program(case: Case) -> None:
