@@ -37,6 +37,7 @@ from mixproof.models import (
     gaussian_spherical,
     gaussian_sum,
     gaussian_tied,
+    laplace,
 )
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
 from mixproof.models.positive_definite import InverseWishart
@@ -326,6 +327,12 @@ def test_components_share_the_volume_of_the_data(size: int, num_features: int) -
     means = (diagonal.rate / (diagonal.shape - 1)).numpy()
     np.testing.assert_allclose(means, of_data.diagonal() / size ** (2 / num_features), rtol=1e-12)
     assert float(spherical.rate / (spherical.shape - 1)) == pytest.approx(means.mean(), rel=1e-12)
+    doubly_exponential = laplace.weakly_informative_prior(x, size)
+    deviations = np.abs(x.numpy() - np.median(x.numpy(), 0)).mean(0)
+    assert doubly_exponential.shape.tolist() == [2] * num_features
+    np.testing.assert_allclose(doubly_exponential.rate.numpy(), deviations / size ** (1 / num_features), rtol=1e-12)
+    np.testing.assert_array_equal(doubly_exponential.loc.numpy(), np.quantile(x.numpy(), 0.5, axis=0, method="lower"))
+    assert doubly_exponential.strength.item() == 0.1
 
 
 def test_one_variance_has_the_same_prior_in_every_gaussian_family() -> None:
