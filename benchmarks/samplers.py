@@ -136,7 +136,7 @@ def nutpie_nuts(num_chains: int, num_warmup: int, num_draws: int) -> Found:
 
 
 RUNS: dict[str, Callable[[], Found]] = {
-    "gibbs": partial(conjugate, num_chains=512, num_warmup=200, num_draws=4000),
+    "gibbs": partial(conjugate, num_chains=512, num_warmup=200, num_draws=8000),
     "hmc": partial(ours, "hmc", num_chains=64, num_warmup=200, num_draws=2000),
     "Pyro NUTS": partial(ours, "nuts", num_chains=1, num_warmup=300, num_draws=1000),
     "NumPyro NUTS": partial(numpyro_nuts, 4, 500, 2000),
