@@ -76,6 +76,19 @@ def _quiet_nan() -> Iterator[None]:
         yield
 
 
+def run(model: Model, *args: Any) -> Any:
+    """Return Pyro's trace of one run of a program.
+
+    Raises:
+        ValueError: a plate is empty.
+    """
+    with pyro.get_param_store().scope(), torch.no_grad():
+        try:
+            return poutine.trace(model).get_trace(*args)
+        except ZeroDivisionError as error:  # Pyro's word for a plate of size 0
+            raise ValueError("a plate of the program is empty: the data need at least one row") from error
+
+
 def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
     """Return the parameter sites, their supports and the enumerated sites of ``model(*args)``.
 
@@ -85,10 +98,11 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
 
     Raises:
         ValueError: there is no enumerated site, a discrete site is not marked for enumeration, a continuous site has no
-            value in ``params``, or ``params`` names a site that the program does not have.
+            value in ``params``, ``params`` names a site that the program does not have, a plate is empty, or an
+            observation is NaN or infinite.
     """
-    with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args, *params.values()):
-        trace: Any = poutine.trace(bind(model, params)).get_trace(*args)
+    with default_dtype_of(*args, *params.values()):
+        trace = run(bind(model, params), *args)
     supports, latents, nesting = {}, {}, 0
     for name, site in trace.nodes.items():
         if site["type"] == "param":
@@ -111,7 +125,9 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
                     'infer={"enumerate": "parallel"}, or wrap the model in pyro.infer.config_enumerate'
                 )
             latents[name] = site["fn"].enumerate_support(expand=False).shape[0]
-        elif not site["is_observed"]:
+        elif site["is_observed"]:
+            _check_finite(name, torch.as_tensor(site["value"]))
+        else:
             raise ValueError(f'site "{name}" is continuous, unobserved and not among the parameters {sorted(params)}')
     if unknown := sorted(set(params) - set(trace.nodes)):
         raise ValueError(f"the program has no site {', '.join(unknown)}; its parameter sites are {', '.join(supports)}")
@@ -120,6 +136,15 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
     if not latents:
         raise ValueError("the program has no enumerated site: there is no discrete latent to sum out")
     return Program(supports, tuple(latents), tuple(latents.values()), nesting)
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    """Refuse an observation that has no density; under a mask too, since its gradient would be NaN."""
+    bad = ~value.isfinite()
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        what = f"{name}{where} is observed to be {value[tuple(where)].item()}"
+        raise ValueError(f"{what}: drop or impute the row; under a mask any number will do")
 
 
 def log_density(model: Model, program: Program, params: Mapping[str, Tensor], *args: Any) -> Tensor:

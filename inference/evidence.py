@@ -9,15 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from mixproof.inference.allocation_smc import allocation_smc, integrates_out
 from mixproof.inference.bridge_sampling import bridge_sampling
 from mixproof.inference.draws import Draws
-from mixproof.inference.enumeration import default_dtype_of
+from mixproof.inference.enumeration import default_dtype_of, run
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.particles import systematic
 from mixproof.inference.random_state import seeded
@@ -255,12 +253,11 @@ def posterior_probabilities(
 def _check_priors(model: Callable[..., Any], *args: Any, from_prior: bool) -> None:
     """Say in words why a program has no evidence, or not one that starts from draws of its prior."""
     with (
-        pyro.get_param_store().scope(),
         seeded(0),
         default_dtype_of(*args),
         feasible_params(*args, dtype=torch.get_default_dtype()),  # draws of a prior do not mix precisions
     ):
-        trace: Any = poutine.trace(model).get_trace(*args)
+        trace = run(model, *args)
     latents = [site for site in trace.nodes.values() if site["type"] == "sample" and site["infer"].get("enumerate")]
     rows = {frame.name for site in latents for frame in site["cond_indep_stack"]}
     for name, site in trace.nodes.items():

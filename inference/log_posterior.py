@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from mixproof.inference.captured_graph import capture
-from mixproof.inference.enumeration import Coordinates, default_dtype_of, inspect, log_joint_table
+from mixproof.inference.enumeration import Coordinates, default_dtype_of, inspect, log_joint_table, run
 from mixproof.inference.random_state import seeded
 from mixproof.inference.validation import feasible_params
 
@@ -58,8 +58,8 @@ class LogPosterior:
         self.batch: tuple[Tensor, ...] = _data_sets(args) if batched else ()
         if batched:
             args = tuple(values[0] for values in args)
-        with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args), seeded(0):
-            trace: Any = poutine.trace(model).get_trace(*args)
+        with default_dtype_of(*args), feasible_params(*args), seeded(0):
+            trace = run(model, *args)
         example: dict[str, Any] = {
             name: site["value"].detach()
             for name, site in trace.nodes.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,12 @@ from torch import Tensor
 
 from mixproof.inference.em import Fit, em, responsibilities
 from mixproof.inference.enumeration import inspect
+from mixproof.inference.evidence import log_evidence
+from mixproof.inference.hmc import hmc
+from mixproof.inference.nuts import nuts
 from mixproof.inference.posterior_mode import posterior_mode
 from mixproof.inference.sampling import sample
+from mixproof.inference.svi import svi
 from mixproof.inference.validation import check_params
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_sum, laplace
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
@@ -572,6 +577,28 @@ BAD_PROGRAMS: list[tuple[Any, dict[str, Tensor], str]] = [
 def test_programs_that_cannot_be_enumerated_are_refused(program: Any, params: Any, words: str) -> None:
     x = torch.randn(6, generator=seeded(0))
     for door in (partial(inspect, program, params, x), partial(posterior_mode, program, params, x)):
+        with pytest.raises(ValueError, match=says(words)):
+            door()
+
+
+BAD_OBSERVATIONS = [
+    (torch.tensor([0.5, torch.nan, 1.0]), "x[1] is observed to be nan: drop or impute the row"),
+    (torch.tensor([0.5, 1.0, -torch.inf]), "x[2] is observed to be -inf: drop or impute the row"),
+    (torch.zeros(0), "a plate of the program is empty: the data need at least one row"),
+]
+
+
+@pytest.mark.parametrize(("x", "words"), BAD_OBSERVATIONS)
+def test_rows_without_a_density_are_refused_for_any_program(x: Tensor, words: str) -> None:
+    doors: list[Callable[[], Any]] = [
+        partial(inspect, marked, LOC, x),
+        partial(posterior_mode, marked, LOC, x),
+        partial(hmc, marked, x, num_chains=4, num_draws=5, num_warmup=20, seed=0),
+        partial(nuts, marked, x, num_chains=1, num_draws=5, num_warmup=5, seed=0),
+        partial(svi, marked, "AutoNormal", x, num_steps=5, seed=0),
+        partial(log_evidence, marked, x, seed=0),
+    ]
+    for door in doors:
         with pytest.raises(ValueError, match=says(words)):
             door()
 

@@ -193,8 +193,9 @@ def test_programs_agree_with_one_point_at_a_time(program: Any) -> None:
     eager = posterior._one_by_one(u, temperature)
     for mine, other in zip(found, eager, strict=True):
         assert_close(mine, other)
-    again = posterior(u.flip(0), temperature.flip(0))
-    assert all(torch.equal(mine, other.flip(0)) for mine, other in zip(found, again, strict=True))
+    again = posterior(u.flip(0), temperature.flip(0))  # vector units round the last few entries otherwise than others
+    for mine, other in zip(found, again, strict=True):
+        assert_close(mine, other.flip(0))
     params = posterior.constrain(u)
     assert_close(posterior.unconstrain(params), u, 1e-9)
 
