@@ -26,6 +26,7 @@ from torch import Tensor
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.allocations import draw_allocations
 from mixproof.inference.particles import Replicates, check_settings, systematic
+from mixproof.inference.trees import tree_at, tree_expand, tree_map
 from mixproof.inference.validation import (
     about_mean,
     check_num_components,
@@ -168,7 +169,7 @@ class _Particles:
         order = torch.rand(num_replicates, len(x), generator=generator, device=x.device).argsort(1)
         self.x = x[order]  # (R, N, D)
         template = about_mean(example_params(family, num_components, x)[0], x)
-        self.about = type(template)(*(value.expand(self.batch, *value.shape) for value in template))
+        self.about = tree_expand(template, self.batch)
         self.num_rows = 0
         self.stats = self._statistics(
             self.about, x.new_zeros(self.batch, 0, x.shape[1]), x.new_zeros(self.batch, 0, num_components)
@@ -184,7 +185,7 @@ class _Particles:
         log_terms = self.family.log_predictive(self.stats, self.prior, row)
         resp, log_density = draw_allocations(log_terms[..., None], None, self.generator)
         self.log_weights = self.log_weights + log_density.view(self.shape)
-        self.stats = _map(torch.add, self.stats, self._statistics(self.about, row[:, None], resp.mT))
+        self.stats = tree_map(torch.add, self.stats, self._statistics(self.about, row[:, None], resp.mT))
         self.num_rows += 1
 
     def _statistics(self, about: Any, x: Tensor, resp: Tensor) -> Any:
@@ -202,7 +203,7 @@ class _Particles:
         self.log_evidences = self.log_evidences + self.log_weights.logsumexp(1) - math.log(self.shape[1])
         chosen = systematic(self.log_weights.softmax(1), self.shape[1], self.generator)
         chosen = (chosen + torch.arange(self.shape[0], device=chosen.device)[:, None] * self.shape[1]).flatten()
-        self.stats = _map(lambda value: value[chosen], self.stats)
+        self.stats = tree_at(self.stats, chosen)
         self.log_weights = torch.zeros_like(self.log_weights)
 
     def move(self, num_moves: int) -> tuple[Any, Tensor]:
@@ -216,7 +217,7 @@ class _Particles:
             log_prior = torch.func.vmap(self.family.log_prior, (0, None))(params, self.prior)
             kept.append(params)
             lps.append(log_prior + self._allocate(params))
-        stacked = _map(lambda *values: torch.stack(values, 1).unflatten(0, self.shape).flatten(1, 2), *kept)
+        stacked = tree_map(lambda *values: torch.stack(values, 1).unflatten(0, self.shape).flatten(1, 2), *kept)
         return stacked, torch.stack(lps, 1).reshape(self.shape[0], -1)
 
     def _allocate(self, params: Any) -> Tensor:
@@ -225,13 +226,13 @@ class _Particles:
         parts, log_likelihoods = [], []
         for rows, own in zip(self.x[:, : self.num_rows], self._numbers.view(self.shape), strict=True):
             for some in own.split(at_once):
-                table = torch.func.vmap(self.family.log_joint, (0, None))(_at(params, some), rows)
+                table = torch.func.vmap(self.family.log_joint, (0, None))(tree_at(params, some), rows)
                 resp, log_likelihood = draw_allocations(table.mT.contiguous(), None, self.generator)
                 parts.append(
-                    torch.func.vmap(self.family.statistics, (0, None, 0))(_at(self.about, some), rows, resp.mT)
+                    torch.func.vmap(self.family.statistics, (0, None, 0))(tree_at(self.about, some), rows, resp.mT)
                 )
                 log_likelihoods.append(log_likelihood)
-        self.stats = _map(lambda *values: torch.cat(values), *parts)
+        self.stats = tree_map(lambda *values: torch.cat(values), *parts)
         return torch.cat(log_likelihoods)
 
     def state(self) -> dict[str, Tensor]:
@@ -254,13 +255,3 @@ class _Particles:
         self.log_evidences = state["log_evidences"].to(self.x)
         self.resampled_at, self.sizes = state["resampled_at"].tolist(), state["sizes"].tolist()
         self.stats = type(self.stats)(*(state[f"stats.{name}"].to(self.x) for name in self.stats._fields))
-
-
-def _at(tree: Any, places: Tensor) -> Any:
-    """Return a tuple with names, of what lies in places of the fields of one."""
-    return _map(lambda value: value[places], tree)
-
-
-def _map(function: Any, *trees: Any) -> Any:
-    """Return a tuple with names, of what a function makes of the fields of such tuples."""
-    return type(trees[0])(*map(function, *trees))

@@ -31,6 +31,7 @@ from mixproof.inference.dataset import Dataset, read_at_once, sample_rows, share
 from mixproof.inference.distributed import Group, is_first, rank_and_size, together
 from mixproof.inference.em import em
 from mixproof.inference.sampling import sample as draw
+from mixproof.inference.trees import tree_to
 from mixproof.inference.validation import as_floating, check_params
 from mixproof.inference.verification import exercise_sheet, sheet_report
 from mixproof.inference.verification.em import verify_subject
@@ -131,7 +132,7 @@ def sample(
         chosen, values = _family(family, tables.read_params(params))
         checked = check_params(chosen, values)
         target = _device(device)
-        checked = type(checked)(*(value.to(target) for value in checked))
+        checked = tree_to(checked, target)
         generator = torch.Generator(target).manual_seed(seed)
         first = draw(chosen, checked, min(num_samples, ROWS_AT_ONCE), generator=generator)
         with tables.writer(out) as write, _progress() as progress:

@@ -21,6 +21,7 @@ from mixproof.inference.distributed import Group, all_sum, first_of, is_first, o
 from mixproof.inference.expectation import Expectation, expectation
 from mixproof.inference.progress import EMProgress
 from mixproof.inference.supports import base_of
+from mixproof.inference.trees import tree_map, tree_to
 from mixproof.inference.validation import check_params, check_prior, check_rows, data_support
 from mixproof.models.initial import check_num_components
 
@@ -178,7 +179,7 @@ class _Data:
                 )
             num_features = self.like.shape[1]
             try:
-                self.init = family.Params(*(value.to(self.like) for value in check_params(family, init, num_features)))
+                self.init = tree_to(check_params(family, init, num_features), self.like)
             except ValueError as error:
                 raise ValueError(f"EM cannot start: {error}.{self._no_spread()}") from error
             self._prior = check_prior(family, prior, self.init)
@@ -243,7 +244,7 @@ class _Data:
             num_rows = torch.tensor(len(block.x), dtype=torch.float64, device=self.like.device)
             weight = num_rows if block.weights is None else block.weights.sum(dtype=torch.float64)
             part = _Sums(expectation(self._observed, params, block.x, block.weights), num_rows, weight)
-            total = part if total is None else _add(total, part)
+            total = part if total is None else tree_map(torch.add, total, part)
             self._bar.advance(len(block.x))
         assert total is not None
         return total
@@ -415,7 +416,7 @@ def responsibilities(family: Any, params: Any, x: Any, *, missing: bool = False)
         TypeError, ValueError: the data or the parameters are not what they must be, or a row is impossible under them.
     """
     x = check_rows(family, x, missing=missing)
-    params = family.Params(*(value.to(x) for value in check_params(family, params, x.shape[1])))
+    params = tree_to(check_params(family, params, x.shape[1]), x)
     table = (_observed(family) if missing else family).log_joint(params, x)
     raise_for_impossible(table, Block(0, x, None), _when(0))
     return table.softmax(-1)
@@ -432,13 +433,6 @@ def _observed(family: Any) -> _Observed:
     if not hasattr(family, "log_joint_observed"):
         raise ValueError("this family has no E-step for missing values: drop or impute the rows with NaN")
     return _Observed(family.log_joint_observed, family.statistics_observed)
-
-
-def _add(left: Any, right: Any) -> Any:
-    """Return the sum of tensors in nested NamedTuples, entry by entry."""
-    if isinstance(left, tuple):
-        return type(left)(*(_add(a, b) for a, b in zip(left, right, strict=True)))
-    return left + right
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mixproof.inference.trees import tree_expand
 from mixproof.inference.validation import (
     about_mean,
     check_num_components,
@@ -102,7 +103,7 @@ def exact_draws(
     posterior = exact_posterior(family, x, prior, num_components=num_components)
     chosen = torch.multinomial(posterior.probs, num_draws, replacement=True, generator=generator)
     template, _ = example_params(family, num_components, x)
-    params = _expanded(about_mean(template, x), num_draws)
+    params = tree_expand(about_mean(template, x), num_draws)
     stats = family.statistics(params, x, _one_hot(posterior.allocations[chosen], num_components, x))
     return family.draw(params, stats, check_proper_prior(family, prior, template), generator)
 
@@ -126,12 +127,8 @@ def _allocations(family: Any, x: Any, prior: Any, num_components: int) -> Iterat
     powers = size ** torch.arange(len(x), device=x.device)
     for numbers in torch.arange(size ** len(x), device=x.device).split(AT_ONCE):
         z = numbers[:, None] // powers % size
-        batch = _expanded(about_mean(params, x), len(z))
+        batch = tree_expand(about_mean(params, x), len(z))
         yield family.log_marginal(family.statistics(batch, x, _one_hot(z, size, x)), prior), z
-
-
-def _expanded(params: Any, count: int) -> Any:
-    return type(params)(*(value.expand(count, *value.shape) for value in params))
 
 
 def _one_hot(z: Tensor, num_components: int, like: Tensor) -> Tensor:

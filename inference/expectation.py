@@ -48,6 +48,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mixproof.inference.trees import tree_to
+
 SMALL = 2**14  # numbers in a table of rows, components and features, below which preparing costs more than it saves
 WIDE = 64  # features, from which on summing over all rows costs more than taking a component's own rows out
 MANY = 2**21  # numbers in rows taken out, from which on their products are as fast as larger ones
@@ -83,8 +85,8 @@ def expectation(
     """
     if hasattr(family, "reduction"):
         inner, inner_params, _ = family.reduction(params)
-        log_lik, stats = expectation(inner, _in_type(inner_params, x.dtype), x, row_weights, chunk=chunk)
-        return Expectation(log_lik, family.reduction(_in_type(params, torch.float64))[2](stats))
+        log_lik, stats = expectation(inner, tree_to(inner_params, x.dtype), x, row_weights, chunk=chunk)
+        return Expectation(log_lik, family.reduction(tree_to(params, torch.float64))[2](stats))
     quick = hasattr(family, "features") or hasattr(family, "prepare") or getattr(family, "additive", False)
     if not quick:
         return _in_one_piece(family, params, x, row_weights)
@@ -97,7 +99,7 @@ def expectation(
         moments = Moments(family, params, center)
         if moments.exact:
             found = _pass(moments, x, row_weights, chunk)
-            if Moments(family, _in_type(family.m_step(found.stats), x.dtype), center).exact:
+            if Moments(family, tree_to(family.m_step(found.stats), x.dtype), center).exact:
                 return found
     form = family.prepare(params, center) if hasattr(family, "prepare") else _Plain(family, params)
     return _pass(form, x, row_weights, chunk)
@@ -123,7 +125,7 @@ class Moments:
 
     def __init__(self, family: Any, params: Any, center: Tensor):
         self.family, self.params, self.center = family, params, center
-        self.natural = family.natural(_in_type(params, torch.float64), center.double()).to(center)
+        self.natural = family.natural(tree_to(params, torch.float64), center.double()).to(center)
         self.width = self.natural.shape[-1]
 
     @property
@@ -151,7 +153,7 @@ class Moments:
         return (torch.bmm(features, resp.mT, out=space("moments", num_lanes, self.width, num_components)),)
 
     def statistics(self, sums: tuple[Tensor, ...]) -> Any:
-        return self.family.statistics_of(sums[0], _in_type(self.params, torch.float64), self.center.double())
+        return self.family.statistics_of(sums[0], tree_to(self.params, torch.float64), self.center.double())
 
 
 class _Plain:
@@ -260,7 +262,3 @@ def _in_one_piece(family: Any, params: Any, x: Tensor, row_weights: Tensor | Non
 def _rows_in_cache(width: int, device: torch.device) -> int:
     """Return how many rows fill a core's cache with a temporary of so many numbers a row; a GPU takes far more."""
     return max(2**20 // width, 256) * (1 if device.type == "cpu" else 2**7)
-
-
-def _in_type(params: Any, dtype: torch.dtype) -> Any:
-    return type(params)(*(value.to(dtype) for value in params))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixproof.inference.allocations import draw_allocations
 from mixproof.inference.split_merge import reallocate
+from mixproof.inference.trees import tree_at, tree_expand, tree_map
 from mixproof.inference.validation import check_num_components, check_params, check_proper_prior, example_params
 from mixproof.models.initial import partition
 
@@ -64,7 +65,7 @@ class Chains:
         self.prior = check_proper_prior(family, prior, template)
         num_columns = family.log_joint(template, x[:1]).shape[1]
         self._none = x.new_zeros(self.num_replicas, 0, num_columns)  # responsibilities of no rows
-        self._template = type(template)(*(value.expand(self.num_replicas, *value.shape) for value in template))
+        self._template = tree_expand(template, self.num_replicas)
         self._center = x.mean(0)
         rows, some = len(x), self.num_replicas
         if getattr(family, "additive", False):
@@ -95,7 +96,7 @@ class Chains:
     def check_exchangeable(self) -> None:
         """Raise where the prior tells components apart: where exchanging two of a draw changes its density."""
         state = self.generator.get_state()  # the draws of the run are the same whether they are relabelled or not
-        params = _member(self.draw_prior(), 0)
+        params = tree_at(self.draw_prior(), 0)
         self.generator.set_state(state)
         before = self.family.log_prior(params, self.prior)
         for group in (name for name in params._fields if name.endswith("weights")):
@@ -141,7 +142,7 @@ class Chains:
         """Return the parameters of every replica, those of one chain alike, from (C, *shape) by site."""
         if init.keys() != self.axes.keys():
             raise ValueError(f"init must have the sites {', '.join(self.axes)}, and has {', '.join(init) or 'none'}")
-        one = _member(self._template, 0)
+        one = tree_at(self._template, 0)
         for name in self.axes:
             shape, expected = tuple(torch.as_tensor(init[name]).shape), (self.num_chains, *getattr(one, name).shape)
             if shape != expected:
@@ -150,12 +151,7 @@ class Chains:
             check_params(self.family, one._asdict() | {name: init[name][chain] for name in self.axes})
             for chain in range(self.num_chains)
         ]
-        return type(one)(
-            *(
-                torch.stack(values).to(self.x).repeat_interleave(len(self.ladder), 0)
-                for values in zip(*starts, strict=True)
-            )
-        )
+        return tree_map(lambda *values: torch.stack(values).to(self.x).repeat_interleave(len(self.ladder), 0), *starts)
 
     def sweep(self, params: Any, powers: Tensor | None) -> tuple[Any, Tensor]:
         """Return parameters after both draws, and log p(x | params)^power, (B,), at those given.
@@ -174,9 +170,10 @@ class Chains:
                 resp, log_densities = draw_allocations(of_some.table(number, x), own, self.generator)
                 log_lik[some] += log_densities
                 part = of_some.sums(number, x, resp if own is None else resp * own[:, None, None])
-                total = part if total is None else _add(total, part)
+                total = part if total is None else tree_map(torch.add, total, part)
             totals.append(total)
-        return self.family.draw(params, form.statistics(_joined(totals)), self.prior, self.generator), log_lik
+        stats = form.statistics(tree_map(_joined, *totals))
+        return self.family.draw(params, stats, self.prior, self.generator), log_lik
 
     def split_merge_sweep(self, params: Any, powers: Tensor | None) -> tuple[Any, Tensor, Tensor]:
         """Return what ``sweep`` does with a split-merge move between both draws, and whether it moved, (B,)."""
@@ -204,7 +201,8 @@ class Chains:
         weighted = resp if powers is None else resp * powers[:, None, None]
         parts = weighted.split([len(x) for x in self._blocks], -1)
         blocks = enumerate(zip(self._blocks, parts, strict=True))
-        return form.statistics(reduce(_add, (form.sums(number, x, part) for number, (x, part) in blocks)))
+        sums = (form.sums(number, x, part) for number, (x, part) in blocks)
+        return form.statistics(reduce(partial(tree_map, torch.add), sums))
 
     def log_likelihood(self, params: Any, powers: Sequence[Tensor]) -> list[Tensor]:
         """Return log p(x | params)^power, (B,), for each of several powers (B,)."""
@@ -237,7 +235,7 @@ class _Plain:
 
     def of(self, some: slice) -> _Plain:
         """Return the same of some of the replicas, for their tables and sums."""
-        return _Plain(self.chains, _member(self.params, some))
+        return _Plain(self.chains, tree_at(self.params, some))
 
     def table(self, number: int, x: Tensor) -> Tensor:
         """Return log p(x_n, z_n = k), shape (B, K, n), for rows x (n, D)."""
@@ -256,7 +254,7 @@ class _Moments(_Plain):
     def __init__(self, chains: Chains, params: Any, inner: Any, inner_params: Any, back: Callable[[Any], Any]):
         super().__init__(chains, params)
         self._inner, self._back = inner, back
-        self._flat = type(inner_params)(*(value.flatten(0, 1) for value in inner_params))
+        self._flat = tree_map(lambda value: value.flatten(0, 1), inner_params)
         self._natural = inner.natural(self._flat, chains._center)
 
     @property
@@ -269,7 +267,7 @@ class _Moments(_Plain):
 
     def of(self, some: slice) -> _Plain:
         found = copy(self)
-        found.params = _member(self.params, some)
+        found.params = tree_at(self.params, some)
         found._natural = self._natural.unflatten(0, (len(self.params[0]), -1))[some].flatten(0, 1)
         return found
 
@@ -285,28 +283,12 @@ class _Moments(_Plain):
         if not isinstance(total, Tensor):
             return total
         stats = self._inner.statistics_of(total.mT, self._flat, self.chains._center)
-        return self._back(type(stats)(*(value.unflatten(0, (len(self.params[0]), -1)) for value in stats)))
+        return self._back(tree_map(lambda value: value.unflatten(0, (len(self.params[0]), -1)), stats))
 
 
 def _same(stats: Any) -> Any:
     return stats
 
 
-def _add(left: Any, right: Any) -> Any:
-    """Return the sum of two tensors, or of two statistics, whose parts may be statistics."""
-    if isinstance(left, Tensor):
-        return left + right
-    return type(left)(*map(_add, left, right))
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Return sums of groups of replicas in one."""
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    return type(parts[0])(*(_joined(list(values)) for values in zip(*parts, strict=True)))
-
-
-def _member(params: Any, i: Tensor | int | slice) -> Any:
-    return type(params)(*(value[i] for value in params))
+def _joined(*groups: Tensor) -> Tensor:
+    return groups[0] if len(groups) == 1 else torch.cat(groups)

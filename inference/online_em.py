@@ -13,6 +13,7 @@ says by ``recentre`` what the running average is about the next ones.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from mixproof.inference.dataset import stream
 from mixproof.inference.em import raise_for_impossible, raise_for_lost_component
 from mixproof.inference.expectation import expectation
+from mixproof.inference.trees import tree_map, tree_to
 from mixproof.inference.validation import check_params, check_prior
 
 
@@ -89,8 +91,7 @@ def online_em(
     num_rows = 0
     for t, block in enumerate(stream(family, chunks, device=device), 1):
         if params is None:
-            checked = check_params(family, init, block.x.shape[1])
-            params = family.Params(*(value.to(block.x) for value in checked))
+            params = tree_to(check_params(family, init, block.x.shape[1]), block.x)
             prior = check_prior(family, prior, params)
         total, found = expectation(family, params, block.x)
         if not torch.isfinite(total):
@@ -98,35 +99,20 @@ def online_em(
             raise ArithmeticError(f"the log likelihood overflows at chunk {t}: rescale x")
         num_rows += len(block.x)
         log_lik.append(total.item() / len(block.x))
-        gamma = 1.0 if stats is None else (delay + t) ** -step_size
-        stats = _mix(gamma, found, len(block.x), stats)
+        mean = tree_map(partial(torch.div, other=len(block.x)), found)
+        stats = mean if stats is None else tree_map(partial(torch.lerp, weight=(delay + t) ** -step_size), stats, mean)
         if num_rows >= warm_up:
-            image = family.m_step(_scale(stats, num_rows), prior)
+            image = family.m_step(tree_map(partial(torch.mul, other=num_rows), stats), prior)
             image = family.Params(*(value.to(block.x) for value in image))
             raise_for_lost_component(image, f"at chunk {t}")
             stats, params = family.recentre(stats, params, image), image
         if average_from is not None and t >= average_from:
             share = 1 / (t - average_from + 1)
             before = params if averaged is None else averaged
-            averaged = family.Params(*(a + share * (b - a) for a, b in zip(before, params, strict=True)))
+            averaged = tree_map(partial(torch.lerp, weight=share), before, params)
     if params is None:
         raise ValueError("chunks have no rows: there must be at least one")
     if num_rows < warm_up:
         raise ValueError(f"the stream ended after {num_rows} rows, before the {warm_up} of warm_up")
     raise_for_impossible(family.log_joint(params, block.x), block, "after the last chunk")
     return OnlineFit(params, averaged, torch.tensor(log_lik, dtype=torch.float64), num_rows)
-
-
-def _mix(gamma: float, sums: Any, num_rows: int, mean: Any) -> Any:
-    """Return mean + gamma (sums / num_rows - mean), entry by entry of nested NamedTuples; no mean is as good as 0."""
-    if isinstance(sums, tuple):
-        means = mean or (None,) * len(sums)
-        return type(sums)(*(_mix(gamma, part, num_rows, own) for part, own in zip(sums, means, strict=True)))
-    return gamma * sums / num_rows if mean is None else mean + gamma * (sums / num_rows - mean)
-
-
-def _scale(stats: Any, factor: float) -> Any:
-    """Return statistics times a number, entry by entry of nested NamedTuples."""
-    if isinstance(stats, tuple):
-        return type(stats)(*(_scale(part, factor) for part in stats))
-    return factor * stats

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixproof.inference.dataset import Block, Dataset
 from mixproof.inference.em import Fit, em, has_spread, raise_for_collapse
+from mixproof.inference.trees import tree_at, tree_map
 from mixproof.inference.validation import check_params, check_prior
 
 TABLE_ENTRIES = 1 << 12
@@ -211,7 +212,7 @@ def _run_as_batch(
     step_of_all = torch.func.vmap(evaluate)
     numbers = list(starts)
     traces: dict[int, list[float]] = {number: [] for number in numbers}
-    points = family.Params(*map(torch.stack, zip(*starts.values(), strict=True)))
+    points = tree_map(lambda *values: torch.stack(values), *starts.values())
     before, last = points, torch.full((len(numbers),), -math.inf, dtype=x.dtype, device=x.device)
     least = rtol + 16 * torch.finfo(x.dtype).eps  # what rounding hides, em itself decides
     spread = has_spread(family, x.shape[1])
@@ -232,20 +233,16 @@ def _run_as_batch(
         for i, value in enumerate(objective.tolist()):
             if step > 0:
                 traces[numbers[i]].append(value)
-            if ending[i] and not (spread and _has_collapsed(family, _member(points, i), block, step)):
-                ends[numbers[i]] = _End(_member(before, i), traces[numbers[i]])
+            if ending[i] and not (spread and _has_collapsed(family, tree_at(points, i), block, step)):
+                ends[numbers[i]] = _End(tree_at(before, i), traces[numbers[i]])
         if not all(staying):
             numbers = [number for number, stays in zip(numbers, staying, strict=True) if stays]
-            points, images = (family.Params(*(value[goes_on] for value in each)) for each in (points, images))
+            points, images = tree_at(points, goes_on), tree_at(images, goes_on)
             objective = objective[goes_on]
         if not numbers:
             break
         before, points, last = points, images, objective
     return ends
-
-
-def _member(batch: Any, i: int) -> Any:
-    return type(batch)(*(value[i] for value in batch))
 
 
 def _has_collapsed(family: Any, params: Any, block: Block, step: int) -> bool:

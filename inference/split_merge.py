@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from mixproof.inference.allocations import draw_allocations
+from mixproof.inference.trees import tree_map
 from mixproof.models.initial import rescale
 
 NUM_LAUNCHES = 2
@@ -101,7 +102,7 @@ def _launch(
     """Return log p(z_n = k | x_n, theta_m), (M, B, K, N), of late scans restricted to allowed components (B, K, N)."""
     batch = len(allowed)
     powers = None if powers is None else powers.repeat(NUM_LAUNCHES)
-    params = type(params)(*(value.repeat(NUM_LAUNCHES, *[1] * (value.ndim - 1)) for value in params))
+    params = tree_map(lambda value: value.repeat(NUM_LAUNCHES, *[1] * (value.ndim - 1)), params)
     allowed, pooled, pair = (
         allowed.repeat(NUM_LAUNCHES, 1, 1),
         pooled.repeat(NUM_LAUNCHES, 1),

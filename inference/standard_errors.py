@@ -18,6 +18,7 @@ from mixproof.inference.enumeration import log_joint_table
 from mixproof.inference.labels import assign, log_likelihood, numbering, renumber, responsibilities
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.supports import at_edge, base_of
+from mixproof.inference.trees import tree_at, tree_expand, tree_map
 from mixproof.inference.validation import check_params, check_rows, num_components
 
 LOG_ERROR = 10.0
@@ -246,13 +247,13 @@ def _em_of_all(
         return row_weights @ log_density, family.m_step(family.statistics(params, x, resp), None)
 
     step_of_all = torch.func.vmap(step)
-    found = family.Params(*(value.expand(len(rows), *value.shape).clone() for value in params))
+    found = tree_map(Tensor.clone, tree_expand(params, len(rows)))
     active = torch.arange(len(rows), device=rows.device)
     converged = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     last = rows.new_full((len(rows),), -math.inf)
     least = rtol + 16 * torch.finfo(rows.dtype).eps
     for _ in range(max_steps):
-        log_lik, images = step_of_all(family.Params(*(value[active] for value in found)), rows[active], counts[active])
+        log_lik, images = step_of_all(tree_at(found, active), rows[active], counts[active])
         at_rest = (log_lik - last).abs() <= least * log_lik.abs()
         sound = torch.isfinite(log_lik)
         for name, value in images._asdict().items():
