@@ -58,9 +58,9 @@ TESTS = (
     "test_bad_input",
     "test_exact_evidence",
     "test_gibbs",
-    "test_comparison",
+    "test_default_priors",
 )
-SELECTION = ("-m", "not slow", "-k", "not test_comparison or prior or scale")  # of the table, what is about priors
+SELECTION = ("-m", "not slow")
 MATHEMATICS = (
     "log_joint",
     "statistics",

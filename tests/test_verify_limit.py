@@ -1,0 +1,98 @@
+"""Limits: true ones hold at their rates; what no power describes is undecided."""
+
+import math
+
+import pytest
+import torch
+
+from mixproof.inference.verification import assert_limit, verify_limit
+from tests.claims import SEED, failed, softmax, tensor
+
+TRUE_LIMITS: dict[str, tuple] = {
+    "linear": (lambda e: 1 + e, 1.0, "eps^1.00"),
+    "quadratic": (math.cos, 1.0, "eps^2.00"),
+    "square root": (lambda e: 2 + e**0.5 + e, 2.0, "eps^0.50"),
+    "slow": (lambda e: 1 + e**0.1, 1.0, "eps^0.10"),
+    "logarithm": (lambda e: e * math.log(e), 0.0, "eps^0.9"),
+    "cancelling": (lambda e: (math.exp(e) - 1) / e, 1.0, "eps^1.00"),
+    "no ties": (softmax([3.0, 2.0, 1.0]), tensor([1.0, 0, 0]), "faster than any power"),
+    "ties": (softmax([3.0, 3.0, 1.0]), tensor([0.5, 0.5, 0]), "faster than any power"),
+    "damped oscillation": (lambda e: e * math.sin(1 / e), 0.0, "eps"),
+    "divergence": (lambda e: -math.log(e), math.inf, "diverges"),
+    "overflow": (lambda e: -((1 / e) ** 30), -math.inf, "diverges"),
+    "mixed": (lambda e: tensor([1 / e, e]), tensor([math.inf, 0.0]), ""),
+}
+FALSE_LIMITS: dict[str, tuple] = {
+    "another limit": (lambda e: 1 + e, 1.001),
+    "relative 1e-9": (lambda e: (math.exp(e) - 1) / e, 1 + 1e-9),
+    "square root, 1e-8": (lambda e: 2 + e**0.5 + e, 2 + 1e-8),
+    "ties forgotten": (softmax([3.0, 3.0, 1.0]), tensor([1.0, 0, 0])),
+    "oscillation": (lambda e: math.sin(1 / e), 0.0),
+    "divergence": (lambda e: 1 / e, 0.0),
+    "wrong infinity": (lambda e: 1 / e, -math.inf),
+    "bounded": (lambda e: 2 - e, math.inf),
+    "shape": (lambda e: torch.ones(2) * e, torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_LIMITS)
+def test_true_limits_hold_at_the_right_rate(name: str) -> None:
+    sequence, limit, rate = TRUE_LIMITS[name]
+    assert rate in assert_limit(sequence, limit, seed=SEED).checks[0].detail
+
+
+@pytest.mark.parametrize("name", FALSE_LIMITS)
+def test_false_limits_are_refuted(name: str) -> None:
+    report = verify_limit(*FALSE_LIMITS[name], seed=SEED)
+    assert report.verdict == "refuted"
+    assert {"eps", "claimed", "actual"} <= set(report.checks[0].counterexample or {})
+
+
+def test_limit_that_no_power_describes_is_undecided() -> None:
+    assert verify_limit(lambda e: 1 / (1 - math.log(e)), 0.0, seed=SEED).verdict == "undecided"
+    assert verify_limit(lambda e: math.nan, 0.0, seed=SEED).verdict == "undecided"
+
+
+RATES: dict[str, tuple] = {
+    "linear": (lambda e: 1 + e, 1.0, 1.0),
+    "quadratic": (math.cos, 1.0, 2.0),
+    "cubic": (lambda e: math.sin(e) - e, 0.0, 3.0),
+    "square root with a linear term": (lambda e: 2 + e**0.5 + e, 2.0, 0.5),
+    "cube root": (lambda e: e ** (1 / 3) + e ** (2 / 3), 0.0, 1 / 3),
+    "slow": (lambda e: 1 + e**0.1, 1.0, 0.1),
+    "a close second power": (lambda e: e + e**1.1, 0.0, 1.0),
+    "cancelling": (lambda e: (math.exp(e) - 1) / e, 1.0, 1.0),
+    "the slowest entry": (lambda e: tensor([1 + e, e**2, 3.0]), tensor([1.0, 0, 3]), 1.0),
+    "exact entries": (lambda e: tensor([1.0, e**2]), tensor([1.0, 0]), 2.0),
+    "softmax": (softmax([3.0, 2.0, 1.0]), tensor([1.0, 0, 0]), math.inf),
+    "constant": (lambda e: 1.0, 1.0, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_claimed_rates(name: str) -> None:
+    sequence, limit, rate = RATES[name]
+    assert_limit(sequence, limit, rate=rate, seed=SEED)
+    wrong = [1.0, 2.0] if rate == math.inf else [rate * 1.1, rate * 0.9, rate + 1, math.inf]
+    for claim in wrong:
+        report = verify_limit(sequence, limit, rate=claim, seed=SEED)
+        assert report.verdict == "refuted"
+        assert failed(report) == ["converges at the rate"]
+
+
+def test_rate_that_does_not_settle_is_undecided() -> None:
+    for sequence in (lambda e: e * math.log(e), lambda e: e * math.sin(1 / e)):
+        assert verify_limit(sequence, 0.0, rate=1.0, seed=SEED).verdict == "undecided"
+    single = verify_limit(lambda e: torch.tensor(1 + e, dtype=torch.float32), 1.0, rate=1.0, seed=SEED)
+    assert single.verdict == "undecided"
+
+
+@pytest.mark.parametrize(("limit", "rate"), [(0.0, 0.0), (0.0, -1.0), (0.0, math.nan), (math.inf, 1.0)])
+def test_rate_must_be_positive_and_towards_a_number(limit: float, rate: float) -> None:
+    with pytest.raises(ValueError, match="positive power"):
+        verify_limit(lambda e: e, limit, rate=rate, seed=SEED)
+
+
+def test_limit_needs_a_geometric_sequence() -> None:
+    with pytest.raises(ValueError, match="constant factor"):
+        verify_limit(lambda e: e, 0.0, seed=SEED, at=[0.1, 0.2])
