@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyro
@@ -28,14 +28,7 @@ from mixproof.inference.validation import check_params
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_sum, laplace
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
 from mixproof.models.initial import partition
-
-if TYPE_CHECKING:
-    from tests.conftest import Case
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
+from tests.conftest import Case, seeded
 
 X = torch.randn(20, 2, generator=seeded(0), dtype=torch.float64)
 PARAMS = gaussian_full.init_params(X, 2, seeded(0))

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -42,9 +42,7 @@ from mixproof.models import (
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
 from mixproof.models.initial import partition
 from mixproof.models.positive_definite import InverseWishart, cholesky, log_inverse_wishart
-
-if TYPE_CHECKING:
-    from tests.conftest import Case
+from tests.conftest import Case, seeded
 
 FALSE_ALARM = 1e-6
 CONTRACT = {
@@ -57,10 +55,6 @@ CONTRACT = {
     "moments": ["params"],
     "init_params": ["x", "num_components", "generator", "method", "weights"],
 }
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def randn(*shape: int, seed: int) -> Tensor:

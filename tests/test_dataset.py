@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
@@ -27,9 +27,7 @@ from mixproof.inference import dataset
 from mixproof.inference.dataset import Block, Dataset, is_chunks, numeric_columns, share, stream
 from mixproof.inference.em import Fit, em
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, laplace
-
-if TYPE_CHECKING:
-    from tests.conftest import Case
+from tests.conftest import Case, seeded
 
 EPS = torch.finfo(torch.float64).eps
 X = np.arange(24.0).reshape(12, 2) ** 1.5
@@ -43,10 +41,6 @@ class Chunks:
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.chunks
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def rows(x: Any, weights: Any = None, **options: Any) -> Tensor:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +20,7 @@ from mixproof.inference.em import Fit, em, responsibilities
 from mixproof.inference.enumeration import Coordinates, inspect
 from mixproof.inference.validation import check_params
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied
-
-if TYPE_CHECKING:
-    from tests.conftest import Case
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.conftest import Case, seeded
 
 
 def few_steps(*args: Any, num_steps: int = 5, **kwargs: Any) -> Fit:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -30,19 +30,12 @@ from mixproof.inference.particles import Replicates
 from mixproof.inference.relabelling import Relabelling
 from mixproof.inference.tempered_smc import TemperedSMC, tempered_smc
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_sum
-from tests.conftest import randn
-
-if TYPE_CHECKING:
-    from tests.conftest import Case
+from tests.conftest import Case, randn, seeded
 
 NUM_SEEDS = 50
 RARE = 1e-4
 """How often a right estimate may fail one of the tests here over all seeds."""
 SMALL: dict[str, Any] = {"num_replicates": 32, "num_chains": 8, "num_moves": 7}
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def check_z_scores(z: Tensor) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,18 +27,12 @@ from mixproof.models import (
     laplace,
 )
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
-
-if TYPE_CHECKING:
-    from tests.conftest import Case
+from tests.conftest import Case, seeded
 
 ROUNDINGS = 2**12
 EPS = torch.finfo(torch.float64).eps
 QUADRATURE = 1e-7
 """The error that quad is asked to stay below, relatively."""
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def complete(case: Case, k: int = 3, num_data: int = 7, num_features: int = 2) -> tuple[Tensor, Tensor, Any, Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,16 +16,10 @@ from mixproof.inference import expectation as passes
 from mixproof.inference.expectation import Expectation, Moments, expectation
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied, laplace
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
-
-if TYPE_CHECKING:
-    from tests.conftest import Case
+from tests.conftest import Case, seeded
 
 EPS = torch.finfo(torch.float64).eps
 GAUSSIANS = [gaussian_full, gaussian_diagonal, gaussian_spherical, gaussian_tied]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def randn(*shape: int, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,17 +30,11 @@ from mixproof.inference.gibbs_sweep import Chains
 from mixproof.models import gaussian_diagonal, gaussian_full, gaussian_sum, laplace
 from mixproof.models.conjugate import draw_beta, draw_dirichlet
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
-
-if TYPE_CHECKING:
-    from tests.conftest import Case
+from tests.conftest import Case, seeded
 
 ROOT = Path(__file__).resolve().parents[1]
 FALSE_ALARM = 1e-6
 MODULE = "mixproof.inference.gibbs_sweep"
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def z_scores(values: Tensor, expected: Tensor | float = 0.0) -> Tensor:

@@ -31,16 +31,13 @@ from mixproof.inference.lloyd import (
     update,
 )
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
+from tests.conftest import seeded
 
 METRICS = pytest.mark.parametrize("metric", [SQUARED_EUCLIDEAN, MANHATTAN], ids=["kmeans", "kmedians"])
 ALGORITHMS = pytest.mark.parametrize(
     ("algorithm", "metric"), [(kmeans, SQUARED_EUCLIDEAN), (kmedians, MANHATTAN)], ids=["kmeans", "kmedians"]
 )
 Algorithm = Callable[..., Clustering]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def blobs(seed: int, num_rows: int = 90, num_features: int = 2, num_blobs: int = 3) -> Tensor:

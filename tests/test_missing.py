@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hypothesis.strategies as st
 import pyro
@@ -29,16 +29,10 @@ from mixproof.models import (
     missing,
 )
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
-
-if TYPE_CHECKING:
-    from tests.conftest import Case
+from tests.conftest import Case, seeded
 
 EPS = torch.finfo(torch.float64).eps
 ROUNDINGS = 2**8  # of sums of up to a hundred products, through matrices of condition numbers up to some hundreds
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def error_in_roundings(actual: Any, expected: Any) -> float:

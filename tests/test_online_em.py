@@ -6,7 +6,7 @@ import math
 import re
 import types
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,15 +19,9 @@ from mixproof.inference.expectation import expectation
 from mixproof.inference.online_em import OnlineFit, online_em
 from mixproof.models import gaussian_diagonal, gaussian_full, gaussian_sum, gaussian_tied, laplace
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
-
-if TYPE_CHECKING:
-    from tests.conftest import Case
+from tests.conftest import Case, seeded
 
 EPS = torch.finfo(torch.float64).eps
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def has_sums(case: Case) -> bool:
