@@ -85,7 +85,9 @@ def run(model: Model, *args: Any) -> Any:
     with pyro.get_param_store().scope(), torch.no_grad():
         try:
             return poutine.trace(model).get_trace(*args)
-        except ZeroDivisionError as error:  # Pyro's word for a plate of size 0
+        except ZeroDivisionError as error:
+            if str(error) != "size cannot be zero":  # what Pyro says of a plate
+                raise
             raise ValueError("a plate of the program is empty: the data need at least one row") from error
 
 
