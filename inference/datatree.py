@@ -15,9 +15,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from mixproof.inference.at_draws import log_likelihood_and_label_invariant
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import bind, default_dtype_of
-from mixproof.inference.labels import log_likelihood_and_label_invariant, numbering
+from mixproof.inference.exchangeability import numbering
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 

@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from mixproof.inference.captured_graph import capture
-from mixproof.inference.enumeration import Coordinates, default_dtype_of, inspect, log_joint_table, run
+from mixproof.inference.enumeration import Coordinates, LogJoint, default_dtype_of, inspect, log_joint_table, run
 from mixproof.inference.random_state import seeded
 from mixproof.inference.validation import feasible_params
 
@@ -116,6 +116,11 @@ class LogPosterior:
         powers = torch.linspace(0.5, 1, len(u)).to(u)
         with torch.no_grad(), pyro.validation_enabled(False), default_dtype_of(*self.args, u):
             return capture(torch.func.vmap(torch.func.grad(self._at, has_aux=True)), inside, powers, *self.batch)
+
+    def log_joint(self, params: Mapping[str, Tensor]) -> LogJoint:
+        """Return the log joint density of rows and latents at parameters, by site; not differentiable."""
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return log_joint_table(self.model, self.program, params, *self.args)
 
     def log_density(self, u: Tensor) -> Tensor:
         """Return log p(u, data), (), at one point u (P,), differentiable as often as one likes."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.inference.enumeration import default_dtype_of, inspect, log_joint_table
-from mixproof.inference.labels import component_axes
+from mixproof.inference.exchangeability import component_axes
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 from mixproof.inference.supports import base_of

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mixproof.inference.labels import Exchange, exchanges, numbering
+from mixproof.inference.exchangeability import Exchange, exchanges, numbering
 from mixproof.inference.log_posterior import LogPosterior
 
 MAX_ROUNDS = 50

@@ -13,9 +13,11 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.inference.at_draws import log_likelihood, responsibilities
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import log_joint_table
-from mixproof.inference.labels import assign, log_likelihood, numbering, renumber, responsibilities
+from mixproof.inference.exchangeability import numbering
+from mixproof.inference.labels import assign, renumber
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.supports import at_edge, base_of
 from mixproof.inference.trees import tree_at, tree_expand, tree_map

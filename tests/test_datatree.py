@@ -19,9 +19,10 @@ import torch
 import xarray
 from torch import Tensor
 
+from mixproof.inference.at_draws import label_invariant
 from mixproof.inference.datatree import loo, relative_efficiency, summary, to_datatree
 from mixproof.inference.draws import Draws
-from mixproof.inference.labels import align, label_invariant
+from mixproof.inference.labels import align
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.models import bernoulli, gaussian_tied
 from tests.conftest import Case

@@ -17,19 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixproof.inference import labels
-from mixproof.inference.draws import Draws
-from mixproof.inference.labels import (
-    align,
+from mixproof.inference import at_draws
+from mixproof.inference.at_draws import (
     co_clustering,
-    component_axes,
     label_invariant,
     log_likelihood,
     log_likelihood_and_label_invariant,
-    numbering,
-    permute,
     responsibilities,
 )
+from mixproof.inference.draws import Draws
+from mixproof.inference.exchangeability import component_axes, numbering, permute
+from mixproof.inference.labels import align
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.models import bernoulli, gaussian_full, gaussian_tied
 from tests.conftest import Case
@@ -301,7 +299,7 @@ def test_empty_components_are_counted_for_each_latent(all_families: list[Case]) 
 
 def test_large_problems_go_in_parts(draws: Draws, posterior: LogPosterior, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = log_likelihood(posterior, draws.params)
-    monkeypatch.setattr("mixproof.inference.labels.TABLE_ENTRIES", 300 * 14)  # 300 draws at once, of 2,000
+    monkeypatch.setattr("mixproof.inference.at_draws.TABLE_ENTRIES", 300 * 14)  # 300 draws at once, of 2,000
     assert torch.allclose(log_likelihood(posterior, draws.params), whole, rtol=1e-13)
 
 
@@ -466,7 +464,7 @@ def test_each_latent_is_aligned_on_its_own(all_families: list[Case]) -> None:
 MANY_DRAWS = """
 import resource, torch
 from functools import partial
-from mixproof.inference.labels import log_likelihood
+from mixproof.inference.at_draws import log_likelihood
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.models import bernoulli
 torch.set_num_threads(1)
@@ -489,4 +487,4 @@ def test_memory_does_not_grow_with_the_draws() -> None:
     command = [sys.executable, "-c", MANY_DRAWS]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     few, many = (1024 * int(line) for line in shown.split())
-    assert many - few < 12 * 8 * labels.TABLE_ENTRIES
+    assert many - few < 12 * 8 * at_draws.TABLE_ENTRIES

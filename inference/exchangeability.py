@@ -1,0 +1,244 @@
+"""Which axes of the parameters number the components of a program, and which numberings are as good as another.
+
+Both are measured: a permutation of components, or of latents, must leave the log joint density as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from mixproof.inference.enumeration import LogJoint
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.supports import base_of
+
+NUM_POINTS = 16
+"""Of how many draws of the prior the best three serve to tell components apart."""
+ROUNDINGS = 1000
+"""How many eps of the largest of its terms two orders of one sum may differ by."""
+
+
+class Numbering(NamedTuple):
+    """Which axes number the components of a program, and whether another numbering is as good."""
+
+    axes: dict[str, int] | None
+    """By site, the axis of its value, of length K, that numbers the components; sites that have none are left out. None
+    where no choice of axes permutes the components in the likelihood."""
+    exchangeable: bool
+    """Whether the prior is the same under all numberings too."""
+
+
+def component_axes(posterior: LogPosterior, latent: str | None = None) -> dict[str, int]:
+    """Return which axis of each parameter numbers the exchangeable components of a program, measured by ``numbering``.
+
+    Args:
+        posterior: the program with its data.
+        latent: the enumerated site that says which component a row is from; None is the only one.
+
+    Returns:
+        By site, the axis of its value, of length K, that numbers the components. Sites without one, such as a
+        covariance that all components share, are left out.
+
+    Raises:
+        ValueError: the components are not exchangeable; or the program has several latents and none is named, or none
+            of that name.
+    """
+    axes, exchangeable = numbering(posterior, latent)
+    if axes is not None and exchangeable:
+        return axes
+    latent = latent_site(posterior, latent)
+    reason = (
+        "no choice of axes of their number permutes them in the log joint density of the rows"
+        if axes is None
+        else "the prior or a support tells them apart, so that each has a name of its own"
+    )
+    raise ValueError(
+        f"the {num_values(posterior, latent)} components that {latent} counts are not exchangeable: {reason}"
+    )
+
+
+def numbering(posterior: LogPosterior, latent: str | None = None) -> Numbering:
+    """Measure which axes of the parameters number the components, and whether these are exchangeable.
+
+    Permuting the axes together must permute the values of the latent in the table of log p(x_n, z_n | params); if it
+    leaves log p(params) as it is, they are exchangeable. Both are tried at points that nothing singles out, with a
+    cycle and a transposition, which generate all K! permutations. Of several choices an exchangeable one is taken.
+    The points are draws of the prior, where it is proper: far from them the rounding of large log densities would hide
+    small differences between components.
+
+    Args:
+        posterior: the program with its data.
+        latent: the enumerated site that says which component a row is from; None is the only one.
+
+    Raises:
+        ValueError: the program has several latents and none is named, or none of that name; or no row has a density at
+            any draw of the prior.
+    """
+    latent = latent_site(posterior, latent)
+    size = num_values(posterior, latent)
+    points = _generic_points(posterior, latent)
+    sites = {site: value.shape for site, value in points[0][0].items()}
+    options = [_candidates(posterior.program.supports[site], shape, size) for site, shape in sites.items()]
+    numbers = torch.arange(size, device=posterior.device)
+    permutations = [numbers.roll(1), torch.cat([numbers[:2].flip(0), numbers[2:]])]
+    of_likelihood = None
+    for choice in itertools.product(*options):
+        axes = {site: axis for site, axis in zip(sites, choice, strict=True) if axis is not None}
+        exchangeable = True
+        for (params, before), permutation in itertools.product(points, permutations):
+            table_agrees, prior_agrees = _symmetries(posterior, latent, params, before, axes, permutation)
+            exchangeable &= prior_agrees
+            if not table_agrees:
+                break
+        else:
+            if exchangeable:
+                return Numbering(axes, True)
+            of_likelihood = of_likelihood or axes
+    return Numbering(of_likelihood, False)
+
+
+class Exchange(NamedTuple):
+    """An order of the latents of a program under which its density is the same, components and all."""
+
+    order: tuple[int, ...]
+    """Which latent, by its number in the program, takes the place of each."""
+    sources: dict[str, str]
+    """By site, the one whose value it takes; sites that keep theirs are left out."""
+
+
+def exchanges(posterior: LogPosterior) -> list[Exchange]:
+    """Measure under which orders of its latents the posterior of a program is the same, the order as it is first.
+
+    The summands of a sum of two mixtures under one prior are told apart by nothing but their names: the parameters of
+    both can change places. Sites that number the components of two latents are paired in the order of the program;
+    that it makes no difference is tried at points that nothing singles out, as in ``numbering``. Of latents of a single
+    component nothing says which parameters are whose, and their exchange is not found.
+
+    Args:
+        posterior: the program with its data.
+    """
+    latents, sizes = posterior.program.latents, posterior.program.latent_sizes
+    found = [Exchange(tuple(range(len(latents))), {})]
+    if len(latents) == 1:
+        return found
+    axes = [numbering(posterior, latent).axes or {} for latent in latents]
+    points = _generic_points(posterior, latents[0])
+    for order in itertools.permutations(range(len(latents))):
+        pairs = [(place, other) for place, other in enumerate(order) if place != other]
+        if not pairs or any(
+            not axes[place] or sizes[place] != sizes[other] or list(axes[place].values()) != list(axes[other].values())
+            for place, other in pairs
+        ):
+            continue
+        sources = {site: source for i, j in pairs for site, source in zip(axes[i], axes[j], strict=True)}
+        if all(site == source for site, source in sources.items()):
+            continue
+        if all(_is_symmetry(posterior, params, before, order, sources) for params, before in points):
+            found.append(Exchange(order, sources))
+    return found
+
+
+def _is_symmetry(
+    posterior: LogPosterior, params: Mapping[str, Tensor], before: LogJoint, order: tuple[int, ...], sources: Any
+) -> bool:
+    """Return whether sites that take the values of others reorder the table, and leave the prior as it is."""
+    if any(params[site].shape != params[source].shape for site, source in sources.items()):
+        return False
+    after = posterior.log_joint({site: params[sources.get(site, site)] for site in params})
+    table = before.rows.reshape(-1, *posterior.program.latent_sizes).permute(0, *(place + 1 for place in order))
+    return _equal(after.rows, table.reshape(before.rows.shape)) and _equal(after.log_prior, before.log_prior)
+
+
+def latent_site(posterior: LogPosterior, latent: str | None = None) -> str:
+    """Return the enumerated site of that name, or the only one.
+
+    Raises:
+        ValueError: there are several and none is named, or none has that name.
+    """
+    latents = posterior.program.latents
+    if latent is None and len(latents) > 1:
+        raise ValueError(f"the program has the latents {', '.join(latents)}: say of which one, latent={latents[0]!r}")
+    if latent is not None and latent not in latents:
+        raise ValueError(f"the program has no latent {latent!r}; it has {', '.join(latents)}")
+    return latents[0] if latent is None else latent
+
+
+def num_values(posterior: LogPosterior, latent: str) -> int:
+    """Return K, how many values an enumerated site has."""
+    return posterior.program.latent_sizes[posterior.program.latents.index(latent)]
+
+
+def permute(params: Mapping[str, Tensor], axes: Mapping[str, int], permutation: Tensor) -> dict[str, Tensor]:
+    """Return parameters, a value a site, renumbered: component j is the one that was number permutation[j], (K,)."""
+    return {
+        site: value.index_select(axes[site], permutation) if site in axes else value for site, value in params.items()
+    }
+
+
+def _candidates(support: constraints.Constraint, shape: torch.Size, size: int) -> list[int | None]:
+    """Return the axes of a value that may number the components, the first the likeliest, and None for no axis.
+
+    Rows and columns of a matrix are one index, and permuting one of the two leaves a symmetric matrix not symmetric.
+    """
+    size_of_event = base_of(support).event_dim
+    num_axes = len(shape) - (size_of_event if size_of_event > 1 else 0)
+    return [*(axis for axis in range(num_axes) if shape[axis] == size), None]
+
+
+def _generic_points(posterior: LogPosterior, latent: str) -> list[tuple[dict[str, Tensor], LogJoint]]:
+    """Return the three points, and what is computed there, at which a density is computed the most exactly.
+
+    They are draws of the prior, or of an improper one fractional parts of multiples of irrational numbers, which none
+    repeats. Those come first at which the most rows have a density, and among these the smallest logarithms.
+    """
+    try:
+        u = posterior.draw_sites(NUM_POINTS, seed=0)
+    except ValueError:
+        multiples = torch.arange(1, posterior.size + 1, dtype=torch.float64, device=posterior.device)
+        u = torch.stack([(multiples * root).frac() - 0.5 for root in (2**0.5, 3**0.5, 5**0.5)])
+    u = u[u.isfinite().all(1)]
+    params = posterior.constrain(u)
+    found = []
+    for i in range(len(u)):
+        point = {site: value[i] for site, value in params.items()}
+        joint = posterior.log_joint(point)
+        known = joint.rows[joint.rows.isfinite()]
+        if joint.log_prior.isfinite() and len(known):
+            largest = max(float(known.abs().max()), abs(float(joint.log_prior)))
+            found.append((-len(known), largest, i, point, joint))
+    if not found:
+        raise ValueError(
+            f"no row has a density at any of {len(u)} points, so that what {latent} counts cannot be seen: does the "
+            "prior allow the data?"
+        )
+    return [(point, joint) for *_, point, joint in sorted(found, key=lambda each: each[:3])[:3]]
+
+
+def _symmetries(
+    posterior: LogPosterior,
+    latent: str,
+    params: Mapping[str, Tensor],
+    before: LogJoint,
+    axes: Mapping[str, int],
+    permutation: Tensor,
+) -> tuple[bool, bool]:
+    """Return whether renumbering the axes renumbers the latent in the table, and leaves the prior as it is."""
+    renumbered = permute(params, axes, permutation)
+    after = posterior.log_joint(renumbered)
+    sizes = posterior.program.latent_sizes
+    place = posterior.program.latents.index(latent) + 1
+    table = before.rows.reshape(-1, *sizes).index_select(place, permutation).reshape(before.rows.shape)
+    supported = all(bool(posterior.program.supports[site].check(renumbered[site]).all()) for site in axes)
+    return _equal(after.rows, table), supported and _equal(after.log_prior, before.log_prior)
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two results of the same sums in another order agree: each rounds by a few eps of its largest terms."""
+    scale = float(right[right.isfinite()].abs().max())
+    atol = ROUNDINGS * torch.finfo(left.dtype).eps * max(scale, 1)
+    return torch.allclose(left, right, rtol=0, atol=atol, equal_nan=True)
