@@ -367,7 +367,7 @@ def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:
 def test_pyros_sampler_draws_the_same_from_a_trace(model: Any) -> None:
     """A few steps, before rounding grows; the latents summed out, and lp by another route. torch keeps no trace."""
     settings: Any = {"num_chains": 1, "num_draws": 5, "num_warmup": 5, "seed": 3}
-    unit: Any = torch.jit._state._python_cu
+    unit: Any = vars(torch.jit._state)["_python_cu"]
     kept = len(unit.get_functions())
     plain, traced = (nuts(model, X, **settings, jit_compile=jit_compile) for jit_compile in (False, True))
     assert torch.jit._state._python_cu is unit
