@@ -370,7 +370,7 @@ def test_pyros_sampler_draws_the_same_from_a_trace(model: Any) -> None:
     unit: Any = vars(torch.jit._state)["_python_cu"]
     kept = len(unit.get_functions())
     plain, traced = (nuts(model, X, **settings, jit_compile=jit_compile) for jit_compile in (False, True))
-    assert torch.jit._state._python_cu is unit
+    assert vars(torch.jit._state)["_python_cu"] is unit
     assert len(unit.get_functions()) == kept
     posterior = LogPosterior(model, X)
     u = posterior.unconstrain({name: value[0] for name, value in traced.params.items()})
