@@ -18,6 +18,7 @@ from torch.distributions import IndependentTransform, Transform, biject_to, cons
 
 import mixproof.models.positive_definite  # noqa: F401 - registers the coordinates of positive definite matrices
 from mixproof.inference.log_ratios import LogRatios
+from mixproof.inference.random_state import seeded
 
 Model = Callable[..., Any]
 
@@ -76,19 +77,26 @@ def _quiet_nan() -> Iterator[None]:
         yield
 
 
-def run(model: Model, *args: Any) -> Any:
-    """Return Pyro's trace of one run of a program.
+def run(model: Model, *args: Any, params: Mapping[str, Tensor] | None = None) -> Any:
+    """Return Pyro's trace of one run of a program, at ``params`` where they are given.
+
+    The global random generators are as they were afterwards.
 
     Raises:
-        ValueError: a plate is empty.
+        ValueError: a plate is empty, or an observation is NaN or infinite.
     """
-    with pyro.get_param_store().scope(), torch.no_grad():
+    known = params or {}
+    with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args, *known.values()), seeded(0):
         try:
-            return poutine.trace(model).get_trace(*args)
+            trace: Any = poutine.trace(bind(model, known)).get_trace(*args)
         except ZeroDivisionError as error:
             if str(error) != "size cannot be zero":  # what Pyro says of a plate
                 raise
             raise ValueError("a plate of the program is empty: the data need at least one row") from error
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and site["is_observed"] and name not in known:
+            _check_finite(name, torch.as_tensor(site["value"]))
+    return trace
 
 
 def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
@@ -103,8 +111,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
             value in ``params``, ``params`` names a site that the program does not have, a plate is empty, or an
             observation is NaN or infinite.
     """
-    with default_dtype_of(*args, *params.values()):
-        trace = run(bind(model, params), *args)
+    trace = run(model, *args, params=params)
     supports, latents, nesting = {}, {}, 0
     for name, site in trace.nodes.items():
         if site["type"] == "param":
@@ -127,9 +134,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
                     'infer={"enumerate": "parallel"}, or wrap the model in pyro.infer.config_enumerate'
                 )
             latents[name] = site["fn"].enumerate_support(expand=False).shape[0]
-        elif site["is_observed"]:
-            _check_finite(name, torch.as_tensor(site["value"]))
-        else:
+        elif not site["is_observed"]:
             raise ValueError(f'site "{name}" is continuous, unobserved and not among the parameters {sorted(params)}')
     if unknown := sorted(set(params) - set(trace.nodes)):
         raise ValueError(f"the program has no site {', '.join(unknown)}; its parameter sites are {', '.join(supports)}")
@@ -145,7 +150,7 @@ def _check_finite(name: str, value: Tensor) -> None:
     bad = ~value.isfinite()
     if bad.any():
         where = bad.nonzero()[0].tolist()
-        what = f"{name}{where} is observed to be {value[tuple(where)].item()}"
+        what = f"{name}{where or ''} is observed to be {value[tuple(where)].item()}"
         raise ValueError(f"{what}: drop or impute the row; under a mask any number will do")
 
 
@@ -313,11 +318,21 @@ class Coordinates:
     """Unconstrained coordinates, one flat vector u (P,), of the parameters with a continuous support.
 
     The others, whole numbers among them, stay fixed.
+
+    Args:
+        supports: by site.
+        params: by site, values inside the supports.
+        onto: the smooth map onto a support.
     """
 
-    def __init__(self, supports: Mapping[str, constraints.Constraint], params: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        supports: Mapping[str, constraints.Constraint],
+        params: Mapping[str, Tensor],
+        onto: Callable[[Any], Transform] = unconstrain,
+    ):
         free = [name for name in params if name in supports and not supports[name].is_discrete]
-        self.transforms = {name: unconstrain(supports[name]) for name in free}
+        self.transforms = {name: onto(supports[name]) for name in free}
         self.fixed = {name: value for name, value in params.items() if name not in free}
         self.shapes = {name: transform.inv(params[name]).shape for name, transform in self.transforms.items()}
 

@@ -252,11 +252,7 @@ def posterior_probabilities(
 
 def _check_priors(model: Callable[..., Any], *args: Any, from_prior: bool) -> None:
     """Say in words why a program has no evidence, or not one that starts from draws of its prior."""
-    with (
-        seeded(0),
-        default_dtype_of(*args),
-        feasible_params(*args, dtype=torch.get_default_dtype()),  # draws of a prior do not mix precisions
-    ):
+    with default_dtype_of(*args), feasible_params(*args, dtype=torch.get_default_dtype()):  # one precision, as of draws
         trace = run(model, *args)
     latents = [site for site in trace.nodes.values() if site["type"] == "sample" and site["infer"].get("enumerate")]
     rows = {frame.name for site in latents for frame in site["cond_indep_stack"]}

@@ -99,7 +99,7 @@ def expectation(
         moments = Moments(family, params, center)
         if moments.exact:
             found = _pass(moments, x, row_weights, chunk)
-            if Moments(family, tree_to(family.m_step(found.stats), x.dtype), center).exact:
+            if Moments(family, tree_to(family.Params(*family.m_step(found.stats)), x.dtype), center).exact:
                 return found
     form = family.prepare(params, center) if hasattr(family, "prepare") else _Plain(family, params)
     return _pass(form, x, row_weights, chunk)

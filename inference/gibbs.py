@@ -107,7 +107,8 @@ def gibbs(
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None:
         run.load(file)
-        run.save(file)  # a disk that takes no file is found before the first sweep, not after
+        if run.num_sweeps < num_warmup + num_draws:  # else the file may hold more draws, which stay
+            run.save(file)  # a disk that takes no file is found before the first sweep, not after
     run.start()
     total = num_warmup + num_draws
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

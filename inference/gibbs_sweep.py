@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixproof.inference.allocations import draw_allocations
 from mixproof.inference.split_merge import reallocate
-from mixproof.inference.trees import tree_at, tree_expand, tree_map
+from mixproof.inference.trees import tree_at, tree_expand, tree_map, tree_to
 from mixproof.inference.validation import check_num_components, check_params, check_proper_prior, example_params
 from mixproof.models.initial import partition
 
@@ -96,14 +96,15 @@ class Chains:
     def check_exchangeable(self) -> None:
         """Raise where the prior tells components apart: where exchanging two of a draw changes its density."""
         state = self.generator.get_state()  # the draws of the run are the same whether they are relabelled or not
-        params = tree_at(self.draw_prior(), 0)
+        params = tree_to(tree_at(self.draw_prior(), 0), torch.float64)
+        prior = tree_to(self.prior, torch.float64)
         self.generator.set_state(state)
-        before = self.family.log_prior(params, self.prior)
+        before = self.family.log_prior(params, prior)
         for group in (name for name in params._fields if name.endswith("weights")):
             rolled = {
                 name: getattr(params, name).roll(1, own[group]) for name, own in self.axes.items() if group in own
             }
-            after = self.family.log_prior(params._replace(**rolled), self.prior)
+            after = self.family.log_prior(params._replace(**rolled), prior)
             if not (after - before).abs() <= 1e-8 * (1 + before.abs()):
                 raise ValueError(
                     f"the prior tells the components of {group} apart, so that they must not be relabelled: leave "

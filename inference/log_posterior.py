@@ -12,9 +12,18 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import Transform
 
 from mixproof.inference.captured_graph import capture
-from mixproof.inference.enumeration import Coordinates, LogJoint, default_dtype_of, inspect, log_joint_table, run
+from mixproof.inference.enumeration import (
+    Coordinates,
+    LogJoint,
+    default_dtype_of,
+    inspect,
+    log_joint_table,
+    run,
+    unconstrain,
+)
 from mixproof.inference.random_state import seeded
 from mixproof.inference.validation import feasible_params
 
@@ -48,17 +57,24 @@ class LogPosterior:
         args: its positional arguments, the data among them.
         batched: whether the arguments are tensors (C, ...) that hold C data sets, of which each point has its own: the
             c-th of C points is then evaluated on the c-th. What concerns one point alone takes the first.
+        onto: the map from unconstrained coordinates onto a support.
 
     Raises:
         ValueError: as ``enumeration.inspect`` and ``enumeration.log_joint_table``, there is no continuous parameter,
             or batched arguments are not tensors of one leading size.
     """
 
-    def __init__(self, model: Callable[..., Any], *args: Any, batched: bool = False):
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *args: Any,
+        batched: bool = False,
+        onto: Callable[[Any], Transform] = unconstrain,
+    ):
         self.batch: tuple[Tensor, ...] = _data_sets(args) if batched else ()
         if batched:
             args = tuple(values[0] for values in args)
-        with default_dtype_of(*args), feasible_params(*args), seeded(0):
+        with feasible_params(*args):
             trace = run(model, *args)
         example: dict[str, Any] = {
             name: site["value"].detach()
@@ -69,10 +85,10 @@ class LogPosterior:
             raise ValueError("the program has no continuous parameter to draw")
         self.param_sites = [name for name, site in trace.nodes.items() if site["type"] == "param"]
         self.model, self.args = model, args
-        with seeded(0), torch.no_grad():
+        with torch.no_grad():
             self.program = inspect(model, example, *args)
             log_joint_table(model, self.program, example, *args)  # says in words what a graph could not
-        self.coordinates = Coordinates(self.program.supports, example)
+        self.coordinates = Coordinates(self.program.supports, example, onto)
         self._inside = self.coordinates.inverse(example)
         self.size = len(self._inside)
         self.device = self._inside.device
@@ -228,6 +244,10 @@ def _data_sets(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Return the arguments, each of which holds as many data sets."""
     if not args or not all(isinstance(values, Tensor) and values.ndim > 0 for values in args):
         raise ValueError("batched arguments must be tensors with a leading dimension of data sets: bind the others")
+    for values in args:
+        for number, value in enumerate(values):
+            if not value.isfinite().all():
+                raise ValueError(f"data set {number} holds an entry that is NaN or infinite: drop or impute its row")
     if len({len(values) for values in args}) > 1 or len(args[0]) == 0:
         sizes = ", ".join(str(len(values)) for values in args)
         raise ValueError(f"batched arguments must hold as many data sets each, at least one, not {sizes}")

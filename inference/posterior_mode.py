@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -52,6 +53,9 @@ def posterior_mode(
         raise TypeError(f"init must be a dict or a NamedTuple of values by site, not a {type(init).__name__}")
     start: Mapping[str, Tensor] = init if isinstance(init, Mapping) else init._asdict()
     start = {name: torch.as_tensor(value).detach() for name, value in start.items()}
+    floating = [value for value in (*start.values(), *args) if isinstance(value, Tensor) and value.is_floating_point()]
+    widest = functools.reduce(torch.promote_types, (value.dtype for value in floating), torch.float32)
+    start = {name: value.to(widest) if value.is_floating_point() else value for name, value in start.items()}
     try:
         program = inspect(model, start, *args)
     except NotImplementedError as error:  # an improper prior, which cannot be drawn from

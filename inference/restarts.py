@@ -207,7 +207,7 @@ def _run_as_batch(
         objective = log_density.sum()
         if prior is not None:
             objective = objective + family.log_prior(params, prior)
-        return objective, family.m_step(family.statistics(params, x, resp), prior)
+        return objective, family.Params(*family.m_step(family.statistics(params, x, resp), prior))
 
     step_of_all = torch.func.vmap(evaluate)
     numbers = list(starts)

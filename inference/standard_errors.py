@@ -246,7 +246,7 @@ def _em_of_all(
         table = family.log_joint(params, x).masked_fill((row_weights == 0)[:, None], 0)
         log_density = table.logsumexp(-1)
         resp = (table - log_density[:, None]).exp() * row_weights[:, None]
-        return row_weights @ log_density, family.m_step(family.statistics(params, x, resp), None)
+        return row_weights @ log_density, family.Params(*family.m_step(family.statistics(params, x, resp), None))
 
     step_of_all = torch.func.vmap(step)
     found = tree_map(Tensor.clone, tree_expand(params, len(rows)))

@@ -16,9 +16,10 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam, PyroOptim
 from torch import Tensor
+from torch.distributions import biject_to
 
 from mixproof.inference.draws import Draws
-from mixproof.inference.enumeration import bind, default_dtype_of
+from mixproof.inference.enumeration import bind, default_dtype_of, run
 from mixproof.inference.hmc import initial_points
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
 from mixproof.inference.random_state import seeded
@@ -93,6 +94,8 @@ def svi(
             final_learning_rate=final_learning_rate,
         )
         return Variational(_guide(model, guide, law, *args), law.losses[:, 0])
+    with feasible_params(*args):
+        run(model, *args)  # says in words what the loss could not
     decay = (final_learning_rate / learning_rate) ** (1 / num_steps)
     losses = []
     with pyro.get_param_store().scope(), default_dtype_of(*args):
@@ -160,7 +163,8 @@ def normal_approximation(
 
     The ELBO is estimated from ``NUM_PARTICLES`` points of the captured log density, and climbed by Adam along its
     derivative by the law's parameters through the points (Kucukelbir et al. 2017, Journal of Machine Learning Research
-    18(14), section 2). Each law starts at the highest of as many places from which ``hmc`` would start.
+    18(14), section 2). The coordinates are those of Pyro's guides of the same names, by ``biject_to``. Each law starts
+    at the highest of as many places from which ``hmc`` would start.
 
     Args:
         model: the program; ``model(*args)`` observes the data. Bind other arguments with ``functools.partial``.
@@ -179,13 +183,14 @@ def normal_approximation(
     if name not in _GUIDES:
         raise ValueError(f"there is no guide named {name}: give {', '.join(_GUIDES)}, or a Pyro guide")
     _check_steps(num_steps, learning_rate, final_learning_rate)
-    posterior = at_particles = LogPosterior(model, *args, batched=batched)
+    posterior = at_particles = LogPosterior(model, *args, batched=batched, onto=biject_to)
     if posterior.param_sites:
         raise ValueError(
             f"{name} has no place for the param sites {', '.join(posterior.param_sites)}: give a Pyro guide"
         )
     if batched:
-        at_particles = LogPosterior(model, *(data.repeat_interleave(NUM_PARTICLES, 0) for data in args), batched=True)
+        data = (values.repeat_interleave(NUM_PARTICLES, 0) for values in args)
+        at_particles = LogPosterior(model, *data, batched=True, onto=biject_to)
     num_laws = len(args[0]) if batched else 1
     starts = initial_points(at_particles, num_laws * NUM_PARTICLES, seed=seed).unflatten(0, (num_laws, -1))
     one = starts.new_ones(num_laws * NUM_PARTICLES)
@@ -242,7 +247,7 @@ def _guide(model: Callable[..., Any], name: str, law: NormalApproximation, *args
     """Return Pyro's guide of a name with the parameters of a law."""
     posterior, loc, scale_tril = law.posterior, law.loc[0], law.scale_tril[0]
     guide = _GUIDES[name](poutine.block(model, hide=list(posterior.program.latents)))
-    with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args):
+    with pyro.get_param_store().scope(), default_dtype_of(*args), feasible_params(*args), seeded(0):
         guide._setup_prototype(*args)
     scale = scale_tril.diagonal()
     if name == "AutoNormal":

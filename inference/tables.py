@@ -142,10 +142,14 @@ def open_rows(path: Path) -> Any:
     match path.suffix:
         case ".csv":
             guessed = pads.dataset(path, format="csv").schema
+            if all(_is_number(name) for name in guessed.names):
+                raise ValueError(f"the first line of {path} holds numbers and would be lost: give its columns names")
+            # with one column an empty line is a missing entry
+            lines = pads.CsvFileFormat(pyarrow.csv.ParseOptions(ignore_empty_lines=len(guessed.names) > 1))
             # a column may begin with whole numbers, or with none
             kinds = [pa.float64() if _is_whole(field.type) else field.type for field in guessed]
             schema = pa.schema(zip(guessed.names, kinds, strict=True))
-            return _numbers(pads.dataset(path, format="csv", schema=schema), path)
+            return _numbers(pads.dataset(path, format=lines, schema=schema), path)
         case ".parquet":
             return _numbers(pads.dataset(path, format="parquet"), path)
         case ".npy":
@@ -159,6 +163,14 @@ def open_rows(path: Path) -> Any:
                 "rows are read from .csv, .parquet, a folder of these, .npy, .npz or .safetensors, not from "
                 f"{path.name}"
             )
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_whole(kind: pa.DataType) -> bool:

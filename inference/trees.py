@@ -1,4 +1,4 @@
-"""Parameters and statistics are NamedTuples of tensors, or of such tuples in turn: what is done to each tensor."""
+"""Parameters and statistics are tuples of tensors, mostly named, or of tuples in turn: what is done to each tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def tree_map(function: Callable[..., Tensor], *trees: Any) -> Any:
     first, *_ = trees
     if not isinstance(first, tuple):
         return function(*trees)
-    return type(first)(*(tree_map(function, *parts) for parts in zip(*trees, strict=True)))
+    found = [tree_map(function, *parts) for parts in zip(*trees, strict=True)]
+    return type(first)(*found) if hasattr(first, "_fields") else tuple(found)
 
 
 def tree_at(tree: Any, index: Any) -> Any:

@@ -50,7 +50,7 @@ def check_data(
     """
     if not isinstance(x, Tensor):
         try:
-            array = np.asarray(x, order="C")  # torch takes no negative strides
+            array = _without_negative_strides(np.asarray(x, order="C"))
         except ValueError as error:
             raise TypeError(f"x must be a matrix of numbers: {error}") from error
         if array.dtype.kind not in "buif":
@@ -63,7 +63,9 @@ def check_data(
         raise ValueError(f"x must have shape (N, D), not {tuple(x.shape)}{hint}")
     if x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: it needs at least one row and one column")
-    x = x if x.is_floating_point() else x.to(torch.float64)
+    x = x.detach() if x.is_floating_point() else x.to(torch.float64)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x holds {x.dtype}, for which there is no Cholesky factor: convert it to float32 or float64")
     if missing:
         _raise_at_first(torch.isinf(x), x, "is {value}: only NaN marks a missing entry", first_row)
     elif not torch.isfinite(x.sum()):  # a sum tells it as surely, and ten times sooner, unless it overflows
@@ -245,12 +247,21 @@ def as_floating(value: Any, name: str) -> Tensor:
         TypeError: it does not hold real numbers; the message calls it by its name.
     """
     try:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, order="C"))
+        tensor = (
+            value.detach()
+            if isinstance(value, Tensor)
+            else torch.as_tensor(_without_negative_strides(np.asarray(value, order="C")))
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must hold numbers in the shape of an array: {error}") from error
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, not complex ones")
     return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def _without_negative_strides(array: Any) -> Any:
+    """Return an array that torch takes; numpy calls an axis of length 1 contiguous whatever its stride."""
+    return array.copy() if any(stride < 0 for stride in array.strides) else array
 
 
 def _convert(prior: Any, expected: Any, like: Tensor) -> Any:

@@ -357,6 +357,10 @@ class KnownNoise:
         if not (torch.isfinite(locs).all() and constraints.positive_definite.check(covariances).all()):
             raise ValueError("the noise needs finite locs and symmetric positive definite covariances")
 
+    def _noise_like(self, value: Tensor) -> gaussian_full.Params:
+        """Return the noise in the type and on the device of a tensor."""
+        return gaussian_full.Params(*(part.to(value) for part in self.noise))
+
     def _check_num_features(self, num_features: int | None) -> int:
         """Return D of the noise, or raise where another is asked for."""
         own = self.noise.locs.shape[-1]
@@ -399,16 +403,16 @@ class KnownNoise:
 
     def log_joint(self, params: gaussian_full.Params, x: Tensor) -> Tensor:
         """Return log p(x_n, k_n = k, l_n = l), shape (N, K_x K_y)."""
-        return gaussian_full.log_joint(collapse(params, self.noise), x)
+        return gaussian_full.log_joint(collapse(params, self._noise_like(params.locs)), x)
 
     def statistics(self, params: gaussian_full.Params, x: Tensor, resp: Tensor) -> gaussian_full.Stats:
         """Return the expected statistics of x before the noise under responsibilities (N, K_x K_y)."""
         pairs = resp.unflatten(-1, (params.weights.shape[-1], self.noise.weights.shape[-1]))
-        return _summand_statistics(params, self.noise, x, pairs)
+        return _summand_statistics(params, self._noise_like(params.locs), x, pairs)
 
     def log_joint_observed(self, params: gaussian_full.Params, x: Tensor) -> Tensor:
         """Return log p(observed part of x_n, k_n = k, l_n = l), shape (N, K_x K_y), with NaN in x for the missing."""
-        return gaussian_full.log_joint_observed(collapse(params, self.noise), x)
+        return gaussian_full.log_joint_observed(collapse(params, self._noise_like(params.locs)), x)
 
     def statistics_observed(self, params: gaussian_full.Params, x: Tensor, resp: Tensor) -> gaussian_full.Stats:
         """Return the expected statistics of x before the noise given what is observed, under (N, K_x K_y) resp."""
@@ -420,10 +424,12 @@ class KnownNoise:
     ) -> tuple[ModuleType, gaussian_full.Params, Callable[[gaussian_full.Stats], gaussian_full.Stats]]:
         """Return the collapsed mixture, and how its statistics give those of x before the noise."""
 
-        def back(pairs: gaussian_full.Stats) -> gaussian_full.Stats:
-            return _summand_of_pairs(params, self.noise, *_by_pair(pairs, params, self.noise))
+        noise = self._noise_like(params.locs)
 
-        return gaussian_full, collapse(params, self.noise), back
+        def back(pairs: gaussian_full.Stats) -> gaussian_full.Stats:
+            return _summand_of_pairs(params, noise, *_by_pair(pairs, params, noise))
+
+        return gaussian_full, collapse(params, noise), back
 
     def recentre(
         self, stats: gaussian_full.Stats, old: gaussian_full.Params, new: gaussian_full.Params
@@ -453,18 +459,19 @@ class KnownNoise:
         self, params: gaussian_full.Params, x: Tensor, resp: Tensor, generator: torch.Generator
     ) -> gaussian_full.Stats:
         """Return the statistics of x before the noise, drawn given rows (N, D) and pairs (N, K_x K_y) of 0 and 1."""
-        pairs = resp.unflatten(-1, (params.weights.shape[-1], self.noise.weights.shape[-1]))
-        return _statistics_of_summand(params, _draw_summand(params, self.noise, x, pairs, generator), pairs.sum(-1))
+        noise = self._noise_like(params.locs)
+        pairs = resp.unflatten(-1, (params.weights.shape[-1], noise.weights.shape[-1]))
+        return _statistics_of_summand(params, _draw_summand(params, noise, x, pairs, generator), pairs.sum(-1))
 
     def sample(
         self, params: gaussian_full.Params, num_samples: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Return ``num_samples`` draws of x plus noise (n, D), and their pairs z (n,), numbered k K_y + l."""
-        return sample(Params(*params, *self.noise), num_samples, generator)
+        return sample(Params(*params, *self._noise_like(params.locs)), num_samples, generator)
 
     def moments(self, params: gaussian_full.Params) -> tuple[Tensor, Tensor]:
         """Return the mean (D,) and the covariance (D, D) of x plus noise."""
-        return moments(Params(*params, *self.noise))
+        return moments(Params(*params, *self._noise_like(params.locs)))
 
     def init_params(
         self,
@@ -477,7 +484,7 @@ class KnownNoise:
         """Return a start for EM: the partition of the noisy rows x (N, D), weighted (N,), without their mean noise."""
         start = gaussian_full.init_params(x, num_components, generator, method, weights)
         self._check_num_features(x.shape[1])
-        return start._replace(locs=start.locs - gaussian_full.moments(self.noise)[0])
+        return start._replace(locs=start.locs - gaussian_full.moments(self._noise_like(start.locs))[0])
 
     def weakly_informative_prior(self, x: Tensor, num_components: int) -> gaussian_full.Prior:
         """Return a proper prior for x on the scale of the sums (N, D), which bounds its own, less the noise's mean.
@@ -486,4 +493,4 @@ class KnownNoise:
             TypeError, ValueError: as ``data_scale``.
         """
         prior = gaussian_full.weakly_informative_prior(x, num_components)
-        return prior._replace(loc=prior.loc - self.noise.weights.to(x) @ self.noise.locs.to(x))
+        return prior._replace(loc=prior.loc - gaussian_full.moments(self._noise_like(prior.loc))[0])

@@ -13,20 +13,24 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.em import Fit, em, responsibilities
 from mixproof.inference.enumeration import inspect
 from mixproof.inference.evidence import log_evidence
+from mixproof.inference.gibbs import gibbs
 from mixproof.inference.hmc import hmc
 from mixproof.inference.nuts import nuts
 from mixproof.inference.posterior_mode import posterior_mode
+from mixproof.inference.restarts import em_restarts
 from mixproof.inference.sampling import sample
 from mixproof.inference.svi import svi
-from mixproof.inference.validation import check_params
+from mixproof.inference.validation import check_data, check_params
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_sum, laplace
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
+from mixproof.models.gaussian_sum import KnownNoise
 from mixproof.models.initial import partition
 from tests.conftest import Case, seeded
 
@@ -364,6 +368,103 @@ def test_arrays_may_be_read_backwards() -> None:
     start = [value.numpy()[::-1].copy()[::-1] for value in PARAMS]
     backwards = few_steps(gaussian_full, rows[::-1], start, weights=weights[::-1])
     assert all(map(torch.equal, backwards.params, forwards.params))
+    column, row = rows[:, ::-1][:, :1], rows[:1][::-1]  # numpy calls these contiguous
+    for view in (column, row):
+        assert np.array_equal(check_data(view).numpy(), view)
+
+
+@pytest.mark.parametrize("num_data", [20, 20_000])
+def test_tensors_that_require_a_gradient_are_data_like_others(num_data: int) -> None:
+    """A fit has no gradient, whichever of the ways through the rows it takes."""
+    x = torch.randn(num_data, 2, generator=seeded(0), dtype=torch.float64)
+    prior = gaussian_full.weakly_informative_prior(x, 2)
+    expected = few_steps(gaussian_full, x, PARAMS, prior=prior, num_steps=2)
+    x, *tensors = (value.clone().requires_grad_() for value in (x, *PARAMS, *prior))
+    params, prior = gaussian_full.Params(*tensors[:3]), gaussian_full.Prior(*tensors[3:])
+    found = few_steps(gaussian_full, x, params, prior=prior, num_steps=2)
+    assert all(map(torch.equal, found.params, expected.params))
+    assert not any(value.requires_grad for value in found.params)
+    settings: dict[str, Any] = {"num_components": 2, "num_chains": 2, "num_draws": 2, "num_warmup": 0}
+    draws = gibbs(gaussian_full, x, prior, generator=seeded(1), **settings)
+    assert not any(value.requires_grad for value in draws.params.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_in_words(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=says("convert it to float32 or float64")):
+        em(gaussian_full, X.to(dtype), PARAMS)
+
+
+class Plain:
+    """``gaussian_diagonal`` with functions that give tuples without names."""
+
+    Params, Stats, Prior = gaussian_diagonal.Params, gaussian_diagonal.Stats, gaussian_diagonal.Prior
+    additive = True
+    model, log_joint = staticmethod(gaussian_diagonal.model), staticmethod(gaussian_diagonal.log_joint)
+
+    @staticmethod
+    def statistics(params: Any, x: Tensor, resp: Tensor) -> Any:
+        return tuple(gaussian_diagonal.statistics(params, x, resp))
+
+    @staticmethod
+    def m_step(stats: Any, prior: Any = None) -> Any:
+        return tuple(gaussian_diagonal.m_step(gaussian_diagonal.Stats(*stats), prior))
+
+
+def test_a_family_may_return_plain_tuples() -> None:
+    rows = [X[:7], X[7:]]
+    start = gaussian_diagonal.init_params(X, 2, seeded(0))
+    for data in (X, rows):
+        expected = few_steps(gaussian_diagonal, data, start)
+        found = few_steps(Plain(), data, start)
+        for value, other in zip(found.params, expected.params, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-12)
+    starts = [gaussian_diagonal.init_params(X, 2, seeded(seed)) for seed in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        best, other = (em_restarts(each, X, starts, max_steps=20).best for each in (Plain(), gaussian_diagonal))
+    torch.testing.assert_close(best.log_lik[-1], other.log_lik[-1], rtol=1e-9, atol=0)
+
+
+def test_looking_at_a_program_leaves_the_random_generators_alone() -> None:
+    x = torch.randn(6, generator=seeded(0), dtype=torch.float64)
+    calls: list[Callable[[], Any]] = [
+        partial(inspect, marked, LOC, x),
+        partial(posterior_mode, marked, LOC, x),
+        *(partial(svi, marked, name, x, num_steps=5, seed=0) for name in ("AutoNormal", "AutoMultivariateNormal")),
+        partial(svi, marked, AutoNormal(pyro.poutine.block(marked, hide=["z"])), x, num_steps=2, seed=0),
+    ]
+    for call in calls:
+        before = torch.get_rng_state()
+        call()
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_start_in_single_precision_reaches_the_mode() -> None:
+    """Lists of numbers among them, which torch reads in single precision."""
+    x = torch.randn(6, generator=seeded(0), dtype=torch.float64)
+    found = posterior_mode(marked, {"loc": [0.25, -0.5]}, x)
+    expected = posterior_mode(marked, {"loc": torch.tensor([0.25, -0.5], dtype=torch.float64)}, x)
+    assert torch.equal(found.params["loc"], expected.params["loc"])
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_noise_known_in_double_precision_has_rows_in_single(missing: bool) -> None:
+    noise = gaussian_full.Params(*(torch.tensor(v).double() for v in ([1.0], [[0.5, 0.0]], [[[0.2, 0.0], [0.0, 0.1]]])))
+    family, rows = KnownNoise(noise), X.clone()
+    rows[3, 1] = NAN if missing else 0.0
+    start = family.init_params(X, 2, seeded(0))
+    settings: dict[str, Any] = {"num_components": 2, "num_chains": 2, "num_draws": 2, "num_warmup": 0}
+    found, expected = (
+        few_steps(family, rows.to(dtype), [value.to(dtype) for value in start], missing=missing, num_steps=3)
+        for dtype in (torch.float32, torch.float64)
+    )
+    for value, other in zip(found.params, expected.params, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), other, rtol=1e-3, atol=1e-3)
+    prior = family.weakly_informative_prior(X.float(), 2)
+    draws = gibbs(family, X.float(), prior, generator=seeded(1), **settings)
+    assert {value.dtype for value in draws.params.values()} == {torch.float32}
 
 
 def test_posterior_mode_needs_a_value_for_every_site() -> None:
@@ -589,6 +690,7 @@ def test_rows_without_a_density_are_refused_for_any_program(x: Tensor, words: st
         partial(hmc, marked, x, num_chains=4, num_draws=5, num_warmup=20, seed=0),
         partial(nuts, marked, x, num_chains=1, num_draws=5, num_warmup=5, seed=0),
         partial(svi, marked, "AutoNormal", x, num_steps=5, seed=0),
+        partial(svi, marked, AutoNormal(pyro.poutine.block(marked, hide=["z"])), x, num_steps=5, seed=0),
         partial(log_evidence, marked, x, seed=0),
     ]
     for door in doors:

@@ -170,6 +170,10 @@ def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None
     text.write_text("a,b\n1,x\n2,y\n")
     missing = tmp_path / "missing.csv"
     missing.write_text("a,b\n1,2\n,4\n")
+    gap = tmp_path / "gap.csv"
+    gap.write_text("a\n1\n\n4\n")
+    nameless = tmp_path / "nameless.csv"
+    nameless.write_text("1,2.5\n3,4\n5,7\n")
     bits = tmp_path / "bits.csv"
     bits.write_text("a,b\n1,0\n0.5,1\n")
     garbage = {ending: tmp_path / f"rows.{ending}" for ending in ("npz", "npy", "parquet", "safetensors")}
@@ -187,6 +191,8 @@ def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None
         (("sample", "gaussian_full", "--params", tmp_path / "no.json", "-n", 5, "--out", out), "No such file"),
         (("fit", text, "--family", "gaussian_full", "-k", 1), "column 'b' of text.csv holds string"),
         (("fit", missing, "--family", "gaussian_full", "-k", 1), "x[1, 0] is nan"),
+        (("fit", gap, "--family", "gaussian_full", "-k", 1), "x[1, 0] is nan"),
+        (("fit", nameless, "--family", "gaussian_full", "-k", 1), "holds numbers and would be lost: give its columns"),
         (("fit", bits, "--family", "bernoulli", "-k", 1), "x[1, 0] is 0.5"),
         (("fit", bits, "--family", "gaussian_full", "-k", 3), "3 components need at least as many rows"),
         (("fit", bits, "--family", "gaussian_full", "-k", 0), "at least 1"),

@@ -503,6 +503,16 @@ def test_a_finished_run_asked_for_fewer_relabelled_draws_gives_the_first(case: C
             assert torch.equal(value, more.params[name][:, :5])
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_single_precision_tells_no_components_apart(seed: int) -> None:
+    x = torch.randn(20, 2, generator=seeded(seed))
+    prior = gaussian_diagonal.weakly_informative_prior(x, 3)
+    gibbs(
+        gaussian_diagonal, x, prior, num_components=3, num_chains=1, num_draws=1, num_warmup=0, generator=seeded(seed),
+        relabel=True,
+    )  # fmt: skip
+
+
 def test_components_that_the_prior_tells_apart_are_not_relabelled() -> None:
     family, x, prior = two_modes()
     with pytest.raises(ValueError, match="the prior tells the components of weights apart"):
@@ -627,7 +637,7 @@ def test_a_run_goes_on_to_the_identical_draws(case: Case, tmp_path: Path) -> Non
     complete = not hasattr(case.family, "draw_statistics")
     options: dict[str, Any] = {"temperatures": (1.0, 0.5), "split_merge": True} if complete else {}
     expected = run(case, num_draws=20, **options)
-    for num_draws in (3, 11, 20):
+    for num_draws in (3, 11, 5, 20, 8, 20):  # fewer are read from the file, which keeps the others
         found = run(case, num_draws=num_draws, checkpoint=tmp_path / "state", **options)
         for name, value in found.params.items():
             assert torch.equal(value, expected.params[name][:, :num_draws])

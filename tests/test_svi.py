@@ -58,6 +58,31 @@ def test_a_normal_posterior_is_found(name: Any) -> None:
     assert torch.equal(again.params["locs"], draws.params["locs"])
 
 
+def three_shares(x: Tensor) -> None:
+    """Three weights: with two, all coordinates of weights are alike."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([8.0, 3.0, 1.0])))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(torch.tensor([-1.0, 0.0, 2.0])[z], 0.5), obs=x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_guide_is_the_law_that_was_fitted(name: Any) -> None:
+    """Its median, its density by a change of variables, and its losses."""
+    settings: Any = {"num_steps": 200, "seed": 0}
+    law = normal_approximation(three_shares, name, X, **settings)
+    fitted = svi(three_shares, name, X, **settings)
+    assert torch.equal(fitted.losses, law.losses[:, 0])
+    median = law.posterior.constrain(law.loc)["weights"][0]
+    assert (fitted.guide.median()["weights"] - median).abs().max() < 1e-12
+    assert median.max() > 1.3 * median.min()
+    draws = guide_draws(three_shares, fitted, X, num_draws=50, seed=1)
+    u = law.posterior.unconstrain({"weights": draws.params["weights"][0]})
+    normal = torch.distributions.MultivariateNormal(law.loc[0], scale_tril=law.scale_tril[0])
+    expected = normal.log_prob(u) - law.posterior.log_jacobian(u)
+    assert (draws.sample_stats["log_q"][0] - expected).abs().max() < 1e-8
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_many_data_sets_are_fitted_at_once(name: Any) -> None:
     """Each to its own posterior, known as above; the tolerances are those from above."""

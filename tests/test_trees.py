@@ -46,6 +46,12 @@ def test_index_expansion_and_type() -> None:
     assert {value.dtype for value in tensors(tree_to(TREE, torch.float64))} == {torch.float64}
 
 
+def test_tuples_without_names_are_trees_too() -> None:
+    first, (second, third) = tree_map(torch.neg, (TREE.total, (TREE.total, TREE.part.sums)))
+    assert torch.equal(first, second)
+    assert torch.equal(third, -TREE.part.sums)
+
+
 def test_trees_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter"):
         tree_map(torch.add, TREE, (TREE.part,))
