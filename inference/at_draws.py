@@ -119,7 +119,8 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
     Args:
         draws: of the parameters of ``posterior``.
         posterior: the program with its data.
-        family: the family of the contract whose program it is, for its moments; None leaves them out.
+        family: the family of the contract whose program it is, for its moments; None, and a family whose parameters
+            are not all drawn, leave them out.
 
     Returns:
         By name, (C, S, ...): ``lp``, log p(x, params); ``log_likelihood``, log p(x | params); ``allocation_entropy``,
@@ -143,7 +144,8 @@ def log_likelihood_and_label_invariant(
     Args:
         draws: of the parameters of ``posterior``.
         posterior: the program with its data.
-        family: the family of the contract whose program it is, for its moments; None leaves them out.
+        family: the family of the contract whose program it is, for its moments; None, and a family whose parameters
+            are not all drawn, leave them out.
 
     Raises:
         ValueError: a site of the program has the name of a quantity of ``label_invariant``.
@@ -168,15 +170,16 @@ def log_likelihood_and_label_invariant(
 
     found = at_draws(posterior, draws.params, of_rows)
     of_each_row = found.pop("rows")
-    axes: dict[str, int] = {}
-    for latent in posterior.program.latents:
-        of_latent, exchangeable = numbering(posterior, latent)
-        axes |= of_latent if of_latent is not None and exchangeable else {}
+    axes: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for latent, size in zip(latents, sizes, strict=True):
+        of_latent, classes = numbering(posterior, latent)
+        if len(set(classes)) < size:
+            axes |= {site: (axis, classes) for site, axis in (of_latent or {}).items()}
     partners: dict[str, set[str]] = {site: {site} for site in draws.params}
     for exchange in exchanges(posterior):
         for site, source in exchange.sources.items():
             partners[site].add(source)
-    if family is not None:
+    if family is not None and draws.params.keys() == set(family.Params._fields):
         moments = torch.func.vmap(torch.func.vmap(family.moments))(family.Params(**draws.params))
         found |= dict(zip(("row_mean", "row_covariance"), moments, strict=True))
     groups: dict[str, list[str]] = {name: [] for name in found}
@@ -186,8 +189,13 @@ def log_likelihood_and_label_invariant(
         if groups.setdefault(name, group) != group:
             raise ValueError(f'the site "{site}" has the name of another quantity of the draws, {name}: rename it')
         if site in axes:
-            axis = axes[site] + 2
-            found[name] = torch.cat([draws.params[other] for other in group], axis).sort(dim=axis).values
+            axis, classes = axes[site]
+            whole = torch.cat([draws.params[other] for other in group], axis + 2)
+            of_class = torch.tensor(classes * len(group), device=whole.device)
+            for members in (of_class == each for each in set(classes)):
+                index = (slice(None),) * (axis + 2) + (members,)
+                whole[index] = whole[index].sort(dim=axis + 2).values
+            found[name] = whole
         else:
             found[name] = value
     return of_each_row, found

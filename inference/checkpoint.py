@@ -32,7 +32,7 @@ def save(path: Path, run: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     # safetensors takes no two tensors of the same memory
     own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     with new.open("wb") as file:
-        file.write(serialize(own, metadata={"run": json.dumps(run)}))
+        file.write(serialize(own, metadata={"run": _as_json(run)}))
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
@@ -60,7 +60,7 @@ def load(path: Path, run: dict[str, Any]) -> dict[str, Tensor] | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a checkpoint: {error}. Delete it, or give another file") from error
-    expected = json.loads(json.dumps(run))
+    expected = json.loads(_as_json(run))
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a checkpoint of a run: delete it, or give another file")
     different = [name for name in expected if found.get(name) != expected[name]]
@@ -69,6 +69,10 @@ def load(path: Path, run: dict[str, Any]) -> dict[str, Tensor] | None:
             f"{path} belongs to another run, which differs in {', '.join(different)}: delete it, or give another file"
         )
     return tensors
+
+
+def _as_json(run: dict[str, Any]) -> str:
+    return json.dumps(run, default=lambda number: number.item())  # a setting may be a number of numpy's
 
 
 def digest(values: Any) -> str:

@@ -156,8 +156,7 @@ def study_of(candidate: Candidate, number: int, x: Tensor, seed: int, runs: Runs
         with _failing(sentences, name, "Gibbs sampling"):
             particles = None if evidence is None else evidence.draws
             draws = _sample(family, x, prior, size, particles, generator, runs, number)
-            moments_of = family if draws.params.keys() == set(family.Params._fields) else None
-            tree = to_datatree(draws, posterior, seed=0, family=moments_of, num_predictive=0, num_prior=0)
+            tree = to_datatree(draws, posterior, seed=0, family=family, num_predictive=0, num_prior=0)
             found, complaints = diagnostics(tree)
             row = row._replace(**found)
             sentences += [f"{name}: {complaint}" for complaint in complaints]
@@ -169,12 +168,14 @@ def study_of(candidate: Candidate, number: int, x: Tensor, seed: int, runs: Runs
                         f"{name}: on average {empty:.1f} of its {size} components have no row, so that the data carry "
                         "fewer, and the prior decides what the others are"
                     )
-            with warnings.catch_warnings():
-                # said below, with the number of rows and for the candidate by name
-                warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto", UserWarning)
-                warnings.filterwarnings("ignore", "The point-wise LOO is the same", UserWarning)  # as of a single row
-                elpd = loo(tree, pointwise=True)
-            row = row._replace(**_loo(elpd, sentences, name))
+            if len(x) < 2:
+                sentences.append(f"{name}: a single row has no LOO with an error: the evidence alone compares here")
+            else:
+                with warnings.catch_warnings():
+                    # said below, with the number of rows and for the candidate by name
+                    warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto", UserWarning)
+                    elpd = loo(tree, pointwise=True)
+                row = row._replace(**_loo(elpd, sentences, name))
     return Study(candidate, row, sentences, fit, tree, elpd, evidence)
 
 

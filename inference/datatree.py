@@ -18,7 +18,7 @@ from torch import Tensor
 from mixproof.inference.at_draws import log_likelihood_and_label_invariant
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import bind, default_dtype_of
-from mixproof.inference.exchangeability import numbering
+from mixproof.inference.exchangeability import exchanges, numbering
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 
@@ -212,7 +212,7 @@ def _observed(posterior: LogPosterior, point: Mapping[str, Tensor]) -> dict[str,
         and site["is_observed"]
         and name not in posterior.program.supports
         and not site["infer"].get("_deterministic")
-        and type(site["fn"]).__name__ != "_Subsample"
+        and type(site["fn"]).__name__ not in ("_Subsample", "Unit")  # the latter is a pyro.factor
     }
 
 
@@ -251,13 +251,15 @@ def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, tuple[s
     found: dict[str, tuple[str, int]] = {}
     labels = NAMED
     for latent, size in zip(latents, posterior.program.latent_sizes, strict=True):
-        axes, exchangeable = numbering(posterior, latent)
+        if size == 1 and len(latents) > 1:  # any axis of length 1 would do
+            continue
+        axes, classes = numbering(posterior, latent)
         name = "component" if len(latents) == 1 else f"component_{latent}"
         found |= {site: (name, axis) for site, axis in (axes or {}).items()}
-        if exchangeable and axes and size > 1:
+        if axes and len(set(classes)) < size:
             aligned = f"relabelled_{latent}" in draws.attributes
             labels = ALIGNED if aligned and labels != EXCHANGEABLE else EXCHANGEABLE
-    return found, labels
+    return found, labels if len(exchanges(posterior)) == 1 else EXCHANGEABLE
 
 
 def _param_dims(

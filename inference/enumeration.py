@@ -331,6 +331,7 @@ class Coordinates:
         params: Mapping[str, Tensor],
         onto: Callable[[Any], Transform] = unconstrain,
     ):
+        self.onto = onto
         free = [name for name in params if name in supports and not supports[name].is_discrete]
         self.transforms = {name: onto(supports[name]) for name in free}
         self.fixed = {name: value for name, value in params.items() if name not in free}

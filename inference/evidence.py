@@ -22,7 +22,7 @@ from mixproof.inference.random_state import seeded
 from mixproof.inference.relabelling import Relabelling
 from mixproof.inference.supports import ends
 from mixproof.inference.tempered_smc import tempered_smc
-from mixproof.inference.validation import feasible_params
+from mixproof.inference.validation import check_prior, check_rows, example_params, feasible_params
 
 NUM_CHAINS = 4
 """Into how many chains the particles of the replicates go: as many as R-hat and effective sample sizes ask for at least
@@ -104,6 +104,11 @@ def log_evidence(
             'method="smc" makes draws of its own' if method == "smc" else "draws leave nothing to put in a checkpoint"
         )
         raise ValueError(f'{what}: leave draws out, or take method="bridge" without a checkpoint')
+    if family is not None:
+        size, prior = _bound(model, family, args)
+        args = (check_rows(family, args[0]),)
+        prior = check_prior(family, prior, example_params(family, size, args[0])[0])
+        model = partial(family.model, num_components=size, prior=prior)
     _check_priors(model, *args, from_prior=draws is None)
     posterior = LogPosterior(model, *args)
     relabelling = Relabelling(posterior) if relabel else None
@@ -121,7 +126,6 @@ def log_evidence(
     settings |= {"checkpoint": checkpoint}
     run: Any
     if integrates_out(family):
-        size, prior = _bound(model, family, args)
         settings |= {"seed": seed, "progress": progress}
         engine, run = "allocation_smc", allocation_smc(family, args[0], prior, num_components=size, **settings)
         lp = run.lp
@@ -186,8 +190,8 @@ def _coordinates(posterior: LogPosterior, draws: Draws) -> Tensor:
         raise ValueError(f"the draws lack the sites {', '.join(missing)}; they have {', '.join(sorted(draws.params))}")
     for name in names:
         values, (_, highest) = draws.params[name], ends(posterior.program.supports[name])
-        entries = values.reshape(*values.shape[:2], -1)
-        lost = (highest - entries < 4 * torch.finfo(values.dtype).eps * abs(highest)).any(2)
+        close = highest - values < 4 * torch.finfo(values.dtype).eps * abs(highest)
+        lost = close.reshape(*values.shape[:2], -1).any(2)
         if lost.double().mean() > MAX_LOST:
             raise ValueError(
                 f"{float(lost.double().mean()):.1%} of the draws of {name} lie within rounding of {highest}, between "

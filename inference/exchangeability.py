@@ -29,8 +29,13 @@ class Numbering(NamedTuple):
     axes: dict[str, int] | None
     """By site, the axis of its value, of length K, that numbers the components; sites that have none are left out. None
     where no choice of axes permutes the components in the likelihood."""
-    exchangeable: bool
-    """Whether the prior is the same under all numberings too."""
+    classes: tuple[int, ...]
+    """By component, the least number of those with which it may change places in the likelihood and the prior."""
+
+    @property
+    def exchangeable(self) -> bool:
+        """Whether all components may change places."""
+        return self.axes is not None and not any(self.classes)
 
 
 def component_axes(posterior: LogPosterior, latent: str | None = None) -> dict[str, int]:
@@ -48,14 +53,16 @@ def component_axes(posterior: LogPosterior, latent: str | None = None) -> dict[s
         ValueError: the components are not exchangeable; or the program has several latents and none is named, or none
             of that name.
     """
-    axes, exchangeable = numbering(posterior, latent)
-    if axes is not None and exchangeable:
+    axes, classes = found = numbering(posterior, latent)
+    if axes is not None and found.exchangeable:
         return axes
     latent = latent_site(posterior, latent)
     reason = (
         "no choice of axes of their number permutes them in the log joint density of the rows"
         if axes is None
         else "the prior or a support tells them apart, so that each has a name of its own"
+        if len(set(classes)) == len(classes)
+        else "the prior or a support tells some of them apart, though not all"
     )
     raise ValueError(
         f"the {num_values(posterior, latent)} components that {latent} counts are not exchangeable: {reason}"
@@ -97,9 +104,19 @@ def numbering(posterior: LogPosterior, latent: str | None = None) -> Numbering:
                 break
         else:
             if exchangeable:
-                return Numbering(axes, True)
+                return Numbering(axes, (0,) * size)
             of_likelihood = of_likelihood or axes
-    return Numbering(of_likelihood, False)
+    classes = list(range(size))
+    if of_likelihood is None or size == 2:
+        return Numbering(of_likelihood, tuple(classes))
+    for i, j in itertools.combinations(range(size), 2):
+        swap = numbers.clone()
+        swap[i], swap[j] = j, i
+        if classes[j] == j and all(
+            all(_symmetries(posterior, latent, params, before, of_likelihood, swap)) for params, before in points
+        ):
+            classes[j] = classes[i]
+    return Numbering(of_likelihood, tuple(classes))
 
 
 class Exchange(NamedTuple):

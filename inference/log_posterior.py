@@ -90,6 +90,7 @@ class LogPosterior:
             log_joint_table(model, self.program, example, *args)  # says in words what a graph could not
         self.coordinates = Coordinates(self.program.supports, example, onto)
         self._inside = self.coordinates.inverse(example)
+        self._check_supports()
         self.size = len(self._inside)
         self.device = self._inside.device
         plates = _plates(trace.nodes[self.program.latents[0]])
@@ -97,6 +98,20 @@ class LogPosterior:
         self.in_rows = [name for name in example if plates <= _plates(trace.nodes[name])]
         self._graphs: dict[Any, Callable[..., Any]] = {}
         self._by_point = False
+
+    def _check_supports(self) -> None:
+        """Refuse a program of which a support is another where the parameters are others."""
+        elsewhere = self._inside + 0.25
+        params = self.coordinates(elsewhere)
+        with torch.no_grad():
+            supports = inspect(self.model, params, *self.args).supports
+        for name, transform in self.coordinates.transforms.items():
+            there = self.coordinates.onto(supports[name])
+            if not torch.equal(there.inv(params[name]), transform.inv(params[name])):
+                raise ValueError(
+                    f'the support of "{name}" depends on other parameters: draw it on a fixed support, as a share or a '
+                    "multiple of them"
+                )
 
     def __call__(self, u: Tensor, temperature: Tensor) -> Evaluation:
         """Return both parts and the slope at points u (C, P), the likelihood raised to powers (C,) between 0 and 1."""

@@ -37,8 +37,9 @@ class Reference(NamedTuple):
 
 class Relabelling:
     """The group of relabellings under which the posterior of a program is the same: K! of them for each latent whose K
-    components are exchangeable, their product for several latents, times the orders in which whole latents may change
-    places, as the two summands of a sum under one prior; and the identity alone where there are none.
+    components are exchangeable, fewer where the prior tells some apart, their product for several latents, times the
+    orders in which whole latents may change places, as the two summands of a sum under one prior; and the identity
+    alone where there are none.
 
     Args:
         posterior: the program with its data.
@@ -47,26 +48,35 @@ class Relabelling:
     def __init__(self, posterior: LogPosterior):
         self.posterior = posterior
         self.axes: list[tuple[Mapping[str, int], int]] = []
-        """For each latent with exchangeable components, the axis of each site that numbers them, and K."""
+        """For each latent of which some components are exchangeable, the axis of each site that numbers them, and K."""
+        self.classes: list[Tensor] = []
+        """For each of these, (K,), by component, the least number of those with which it may change places."""
         self.exchanges = exchanges(posterior)
         """The orders of these latents; where there is more than one, they are all latents of the program."""
         for latent, size in zip(posterior.program.latents, posterior.program.latent_sizes, strict=True):
             found = numbering(posterior, latent)
-            if found.axes and found.exchangeable and (size > 1 or len(self.exchanges) > 1):
+            some = found.exchangeable or len(set(found.classes)) < size
+            if found.axes and some and (size > 1 or len(self.exchanges) > 1):
                 self.axes.append((found.axes, size))
+                self.classes.append(torch.tensor(found.classes, device=posterior.device))
         if len(self.axes) < len(posterior.program.latents):
             self.exchanges = [Exchange(tuple(range(len(self.axes))), {})]
 
     @property
     def log_count(self) -> float:
         """The logarithm of the number of relabellings, log K! of one latent."""
-        return math.log(len(self.exchanges)) + sum(math.lgamma(size + 1) for _, size in self.axes)
+        sizes = [size for classes in self.classes for size in classes.bincount().tolist()]
+        return math.log(len(self.exchanges)) + sum(math.lgamma(size + 1) for size in sizes)
 
     def random(self, u: Tensor, generator: torch.Generator) -> Tensor:
         """Return points u (C, P), each under a relabelling of its own, all equally likely."""
         keys = [torch.rand(len(u), size, generator=generator, device=u.device) for _, size in self.axes]
         orders = torch.randint(len(self.exchanges), (len(u),), generator=generator, device=u.device)
-        return self._apply(u, orders, [key.argsort(1) for key in keys])
+        permutations = []
+        for key, classes in zip(keys, self.classes, strict=True):  # places by class, each filled at random
+            places = classes.argsort(stable=True).expand_as(key)
+            permutations.append(torch.empty_like(places).scatter_(1, places, (classes + key).argsort(1)))
+        return self._apply(u, orders, permutations)
 
     def _apply(self, u: Tensor, orders: Tensor, permutations: list[Tensor]) -> Tensor:
         """Return points u (C, P) under the exchanges with numbers orders (C,), and then renumbered: of each latent,
@@ -146,8 +156,8 @@ class Relabelling:
         costs, choices = [], []
         for exchange in self.exchanges:
             permutations, total = [], features[0].new_zeros(())
-            for reference, place in zip(references, exchange.order, strict=True):
-                cost = reference.cost(features[place])
+            for reference, place, classes in zip(references, exchange.order, self.classes, strict=True):
+                cost = reference.cost(features[place]).masked_fill(classes != classes[:, None], torch.inf)
                 permutations.append(_assign(cost))
                 total = total + cost.gather(1, permutations[-1][:, None]).sum((1, 2))
             choices.append(permutations)

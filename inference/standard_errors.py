@@ -21,7 +21,7 @@ from mixproof.inference.labels import assign, renumber
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.supports import at_edge, base_of
 from mixproof.inference.trees import tree_at, tree_expand, tree_map
-from mixproof.inference.validation import check_params, check_rows, num_components
+from mixproof.inference.validation import as_floating, check_params, check_rows, num_components
 
 LOG_ERROR = 10.0
 """The standard error of a logarithm or a log odds above which its parameter may as well be at the edge."""
@@ -108,7 +108,7 @@ def _coordinates_of(posterior: LogPosterior, params: Any) -> tuple[dict[str, Ten
     transforms = posterior.coordinates.transforms
     if missing := sorted(set(transforms) - set(given)):
         raise ValueError(f"the fit lacks the sites {', '.join(missing)}; it has {', '.join(sorted(given))}")
-    fit = {site: given[site].detach() for site in transforms}
+    fit = {site: as_floating(given[site], site) for site in transforms}
     sites = posterior.constrain(torch.zeros(posterior.size, dtype=torch.float64, device=posterior.device))
     for site, value in sites.items():
         if fit[site].shape != value.shape:
@@ -226,12 +226,12 @@ def bootstrap(
     draws = {site: getattr(fits, site)[converged][None] for site in posterior.program.supports}
     fit = {site: getattr(params, site)[None, None] for site in posterior.program.supports}
     for latent in posterior.program.latents:
-        axes, exchangeable = numbering(posterior, latent)
-        if axes is None or not exchangeable:
+        found = numbering(posterior, latent)
+        if found.axes is None or not found.exchangeable:
             continue
         target = responsibilities(posterior, fit, latent)[0, 0]
         permutations = assign(target.mT @ responsibilities(posterior, draws, latent)[0])[None]
-        draws |= {site: renumber(draws[site], permutations, axis) for site, axis in axes.items()}
+        draws |= {site: renumber(draws[site], permutations, axis) for site, axis in found.axes.items()}
     attributes = {"engine": f"{method} bootstrap", "num_replicates": num_replicates, "num_failed": num_failed}
     attributes |= {f"relabelled_{latent}": "bootstrap" for latent in posterior.program.latents}
     return Draws(draws, {"lp": log_likelihood(posterior, draws).sum(-1)}, attributes)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -95,7 +96,7 @@ def tempered_smc(
     if file is not None:
         sizes = {"num_replicates": num_replicates, "num_chains": num_chains, "num_moves": num_moves}
         identity = {"engine": "tempered_smc", "seed": seed, "efficiency": efficiency, "relabel": relabel is not None}
-        identity |= sizes | {"program": _fingerprint(posterior, starts)}
+        identity |= sizes | {"program": _fingerprint(posterior, starts), "arguments": _digest(posterior.args)}
         path.restore(checkpoints.load(file, identity), kernel)
         checkpoints.save(file, identity, path.state(kernel))  # a disk that takes no file is found now
     with _Bar(progress) as bar:
@@ -184,11 +185,19 @@ class _Path:
 
 
 def _fingerprint(posterior: LogPosterior, u: Tensor) -> list[str]:
-    """Return what tells a program with its data from others: both parts of its density at the first of points u, to
-    half of their digits."""
-    first = u[:1].expand(len(u), -1).contiguous()  # as many as the run has, so that no other graph is captured
-    found = posterior(first, first.new_ones(len(first)))
-    return [f"{float(value[0]):.8g}" for value in (found.log_prior, found.log_likelihood)]
+    """Return what tells a program from others: both parts of its density, to half of their digits, at the first of
+    points u at which it is finite."""
+    found = posterior(u, u.new_ones(len(u)))  # as many points as the run has, so that no other graph is captured
+    some = found.log_likelihood.isfinite().nonzero()[:4, 0]
+    return [f"{float(value):.8g}" for part in (found.log_prior, found.log_likelihood) for value in part[some]]
+
+
+def _digest(args: tuple[Any, ...]) -> str | None:
+    """Return a name for the arguments of a program, the data among them; None where one cannot be told from others."""
+    try:
+        return checkpoints.digest(args)
+    except TypeError:
+        return None
 
 
 class _Kernel:

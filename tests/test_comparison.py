@@ -621,6 +621,14 @@ def test_em_that_has_not_converged_is_said(real_data: dict[str, Tensor]) -> None
     assert not any("converged" in sentence for sentence in good.warnings)
 
 
+def test_a_single_row_has_no_loo() -> None:
+    x = torch.tensor([[1.5]]).double()
+    prior = gaussian_diagonal.Prior(*(torch.tensor(v).double() for v in ([1.0], [0.0], 0.1, [2.0], [1.0])))
+    found = compare([Candidate(gaussian_diagonal, 1, prior, name) for name in "ab"], x, seed=0, **ONLY_EM)
+    assert [row.elpd_loo for row in found.rows] == [None, None]
+    assert any("a single row has no LOO with an error" in words for words in found.warnings)
+
+
 def test_what_fails_for_one_candidate_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     x, real = tiny(), comparison_study.log_evidence
 

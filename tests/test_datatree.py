@@ -13,6 +13,8 @@ import arviz_stats
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import scipy.signal
 import torch
@@ -22,10 +24,11 @@ from torch import Tensor
 from mixproof.inference.at_draws import label_invariant
 from mixproof.inference.datatree import loo, relative_efficiency, summary, to_datatree
 from mixproof.inference.draws import Draws
+from mixproof.inference.gibbs import gibbs
 from mixproof.inference.labels import align
 from mixproof.inference.log_posterior import LogPosterior
-from mixproof.models import bernoulli, gaussian_tied
-from tests.conftest import Case
+from mixproof.models import bernoulli, gaussian_full, gaussian_sum, gaussian_tied
+from tests.conftest import Case, seeded
 from tests.test_labels import ExactPosterior, binary_rows
 
 matplotlib.use("Agg")
@@ -325,6 +328,78 @@ def test_named_and_single_components_need_no_aligning(draws: Draws, exact: Exact
     for of in (named, single):
         assert of["posterior"].attrs["component_labels"] == "named"
         assert {"probs[0, 0]"} <= set(summary(of, components=True).index)
+
+
+@pytest.mark.parametrize("num_features", [1, 2])
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (1, 1)])
+def test_a_single_component_of_a_sum_names_no_axis(sizes: tuple[int, int], num_features: int) -> None:
+    """Of length 1 it could be any, that of a single column too, and would take the place of the other part's."""
+    x = torch.randn(9, num_features, generator=seeded(0), dtype=torch.float64)
+    prior = gaussian_sum.Prior(*(gaussian_full.weakly_informative_prior(x, size) for size in sizes))
+    posterior = LogPosterior(partial(gaussian_sum.model, num_components=sizes, prior=prior), x)
+    settings: Any = {"num_chains": 2, "num_draws": 5, "num_warmup": 2}
+    draws = gibbs(gaussian_sum, x, prior, num_components=sizes, generator=seeded(1), **settings)
+    tree = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
+    renumbered = dict(draws.params)
+    for part, latent, size in zip("xy", "kl", sizes, strict=True):
+        expected = {f"{part}_{name}" for name in ("weights", "locs", "covariances")} if size > 1 else set()
+        named = {name for name, value in tree["posterior"].data_vars.items() if f"component_{latent}" in value.dims}
+        assert named == expected
+        renumbered |= {name: draws.params[name].flip(2) for name in expected}
+    before, after = label_invariant(draws, posterior), label_invariant(draws._replace(params=renumbered), posterior)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value)
+
+
+def test_summands_that_change_places_are_not_aligned_by_their_components() -> None:
+    x = torch.randn(9, 1, generator=seeded(0), dtype=torch.float64)
+    part = gaussian_full.weakly_informative_prior(x, 2)._replace(loc=torch.zeros(1).double())
+    prior = gaussian_sum.Prior(part, part)
+    posterior = LogPosterior(partial(gaussian_sum.model, num_components=(2, 2), prior=prior), x)
+    settings: Any = {"num_chains": 2, "num_draws": 5, "num_warmup": 2}
+    draws = gibbs(gaussian_sum, x, prior, num_components=(2, 2), generator=seeded(1), **settings)
+    for latent in "kl":
+        draws = align(draws, posterior, latent=latent)
+    tree = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
+    with pytest.warns(UserWarning, match="align"):
+        summary(tree, components=True)
+
+
+def test_components_that_change_places_only_among_some_are_no_names() -> None:
+    x = torch.randn(9, 1, generator=seeded(0), dtype=torch.float64)
+    prior = gaussian_full.weakly_informative_prior(x, 3)._replace(concentration=torch.tensor([5.0, 1.0, 1.0]).double())
+    posterior = LogPosterior(partial(gaussian_full.model, num_components=3, prior=prior), x)
+    settings: Any = {"num_components": 3, "num_chains": 2, "num_draws": 5, "num_warmup": 2}
+    draws = gibbs(gaussian_full, x, prior, generator=seeded(1), **settings)
+    tree = to_datatree(draws, posterior, seed=0, family=gaussian_full, num_predictive=0, num_prior=0)
+    with pytest.warns(UserWarning, match="align"):
+        summary(tree, components=True)
+
+
+def test_moments_of_a_family_with_known_weights_are_left_out() -> None:
+    family, x = bernoulli.UniformWeights(), binary_rows()[0]
+    prior = family.weakly_informative_prior(x, 2)
+    posterior = LogPosterior(partial(family.model, num_components=2, prior=prior), x)
+    settings: Any = {"num_components": 2, "num_chains": 2, "num_draws": 5, "num_warmup": 2}
+    draws = gibbs(family, x, prior, generator=seeded(1), **settings)
+    found = label_invariant(draws, posterior, family=family)
+    assert "row_mean" not in found
+    assert found.keys() == label_invariant(draws, posterior).keys()
+
+
+def test_a_factor_is_no_observation() -> None:
+    def program(x: Tensor) -> None:
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2).double(), 3.0).to_event(1))
+        pyro.factor("extra", -locs.square().sum())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2).double() / 2), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+    posterior = LogPosterior(program, torch.randn(6, generator=seeded(0), dtype=torch.float64))
+    draws = Draws({"locs": torch.randn(2, 5, 2, generator=seeded(1), dtype=torch.float64)}, {}, {})
+    tree = to_datatree(draws, posterior, seed=0, num_predictive=3, num_prior=0)
+    for group in ("observed_data", "posterior_predictive", "log_likelihood"):
+        assert list(tree[group].data_vars) == ["x"]
 
 
 def test_names_of_axes_can_be_given(draws: Draws, posterior: LogPosterior) -> None:

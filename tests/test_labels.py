@@ -102,7 +102,8 @@ def test_components_are_told_apart_far_from_zero(real_case: Case, offset: float)
         prior = alike._replace(concentration=torch.tensor(concentration, dtype=torch.float64))
         posterior = LogPosterior(real_case.program(2, prior), x)
         latent = posterior.program.latents[0]
-        axes, exchangeable = numbering(posterior, latent)
+        found = numbering(posterior, latent)
+        axes, exchangeable = found.axes, found.exchangeable
         assert axes == expected_axes(real_case, latent)
         assert exchangeable == (concentration[0] == concentration[1]), concentration
 

@@ -89,6 +89,8 @@ def test_errors_of_one_component_are_the_textbook_ones() -> None:
     assert torch.allclose(found["locs"][0], (variances / 50).sqrt(), rtol=1e-10)
     assert torch.allclose(found["variances"][0], variances * math.sqrt(2 / 50), rtol=1e-10)
     assert found["weights"].item() == 0
+    arrays = {name: value.numpy() for name, value in fit._asdict().items()}
+    assert torch.equal(standard_errors(program(gaussian_diagonal, x, 1), arrays).params["locs"], found["locs"])
     ones = (x > 0.3).double()
     probs = ones.mean(0)
     fit = bernoulli.Params(torch.ones(1).double(), probs[None])

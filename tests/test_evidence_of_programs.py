@@ -1,0 +1,147 @@
+"""Evidence of programs whose symmetry is a part of K!, whose supports move, whose bounds differ; rows of any type."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from mixproof.inference.at_draws import label_invariant
+from mixproof.inference.draws import Draws
+from mixproof.inference.evidence import log_evidence
+from mixproof.inference.exact_evidence import exact_log_evidence
+from mixproof.inference.exchangeability import numbering
+from mixproof.inference.hmc import hmc
+from mixproof.inference.labels import align
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.relabelling import Relabelling
+from mixproof.models import bernoulli
+
+TOLD_APART = (torch.tensor([-20.0, 10.0, 10.0]).double(), torch.tensor([2.0, 15.0, 15.0]).double())
+THREE_GROUPS = torch.tensor([-20.0, -20.5, -19.0, 0.0, 0.5, -0.3, 20.0, 20.6, 19.5]).double()
+
+
+def first_told_apart(x: Tensor) -> None:
+    """The prior of the first of three components is its own."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3).to(x)))
+    with pyro.plate("components", 3):
+        locs = pyro.sample("locs", dist.Normal(*TOLD_APART))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+
+def evidence_of_first_told_apart(x: Tensor) -> float:
+    """By the sum over all allocations, each component's rows by their normal law of one common location."""
+    loc, scale = TOLD_APART
+    log_joint = []
+    for allocation in itertools.product(range(3), repeat=len(x)):
+        z = torch.tensor(allocation)
+        counts = z.bincount(minlength=3)
+        total = (torch.lgamma(1.0 + counts).sum() - math.lgamma(3 + len(x)) + math.lgamma(3)).double()
+        for k in range(3):
+            own, n = x[z == k] - loc[k], int(counts[k])
+            spread = 1 + n * scale[k] ** 2
+            square = own.square().sum() - scale[k] ** 2 * own.sum() ** 2 / spread
+            total = total - n / 2 * math.log(2 * math.pi) - spread.log() / 2 - square / 2
+        log_joint.append(total)
+    return float(torch.stack(log_joint).logsumexp(0))
+
+
+def test_components_of_which_some_may_change_places() -> None:
+    """Draws that show one order of the last two: the evidence is whole, where it would be too low by log 2."""
+    x = THREE_GROUPS
+    posterior = LogPosterior(first_told_apart, x)
+    found = numbering(posterior, "z")
+    assert found.classes == (0, 1, 1)
+    assert not found.exchangeable
+    draws = hmc(first_told_apart, x, num_chains=12, num_draws=300, num_warmup=200, seed=1)
+    locs = draws.params["locs"].mean(1)
+    (chains,) = (locs[:, 1] < locs[:, 2]).nonzero(as_tuple=True)
+    assert len(chains) >= 2
+    one_order = Draws({name: value[chains] for name, value in draws.params.items()}, {}, {})
+    evidence = log_evidence(first_told_apart, x, seed=1, draws=one_order)
+    exact = evidence_of_first_told_apart(x)
+    assert abs(evidence.log_evidence - exact) < 4 * evidence.standard_error < 0.2
+    invariant = label_invariant(draws, posterior)["locs_sorted"]
+    swapped = Draws({name: value[..., [0, 2, 1]] for name, value in draws.params.items()}, {}, {})
+    assert torch.equal(label_invariant(swapped, posterior)["locs_sorted"], invariant)
+    assert torch.equal(invariant[..., 0], draws.params["locs"][..., 0])
+    relabelling = Relabelling(posterior)
+    assert relabelling.log_count == pytest.approx(math.log(2))
+    u = posterior.unconstrain({name: value[0] for name, value in draws.params.items()})
+    moved = posterior.constrain(relabelling.random(u, torch.Generator().manual_seed(0)))["locs"]
+    assert torch.allclose(moved[:, 0], draws.params["locs"][0, :, 0])
+    assert 0.4 < float((moved[:, 1] - draws.params["locs"][0, :, 1]).abs().gt(1e-6).double().mean()) < 0.6
+    with pytest.raises(ValueError, match="the prior or a support tells some of them apart, though not all"):
+        align(draws, posterior)
+
+
+def test_a_support_that_moves_with_another_parameter_is_refused() -> None:
+    def program(x: Tensor) -> None:
+        top = pyro.sample("top", dist.Exponential(torch.tensor(1.0).to(x)))
+        loc = pyro.sample("loc", dist.Uniform(torch.zeros(()).to(x), top))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2).to(x) / 2), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(torch.stack([-loc, loc])[z], 0.7), obs=x)
+
+    x = torch.tensor([-1.2, 1.5]).double()
+    for run in (partial(log_evidence, seed=0), partial(hmc, num_chains=2, num_draws=5, num_warmup=20, seed=0)):
+        with pytest.raises(ValueError, match='the support of "loc" depends on other parameters'):
+            run(program, x)
+
+
+@pytest.mark.parametrize("method", ["smc", "bridge"])
+def test_bounds_of_their_own_for_each_column(method: Any) -> None:
+    """One component: the evidence is a product over columns of normal integrals over the box."""
+    x = torch.tensor([[0.1, 3.0], [0.4, 4.0], [-0.2, 3.3]]).double()
+    low, high = torch.tensor([-1.0, 2.0]).double(), torch.tensor([1.5, 5.0]).double()
+
+    def program(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Uniform(low, high).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(torch.ones(1).to(x)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    mean, n = x.mean(0), len(x)
+    normal = torch.distributions.Normal(mean, torch.tensor(n).double().rsqrt())
+    heights = -n / 2 * math.log(2 * math.pi) - (x - mean).square().sum(0) / 2 + 0.5 * math.log(2 * math.pi / n)
+    exact = float((heights + ((normal.cdf(high) - normal.cdf(low)) / (high - low)).log()).sum())
+    found = log_evidence(program, x, seed=0, method=method)
+    assert abs(found.log_evidence - exact) < 4 * found.standard_error < 0.2
+
+
+def test_a_checkpoint_of_other_rows_is_refused_where_a_density_of_0_hides_them(tmp_path: Path) -> None:
+    def program(x: Tensor) -> None:
+        top = pyro.sample("top", dist.LogNormal(torch.tensor(0.0).to(x), torch.tensor(1.0).to(x)))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2).to(x) / 2), infer={"enumerate": "parallel"})
+            bound = torch.stack([top, 2 * top])[z]
+            pyro.sample("x", dist.Uniform(0.0, bound, validate_args=False), obs=x)
+
+    run = partial(log_evidence, program, method="smc", seed=0, checkpoint=tmp_path / "run", num_replicates=8)
+    first = run(torch.tensor([0.5, 3.1]).double())
+    assert run(torch.tensor([0.5, 3.1]).double()).log_evidence == first.log_evidence
+    with pytest.raises(ValueError, match=r"belongs to another run, which differs in .*arguments"):
+        run(torch.tensor([0.5, 6.5]).double())
+
+
+def test_rows_and_priors_of_a_family_are_taken_as_elsewhere(tmp_path: Path) -> None:
+    """NumPy rows, whole numbers, single precision beside a prior in double; a setting that is a number of numpy's."""
+    rows = np.array([[0, 1], [1, 1], [1, 0], [0, 0], [1, 1]])
+    prior = bernoulli.weakly_informative_prior(torch.tensor(rows).double(), 2)
+    program = partial(bernoulli.model, num_components=2, prior=prior)
+    for x in (rows, rows.astype(bool), torch.tensor(rows), torch.tensor(rows).float(), torch.tensor(rows).double()):
+        settings: dict[str, Any] = {"num_replicates": np.int64(8), "checkpoint": tmp_path / f"run{id(x)}"}
+        found = log_evidence(program, x, seed=0, family=bernoulli, **settings)
+        exact = exact_log_evidence(bernoulli, torch.tensor(rows).double(), prior, num_components=2)
+        assert abs(found.log_evidence - exact) < 4 * found.standard_error + 1e-3
