@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mixproof.inference.at_draws import responsibilities
 from mixproof.inference.draws import Draws
-from mixproof.inference.exchangeability import component_axes, latent_site
+from mixproof.inference.exchangeability import component_axes, latent_site, numbering
 from mixproof.inference.log_posterior import LogPosterior
 
 
@@ -35,7 +35,7 @@ def align(
     Both methods compare p(z_n = k | x_n, params) of a draw with a summary of all draws, renumber each draw as agrees
     best with it, a linear assignment, and repeat with the summary of the renumbered draws until no number changes. They
     start from the draw of the highest ``lp``. Renumbering does not mend a sampler that has missed a mode: judge its
-    convergence by ``label_invariant`` quantities.
+    convergence by ``label_invariant`` quantities. Components that the prior tells apart keep their numbers.
 
     Args:
         draws: of the parameters of ``posterior``, with ``lp`` among the sample statistics.
@@ -54,17 +54,20 @@ def align(
         method, ``..._share`` the share of draws that were renumbered, and ``..._iterations`` the number of repetitions.
 
     Raises:
-        ValueError: the components are not exchangeable, or a setting is not what it must be.
+        ValueError: no two components are exchangeable, or a setting is not what it must be.
     """
     if method not in ("stephens", "equivalence"):
         raise ValueError(f'method must be "stephens" or "equivalence", not {method!r}')
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, not {max_iterations}")
     latent = latent_site(posterior, latent)
-    axes = component_axes(posterior, latent)
+    found = numbering(posterior, latent)
+    some = len(set(found.classes)) < len(found.classes)
+    axes = (found.axes or {}) if some else component_axes(posterior, latent)  # which says why there are none
+    classes = torch.tensor(found.classes, device=posterior.device)
     resp = responsibilities(posterior, draws.params, latent).flatten(0, 1)
     lp = draws.sample_stats["lp"]
-    permutations, iterations = _agree(resp, int(lp.argmax()), method, max_iterations)
+    permutations, iterations = _agree(resp, classes, int(lp.argmax()), method, max_iterations)
     values, counts = permutations.unique(dim=0, return_counts=True)
     permutations = permutations[:, values[counts.argmax()].argsort()]  # the numbering of most draws is the one kept
     moved = (permutations != torch.arange(permutations.shape[1], device=permutations.device)).any(1)
@@ -93,8 +96,9 @@ def renumber(value: Tensor, permutations: Tensor, axis: int) -> Tensor:
     return value.take_along_dim(permutations.reshape(*permutations.shape[:2], *shape), dim=axis + 2)
 
 
-def _agree(resp: Tensor, pivot: int, method: str, max_iterations: int) -> tuple[Tensor, int]:
-    """Return permutations (S, K) that make responsibilities (S, N, K) agree, and after how many repetitions."""
+def _agree(resp: Tensor, classes: Tensor, pivot: int, method: str, max_iterations: int) -> tuple[Tensor, int]:
+    """Return permutations (S, K) within classes (K,) that make responsibilities (S, N, K) agree, and after how many
+    repetitions."""
     size = resp.shape[-1]
     average = resp[pivot]
     certain = torch.nn.functional.one_hot(resp.argmax(-1), size).to(resp) if method == "equivalence" else resp
@@ -104,7 +108,8 @@ def _agree(resp: Tensor, pivot: int, method: str, max_iterations: int) -> tuple[
             target = torch.nn.functional.one_hot(average.argmax(-1), size).to(resp)
         else:  # sum p log p is the same under all permutations, so that - sum p log q remains of the divergence
             target = average.clamp_min(torch.finfo(average.dtype).tiny).log()
-        before, permutations = permutations, assign(target.mT @ certain)
+        agreement = (target.mT @ certain).masked_fill(classes != classes[:, None], -torch.inf)
+        before, permutations = permutations, assign(agreement)
         if iteration > 1 and torch.equal(before, permutations):
             return permutations, iteration
         average = resp.take_along_dim(permutations[:, None], dim=-1).mean(0)

@@ -19,7 +19,7 @@ from mixproof.inference.at_draws import label_invariant
 from mixproof.inference.draws import Draws
 from mixproof.inference.evidence import log_evidence
 from mixproof.inference.exact_evidence import exact_log_evidence
-from mixproof.inference.exchangeability import numbering
+from mixproof.inference.exchangeability import component_axes, numbering
 from mixproof.inference.hmc import hmc
 from mixproof.inference.labels import align
 from mixproof.inference.log_posterior import LogPosterior
@@ -82,8 +82,11 @@ def test_components_of_which_some_may_change_places() -> None:
     moved = posterior.constrain(relabelling.random(u, torch.Generator().manual_seed(0)))["locs"]
     assert torch.allclose(moved[:, 0], draws.params["locs"][0, :, 0])
     assert 0.4 < float((moved[:, 1] - draws.params["locs"][0, :, 1]).abs().gt(1e-6).double().mean()) < 0.6
+    aligned = align(draws, posterior).params["locs"]
+    assert torch.equal(aligned[..., 0], draws.params["locs"][..., 0])
+    assert ((aligned[..., 1] < aligned[..., 2]).double().mean() - 0.5).abs() > 0.49
     with pytest.raises(ValueError, match="the prior or a support tells some of them apart, though not all"):
-        align(draws, posterior)
+        component_axes(posterior)
 
 
 def test_a_support_that_moves_with_another_parameter_is_refused() -> None:
