@@ -310,9 +310,12 @@ def test_a_data_set_without_a_start_is_named() -> None:
         scale = pyro.sample("scale", dist.HalfNormal(1.0))
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Categorical(torch.ones(1)), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Gamma(1.0, scale), obs=x)
+            pyro.sample("x", dist.Gamma(2.0, scale), obs=x)
 
     data = torch.tensor([[1.0, 2.0], [math.nan, 1.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="data set 1 holds an entry that is NaN or infinite: drop or impute its row"):
+        hmc(model, data, num_chains=2, num_draws=5, num_warmup=20, seed=0, batched=True)
+    data = torch.tensor([[1.0, 2.0], [-1.0, 1.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match="every draw from the prior of data set 1 has posterior density 0"):
         hmc(model, data, batched=True, num_chains=2, num_draws=5, num_warmup=20, seed=0)
 
