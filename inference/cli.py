@@ -470,6 +470,9 @@ def _processes(device: str) -> Iterator[tuple[Group, torch.device]]:
 
 def _without_gaps(x: Tensor) -> Tensor:
     """Return rows (n, D) with the mean of its column in the place of each missing entry, good enough to start from."""
+    empty = x.isnan().all(0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"column {empty[0]} holds no value in {len(x)} rows to start from: leave it out")
     return torch.where(x.isnan(), x.nanmean(0), x)
 
 

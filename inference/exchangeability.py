@@ -74,9 +74,10 @@ def numbering(posterior: LogPosterior, latent: str | None = None) -> Numbering:
 
     Permuting the axes together must permute the values of the latent in the table of log p(x_n, z_n | params); if it
     leaves log p(params) as it is, they are exchangeable. Both are tried at points that nothing singles out, with a
-    cycle and a transposition, which generate all K! permutations. Of several choices an exchangeable one is taken.
-    The points are draws of the prior, where it is proper: far from them the rounding of large log densities would hide
-    small differences between components.
+    cycle and a transposition, which generate all K! permutations. Of several choices an exchangeable one is taken; if
+    there is none, the transpositions that leave both as they are say which components may change places. The points are
+    draws of the prior, where it is proper: far from them the rounding of large log densities would hide small
+    differences between components.
 
     Args:
         posterior: the program with its data.

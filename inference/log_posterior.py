@@ -61,7 +61,7 @@ class LogPosterior:
 
     Raises:
         ValueError: as ``enumeration.inspect`` and ``enumeration.log_joint_table``, there is no continuous parameter,
-            or batched arguments are not tensors of one leading size.
+            the support of one depends on others, or batched arguments are not finite tensors of one leading size.
     """
 
     def __init__(

@@ -172,6 +172,8 @@ def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None
     missing.write_text("a,b\n1,2\n,4\n")
     gap = tmp_path / "gap.csv"
     gap.write_text("a\n1\n\n4\n")
+    void = tmp_path / "void.csv"
+    void.write_text("a,b\n1,\n2,\n4,\n")
     nameless = tmp_path / "nameless.csv"
     nameless.write_text("1,2.5\n3,4\n5,7\n")
     bits = tmp_path / "bits.csv"
@@ -192,6 +194,7 @@ def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None
         (("fit", text, "--family", "gaussian_full", "-k", 1), "column 'b' of text.csv holds string"),
         (("fit", missing, "--family", "gaussian_full", "-k", 1), "x[1, 0] is nan"),
         (("fit", gap, "--family", "gaussian_full", "-k", 1), "x[1, 0] is nan"),
+        (("fit", void, "--family", "gaussian_full", "-k", 1, "--missing"), "column 1 holds no value in 3 rows"),
         (("fit", nameless, "--family", "gaussian_full", "-k", 1), "holds numbers and would be lost: give its columns"),
         (("fit", bits, "--family", "bernoulli", "-k", 1), "x[1, 0] is 0.5"),
         (("fit", bits, "--family", "gaussian_full", "-k", 3), "3 components need at least as many rows"),
