@@ -171,10 +171,10 @@ def log_likelihood_and_label_invariant(
     found = at_draws(posterior, draws.params, of_rows)
     of_each_row = found.pop("rows")
     axes: dict[str, tuple[int, tuple[int, ...]]] = {}
-    for latent, size in zip(latents, sizes, strict=True):
-        of_latent, classes = numbering(posterior, latent)
-        if len(set(classes)) < size:
-            axes |= {site: (axis, classes) for site, axis in (of_latent or {}).items()}
+    for latent in latents:
+        numbered = numbering(posterior, latent)
+        if numbered.some_exchangeable:
+            axes |= {site: (axis, numbered.classes) for site, axis in (numbered.axes or {}).items()}
     partners: dict[str, set[str]] = {site: {site} for site in draws.params}
     for exchange in exchanges(posterior):
         for site, source in exchange.sources.items():

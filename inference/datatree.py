@@ -253,10 +253,10 @@ def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, tuple[s
     for latent, size in zip(latents, posterior.program.latent_sizes, strict=True):
         if size == 1 and len(latents) > 1:  # any axis of length 1 would do
             continue
-        axes, classes = numbering(posterior, latent)
+        numbered = numbering(posterior, latent)
         name = "component" if len(latents) == 1 else f"component_{latent}"
-        found |= {site: (name, axis) for site, axis in (axes or {}).items()}
-        if axes and len(set(classes)) < size:
+        found |= {site: (name, axis) for site, axis in (numbered.axes or {}).items()}
+        if numbered.some_exchangeable:
             aligned = f"relabelled_{latent}" in draws.attributes
             labels = ALIGNED if aligned and labels != EXCHANGEABLE else EXCHANGEABLE
     return found, labels if len(exchanges(posterior)) == 1 else EXCHANGEABLE

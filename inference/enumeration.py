@@ -77,7 +77,7 @@ def _quiet_nan() -> Iterator[None]:
         yield
 
 
-def run(model: Model, *args: Any, params: Mapping[str, Tensor] | None = None) -> Any:
+def trace_of(model: Model, *args: Any, params: Mapping[str, Tensor] | None = None) -> Any:
     """Return Pyro's trace of one run of a program, at ``params`` where they are given.
 
     The global random generators are as they were afterwards.
@@ -111,7 +111,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
             value in ``params``, ``params`` names a site that the program does not have, a plate is empty, or an
             observation is NaN or infinite.
     """
-    trace = run(model, *args, params=params)
+    trace = trace_of(model, *args, params=params)
     supports, latents, nesting = {}, {}, 0
     for name, site in trace.nodes.items():
         if site["type"] == "param":

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixproof.inference.allocation_smc import allocation_smc, integrates_out
 from mixproof.inference.bridge_sampling import bridge_sampling
 from mixproof.inference.draws import Draws
-from mixproof.inference.enumeration import default_dtype_of, run
+from mixproof.inference.enumeration import default_dtype_of, trace_of
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.particles import systematic
 from mixproof.inference.random_state import seeded
@@ -257,7 +257,7 @@ def posterior_probabilities(
 def _check_priors(model: Callable[..., Any], *args: Any, from_prior: bool) -> None:
     """Say in words why a program has no evidence, or not one that starts from draws of its prior."""
     with default_dtype_of(*args), feasible_params(*args, dtype=torch.get_default_dtype()):  # one precision, as of draws
-        trace = run(model, *args)
+        trace = trace_of(model, *args)
     latents = [site for site in trace.nodes.values() if site["type"] == "sample" and site["infer"].get("enumerate")]
     rows = {frame.name for site in latents for frame in site["cond_indep_stack"]}
     for name, site in trace.nodes.items():

@@ -37,6 +37,11 @@ class Numbering(NamedTuple):
         """Whether all components may change places."""
         return self.axes is not None and not any(self.classes)
 
+    @property
+    def some_exchangeable(self) -> bool:
+        """Whether two components or more may change places."""
+        return self.axes is not None and len(set(self.classes)) < len(self.classes)
+
 
 def component_axes(posterior: LogPosterior, latent: str | None = None) -> dict[str, int]:
     """Return which axis of each parameter numbers the exchangeable components of a program, measured by ``numbering``.

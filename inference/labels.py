@@ -62,8 +62,8 @@ def align(
         raise ValueError(f"max_iterations must be at least 1, not {max_iterations}")
     latent = latent_site(posterior, latent)
     found = numbering(posterior, latent)
-    some = len(set(found.classes)) < len(found.classes)
-    axes = (found.axes or {}) if some else component_axes(posterior, latent)  # which says why there are none
+    axes = found.axes if found.some_exchangeable else None
+    axes = axes or component_axes(posterior, latent)  # which says why there are none
     classes = torch.tensor(found.classes, device=posterior.device)
     resp = responsibilities(posterior, draws.params, latent).flatten(0, 1)
     lp = draws.sample_stats["lp"]

@@ -21,7 +21,7 @@ from mixproof.inference.enumeration import (
     default_dtype_of,
     inspect,
     log_joint_table,
-    run,
+    trace_of,
     unconstrain,
 )
 from mixproof.inference.random_state import seeded
@@ -75,7 +75,7 @@ class LogPosterior:
         if batched:
             args = tuple(values[0] for values in args)
         with feasible_params(*args):
-            trace = run(model, *args)
+            trace = trace_of(model, *args)
         example: dict[str, Any] = {
             name: site["value"].detach()
             for name, site in trace.nodes.items()

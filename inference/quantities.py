@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.inference.enumeration import default_dtype_of, inspect, log_joint_table
-from mixproof.inference.exchangeability import component_axes
+from mixproof.inference.exchangeability import numbering
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 from mixproof.inference.supports import base_of
@@ -162,11 +162,9 @@ def _exchangeable(posterior: LogPosterior) -> dict[str, tuple[int, int]]:
     """Return, by site, which of its axes counts exchangeable components, and the number of their latent."""
     found: dict[str, tuple[int, int]] = {}
     for which, (latent, size) in enumerate(zip(posterior.program.latents, posterior.program.latent_sizes, strict=True)):
-        try:
-            axes = component_axes(posterior, latent) if size > 1 else {}
-        except ValueError:  # each component has a name of its own
-            continue
-        found |= {name: (axis, which) for name, axis in axes.items()}
+        numbered = numbering(posterior, latent)
+        if numbered.exchangeable and size > 1:
+            found |= {name: (axis, which) for name, axis in (numbered.axes or {}).items()}
     return found
 
 

@@ -55,8 +55,7 @@ class Relabelling:
         """The orders of these latents; where there is more than one, they are all latents of the program."""
         for latent, size in zip(posterior.program.latents, posterior.program.latent_sizes, strict=True):
             found = numbering(posterior, latent)
-            some = found.exchangeable or len(set(found.classes)) < size
-            if found.axes and some and (size > 1 or len(self.exchanges) > 1):
+            if found.axes and (found.some_exchangeable or (size == 1 and len(self.exchanges) > 1)):
                 self.axes.append((found.axes, size))
                 self.classes.append(torch.tensor(found.classes, device=posterior.device))
         if len(self.axes) < len(posterior.program.latents):

@@ -227,11 +227,11 @@ def bootstrap(
     fit = {site: getattr(params, site)[None, None] for site in posterior.program.supports}
     for latent in posterior.program.latents:
         found = numbering(posterior, latent)
-        if found.axes is None or not found.exchangeable:
+        if not found.exchangeable:
             continue
         target = responsibilities(posterior, fit, latent)[0, 0]
         permutations = assign(target.mT @ responsibilities(posterior, draws, latent)[0])[None]
-        draws |= {site: renumber(draws[site], permutations, axis) for site, axis in found.axes.items()}
+        draws |= {site: renumber(draws[site], permutations, axis) for site, axis in (found.axes or {}).items()}
     attributes = {"engine": f"{method} bootstrap", "num_replicates": num_replicates, "num_failed": num_failed}
     attributes |= {f"relabelled_{latent}": "bootstrap" for latent in posterior.program.latents}
     return Draws(draws, {"lp": log_likelihood(posterior, draws).sum(-1)}, attributes)

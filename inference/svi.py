@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from mixproof.inference.draws import Draws
-from mixproof.inference.enumeration import bind, default_dtype_of, run
+from mixproof.inference.enumeration import bind, default_dtype_of, trace_of
 from mixproof.inference.hmc import initial_points
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
 from mixproof.inference.random_state import seeded
@@ -95,7 +95,7 @@ def svi(
         )
         return Variational(_guide(model, guide, law, *args), law.losses[:, 0])
     with feasible_params(*args):
-        run(model, *args)  # says in words what the loss could not
+        trace_of(model, *args)  # says in words what the loss could not
     decay = (final_learning_rate / learning_rate) ** (1 / num_steps)
     losses = []
     with pyro.get_param_store().scope(), default_dtype_of(*args):
