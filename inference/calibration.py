@@ -134,7 +134,8 @@ def calibrate(
         batch_size: B, for an engine that takes data (B, N, D) and returns one chain for each, all as long.
         false_alarm: the probability, at most, that a right engine is refuted: each of Q quantities takes a Q-th.
         checkpoint: a file for the simulations that are done. If it exists, the run goes on from there to the same
-            ranks; it knows the sizes, the seed and the quantities of its run, and not its program or engine.
+            ranks; it knows the sizes, the seed and the quantities of its run, the program by one data set that it
+            makes, and not the engine.
         checkpoint_every: after how many calls of the engine to write it, at least 1; the end and Ctrl-C write it too.
         progress: whether a bar on stderr shows the simulations.
 
@@ -168,6 +169,7 @@ def calibrate(
         "batch_size": batch_size,
         "seed": seed,
         "quantities": sorted(quantities or {}),
+        "program": checkpoints.digest(simulate(model, x, seed=0)),
     }
     known = None if file is None else checkpoints.load(file, identity)
     found = [] if known is None else [_Done.restored(known)]

@@ -104,8 +104,8 @@ def test_what_is_wrong_is_said_in_words() -> None:
 # One program in one dimension, whose posterior is normal
 
 
-def location(x: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+def location(x: Tensor, prior_scale: float = 1.0) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, prior_scale))
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Categorical(torch.ones(1)), infer={"enumerate": "parallel"})
         pyro.sample("x", dist.Normal(mean, 1.0).expand([1]).to_event(1), obs=x)
@@ -382,8 +382,13 @@ def test_a_run_that_was_interrupted_or_killed_goes_on_to_the_same_ranks(batch_si
     assert torch.equal(found.effective_sizes, whole.effective_sizes)
     assert found.to_json() == run(checkpoint=file).to_json() == whole.to_json()
     assert len(calls) == num_calls - 3  # nothing was left to do
-    with pytest.raises(ValueError, match="belongs to another run, which differs in seed"):
-        calibrate(location, engine, ROWS, num_simulations=10, seed=SEED + 1, checkpoint=file, **settings)
+    others: dict[str, tuple[Any, int]] = {
+        "seed": (location, SEED + 1),
+        "program": (partial(location, prior_scale=2.0), SEED),
+    }
+    for what, (model, seed) in others.items():
+        with pytest.raises(ValueError, match=f"belongs to another run, which differs in {what}: delete it"):
+            calibrate(model, engine, ROWS, num_simulations=10, seed=seed, checkpoint=file, **settings)
 
 
 @pytest.mark.parametrize(
