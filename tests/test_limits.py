@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mixproof.inference.em import responsibilities
-from mixproof.inference.lloyd import MANHATTAN, SQUARED_EUCLIDEAN, Metric, assign, deviations, lloyd, update
+from mixproof.inference.lloyd import MANHATTAN, SQUARED_EUCLIDEAN, Metric, lloyd, update
+from mixproof.inference.nearest import assign, deviations
 from mixproof.models import laplace
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
 
@@ -41,7 +42,7 @@ def em_step(metric: Metric, spread: float, x: Tensor, centers: Tensor, weights: 
 @pytest.mark.parametrize("seed", range(5))
 def test_em_step_becomes_a_lloyd_step(metric: Metric, seed: int) -> None:
     x, centers = rows(seed), rows(seed + 100, 3)
-    labels = assign(x, centers, metric)
+    labels = assign(x, centers, metric.power)
     one_hot = torch.nn.functional.one_hot(labels, 3).double()
     expected = update(x, labels, centers, metric)
     gaps = []
@@ -99,7 +100,7 @@ def test_tied_rows_split_by_the_weights_for_every_spread(metric: Metric) -> None
         )  # of log p(x, z), whose size is distance over spread
         assert torch.allclose(resp[:2], split.expand(2, -1), rtol=rounding, atol=0)
         assert torch.equal(resp[2:], torch.eye(3, dtype=torch.float64))
-    assert torch.equal(assign(x, centers, metric)[:2], torch.tensor([0, 0]))
+    assert torch.equal(assign(x, centers, metric.power)[:2], torch.tensor([0, 0]))
     assert torch.allclose(params.weights, (2 * split + 1) / 5, rtol=rounding)
     assert not torch.allclose(params.weights, torch.tensor([3.0, 1.0, 1.0]).double() / 5)
     if metric is SQUARED_EUCLIDEAN:
@@ -121,14 +122,14 @@ def test_even_clusters_have_an_interval_of_medians() -> None:
     x = torch.tensor([[0.0], [1.0], [4.0], [9.0], [100.0]], dtype=torch.float64)
     centers = torch.tensor([[3.0], [90.0]], dtype=torch.float64)
     resp, params = em_step(MANHATTAN, 1e-6, x, centers, torch.tensor([0.9, 0.1], dtype=torch.float64))
-    labels = assign(x, centers, MANHATTAN)
+    labels = assign(x, centers, MANHATTAN.power)
     assert torch.equal(resp.argmax(1), labels)
     assert torch.equal(params.locs, torch.tensor([[2.5], [100.0]], dtype=torch.float64))
-    least = deviations(x, labels, params.locs, MANHATTAN).sum()
+    least = deviations(x, labels, params.locs, MANHATTAN.power).sum()
     for other in (1.0, 2.0, 4.0):
         moved = torch.tensor([[other], [100.0]], dtype=torch.float64)
-        assert deviations(x, labels, moved, MANHATTAN).sum() == least
-    assert deviations(x, labels, torch.tensor([[0.9], [100.0]], dtype=torch.float64), MANHATTAN).sum() > least
+        assert deviations(x, labels, moved, MANHATTAN.power).sum() == least
+    assert deviations(x, labels, torch.tensor([[0.9], [100.0]], dtype=torch.float64), MANHATTAN.power).sum() > least
 
 
 def test_squared_distance_and_absolute_distance_assign_differently() -> None:

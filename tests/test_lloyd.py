@@ -20,16 +20,15 @@ from mixproof.inference.lloyd import (
     MANHATTAN,
     SQUARED_EUCLIDEAN,
     Clustering,
-    Means,
-    Medians,
     Metric,
-    assign,
-    deviations,
     kmeans,
     kmedians,
     lloyd,
     update,
 )
+from mixproof.inference.means import Means
+from mixproof.inference.medians import Medians
+from mixproof.inference.nearest import assign, deviations
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
 from tests.conftest import seeded
 
@@ -179,12 +178,12 @@ def test_every_run_descends_to_a_fixed_point(metric: Metric, problem: tuple[Tens
     result = quiet_lloyd(x, centers, metric)
     assert result.converged
 
-    rounding = 1e-13 * deviations(x, result.labels, centers, metric).sum()
+    rounding = 1e-13 * deviations(x, result.labels, centers, metric.power).sum()
     assert (result.objective.diff() <= rounding).all()
-    assert result.objective[-1] == deviations(x, result.labels, result.centers, metric).sum()
+    assert result.objective[-1] == deviations(x, result.labels, result.centers, metric.power).sum()
 
     assert sorted(set(result.labels.tolist())) == list(range(len(centers)))
-    own = deviations(x, result.labels, result.centers, metric)
+    own = deviations(x, result.labels, result.centers, metric.power)
     to_each = (x[:, None] - result.centers).abs().pow(metric.power).sum(-1)
     assert (own <= to_each.amin(1) * (1 + 1e-14)).all()
 
@@ -205,19 +204,19 @@ def test_every_run_descends_to_a_fixed_point(metric: Metric, problem: tuple[Tens
 def test_each_half_step_minimises(metric: Metric, problem: tuple[Tensor, Tensor]) -> None:
     """No single label moved, and no centre shifted, lowers J below what the half-step reached."""
     x, centers = problem
-    labels = assign(x, centers, metric)
-    assigned = deviations(x, labels, centers, metric)
+    labels = assign(x, centers, metric.power)
+    assigned = deviations(x, labels, centers, metric.power)
     for k in range(len(centers)):
-        others = deviations(x, torch.full_like(labels, k), centers, metric)
+        others = deviations(x, torch.full_like(labels, k), centers, metric.power)
         assert (assigned <= others * (1 + 1e-14)).all()
     updated = update(x, labels, centers, metric)
-    reached = deviations(x, labels, updated, metric).sum()
+    reached = deviations(x, labels, updated, metric.power).sum()
     assert reached <= assigned.sum() * (1 + 1e-14)
     for shift in (-0.5, -1e-3, 1e-3, 0.5):
         for d in range(x.shape[1]):
             shifted = updated.clone()
             shifted[:, d] += shift
-            assert reached <= deviations(x, labels, shifted, metric).sum() * (1 + 1e-14)
+            assert reached <= deviations(x, labels, shifted, metric.power).sum() * (1 + 1e-14)
 
 
 @METRICS
@@ -227,7 +226,7 @@ def test_stopping_early_is_a_value_and_a_warning(metric: Metric) -> None:
         result = lloyd(x, x[:3], metric, max_steps=2)
     assert not result.converged
     assert len(result.objective) == 2
-    assert result.objective[-1] == deviations(x, result.labels, result.centers, metric).sum()
+    assert result.objective[-1] == deviations(x, result.labels, result.centers, metric.power).sum()
     assert torch.equal(result.centers, update(x, result.labels, result.centers, metric))
 
 
@@ -482,14 +481,25 @@ def plain_lloyd(x: Tensor, centers: Tensor, metric: Metric) -> tuple[Tensor, Ten
     return centers, labels, trace
 
 
+FEW = pytest.mark.parametrize("few", [0.0, 1 / 32, 2.0], ids=["never by margins", "late by margins", "by margins"])
+
+
 @METRICS
+@FEW
 @pytest.mark.parametrize("chunk", [1, 7, 2**18])
 @pytest.mark.parametrize(("offset", "dtype"), [(0.0, torch.float64), (1e8, torch.float64), (0.0, torch.float32)])
 @pytest.mark.parametrize("num_features", [1, 2, 9])
 def test_steps_over_few_rows_are_those_over_all(
-    metric: Metric, chunk: int, offset: float, dtype: torch.dtype, num_features: int, monkeypatch: pytest.MonkeyPatch
+    metric: Metric,
+    chunk: int,
+    offset: float,
+    dtype: torch.dtype,
+    num_features: int,
+    few: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mixproof.inference.lloyd.CHUNK", chunk)
+    monkeypatch.setattr("mixproof.inference.nearest.CHUNK", chunk)
+    monkeypatch.setattr("mixproof.inference.means.FEW", few)
     x = blobs(5, 240, num_features, 3)
     x[::3] = x[::3] * 0.5 + 1  # wide and overlapping
     x = (torch.cat([x, x[:40]]) + offset).to(dtype)
@@ -507,23 +517,28 @@ def test_steps_over_few_rows_are_those_over_all(
 
 
 @METRICS
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(problem=problems(), seed=st.integers(0, 99))
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(problem=problems(), seed=st.integers(0, 99), few=st.sampled_from([0.0, 2.0]))
 def test_labels_are_those_of_all_distances_wherever_the_centres_go(
-    metric: Metric, problem: tuple[Tensor, Tensor], seed: int
+    metric: Metric, problem: tuple[Tensor, Tensor], seed: int, few: float
 ) -> None:
     """Also at ties, which the rule breaks in favour of the first centre, and between equal rows and equal centres."""
-    x, centers = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixproof.inference.means.FEW", few)
+        _follow_the_centres(metric, *problem, seed)
+
+
+def _follow_the_centres(metric: Metric, x: Tensor, centers: Tensor, seed: int) -> None:
     clusters, generator = metric.clusters(x, torch.ones_like(x[:, 0])), seeded(seed)
     labels = clusters.assign(centers)
-    assert torch.equal(labels, assign(x, centers, metric))
+    assert torch.equal(labels, assign(x, centers, metric.power))
     for scale in (0.0, 1e-16, 1e-3, 1.0, 1.0, 0.1):
         before = labels.clone()
         centers = centers + scale * torch.randn(centers.shape, generator=generator, dtype=torch.float64).round(
             decimals=1
         )
         rows, old = clusters.reassign(labels, centers)
-        assert torch.equal(labels, assign(x, centers, metric))
+        assert torch.equal(labels, assign(x, centers, metric.power))
         assert torch.equal(rows, (labels != before).nonzero()[:, 0])
         assert torch.equal(old, before[rows])
 
@@ -536,9 +551,9 @@ def test_every_row_has_its_label_on_several_cores(num_rows: int, num_threads: in
     try:
         clusters = Means(x, torch.ones_like(x[:, 0]))
         labels = clusters.assign(x[:3])
-        assert torch.equal(labels, assign(x, x[:3], SQUARED_EUCLIDEAN))
+        assert torch.equal(labels, assign(x, x[:3], SQUARED_EUCLIDEAN.power))
         rows, _ = clusters.reassign(labels, x[-3:])
-        assert torch.equal(labels, assign(x, x[-3:], SQUARED_EUCLIDEAN))
+        assert torch.equal(labels, assign(x, x[-3:], SQUARED_EUCLIDEAN.power))
         assert 0 <= rows.min() <= rows.max() < num_rows
     finally:
         torch.set_num_threads(before)
@@ -559,28 +574,33 @@ def test_means_are_exact_wherever_the_centres_were(far: float) -> None:
 def test_labels_that_nothing_vouches_for_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted faults that the test above would see: no second look where rounding decides, and gaps too wide."""
     x = torch.arange(10, dtype=torch.float64)[:, None]
+    monkeypatch.setattr("mixproof.inference.means.FEW", 2.0)
+    for clusters in (Means(x, torch.ones(10)), Medians(x, torch.ones(10))):
+        labels = clusters.assign(x[[0, 9]])
+        for _ in range(2):
+            clusters.reassign(labels, x[[0, 9]])
+        clusters.margins.safe_until += 10
+        clusters.reassign(labels, x[[0, 5]])
+        assert not torch.equal(labels, assign(x, x[[0, 5]], clusters.margins.power))
     monkeypatch.setattr(Means, "_decide", lambda *args: None)
-    assert not torch.equal(Means(x, torch.ones(10)).assign(x[[0, 8]]), assign(x, x[[0, 8]], SQUARED_EUCLIDEAN))
-    medians = Medians(x, torch.ones(10))
-    labels = medians.assign(x[[0, 9]])
-    medians.safe_until += 10
-    medians.reassign(labels, x[[0, 5]])
-    assert not torch.equal(labels, assign(x, x[[0, 5]], MANHATTAN))
+    assert not torch.equal(Means(x, torch.ones(10)).assign(x[[0, 8]]), assign(x, x[[0, 8]], SQUARED_EUCLIDEAN.power))
 
 
+@FEW
 @pytest.mark.parametrize("outlier", [1e2, 1e5, 1e20, 1e150])
-def test_an_outlier_blurs_no_label(outlier: float) -> None:
+def test_an_outlier_blurs_no_label(outlier: float, few: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what single precision is relative to: the rows that it can tell apart become none."""
+    monkeypatch.setattr("mixproof.inference.means.FEW", few)
     x = torch.randn(1000, 3, generator=seeded(0), dtype=torch.float64)
     x[0] = outlier
     clusters, labels = Means(x, torch.ones_like(x[:, 0])), torch.full((1000,), -1)
-    for seed in range(3):
+    for seed in range(5):
         centers = torch.randn(5, 3, generator=seeded(seed), dtype=torch.float64)
         if seed == 0:
             labels = clusters.assign(centers)
         else:
             clusters.reassign(labels, centers)
-        assert torch.equal(labels, assign(x, centers, SQUARED_EUCLIDEAN))
+        assert torch.equal(labels, assign(x, centers, SQUARED_EUCLIDEAN.power))
 
 
 # Row weights
@@ -593,7 +613,7 @@ def test_whole_weights_are_repeats(metric: Metric, problem: tuple[Tensor, Tensor
     """From starts that leave no cluster empty: such a cluster takes a row, and there all its copies."""
     x, centers = problem
     weights = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=len(x), max_size=len(x))))
-    labels = assign(x, centers, metric)
+    labels = assign(x, centers, metric.power)
     assume(len(labels[weights > 0].unique()) == len(centers))
     repeated = x.repeat_interleave(weights, 0)
     by_weights = update(x, labels, centers, metric, weights.double())
@@ -654,7 +674,7 @@ def test_a_row_of_weight_zero_moves_nothing(algorithm: Algorithm, metric: Metric
         )
         assert torch.equal(result.labels[:90], near.labels)
         torch.testing.assert_close(result.centers, near.centers, rtol=1e-13, atol=0)
-        assert torch.equal(result.labels, assign(far, result.centers, metric))
+        assert torch.equal(result.labels, assign(far, result.centers, metric.power))
 
 
 @ALGORITHMS

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mixproof.inference.enumeration import log_joint
-from mixproof.inference.lloyd import SQUARED_EUCLIDEAN, assign, update
+from mixproof.inference.lloyd import SQUARED_EUCLIDEAN, update
+from mixproof.inference.nearest import assign
 from mixproof.inference.verification.claim import Claim, Problem, both, misprinted
 from mixproof.inference.verification.domain import positive, reals, simplex
 from mixproof.inference.verification.identity import verify_identity
@@ -132,7 +133,7 @@ def em_step(x: Tensor, centres: Tensor) -> Callable[[float], Tensor]:
 
 
 def lloyd_step(x: Tensor, centres: Tensor) -> Tensor:
-    return update(x, assign(x, centres, SQUARED_EUCLIDEAN), centres, SQUARED_EUCLIDEAN)
+    return update(x, assign(x, centres, SQUARED_EUCLIDEAN.power), centres, SQUARED_EUCLIDEAN)
 
 
 def verify_em_becomes_lloyd(x: Tensor, *, seed: int) -> Report:

@@ -1,0 +1,192 @@
+"""The means of clusters: both half-steps of K-means on fixed rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixproof.inference.expectation import Workspace
+from mixproof.inference.nearest import Margins, assign, chunk_size, places, relabel
+
+FEW = 1 / 32
+"""The share of rows that change at a step below which margins pay: they cost twice what a look does."""
+
+
+class Means:
+    """The means of clusters, and which of them is nearest to each row.
+
+    A product of matrices in single precision tells all squared distances but for what is equal for all centres. The
+    rows between whose centres its rounding could decide are asked again, by differences, as in ``assign``. Once few
+    rows change, only those are asked whose margins are used up.
+    """
+
+    def __init__(self, x: Tensor, weights: Tensor) -> None:
+        self.x, self.weights = x, weights
+        self.origin = x.mean(0).double()
+        self.margins, self.settled = Margins(x, 2), False
+        self._lay_out(torch.float32)
+        self.rows, self.values = Workspace(x), Workspace(x.new_empty(0, dtype=torch.float64))
+        self.codes, self.last = self.columns.new_empty(2, self.columns.shape[1])
+
+    def _lay_out(self, dtype: torch.dtype) -> None:
+        """Copy the centred rows, features first, below them ones: operations then run over neighbouring numbers.
+
+        Each core has a lane, (D + 1, M), of rows that follow one another, so that what it writes it reads again.
+        """
+        num_rows, num_features = self.x.shape
+        num_lanes = torch.get_num_threads() if self.x.device.type == "cpu" else 1
+        shape = (num_features + 1, num_lanes, -(-num_rows // num_lanes))
+        lanes = torch.ones(shape, dtype=dtype, device=self.x.device)
+        self.lanes, self.columns = lanes.transpose(0, 1), lanes.flatten(1)
+        self.reach = lanes.new_zeros(())  # the squared norm of the longest column
+        size = max(1, 2**16 // num_features)
+        for columns, rows in zip(self.columns[:-1, :num_rows].split(size, 1), self.x.split(size), strict=True):
+            columns.copy_((rows - self.origin).to(dtype).mT)
+            self.reach = torch.maximum(self.reach, columns.square().sum(0).amax())
+        self.space = Workspace(lanes)
+
+    def assign(self, centers: Tensor) -> Tensor:
+        self.settled = False
+        self._ask_all(centers)
+        labels = self.codes[: len(self.x)].long().sub_(len(centers))
+        self._decide(labels, torch.arange(len(labels), device=labels.device), centers)
+        return labels
+
+    def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        if self.settled:
+            rows = self.margins.used_up(centers)
+            found = self._ask(rows, centers)
+        else:
+            self.codes, self.last = self.last, self.codes
+            self._ask_all(centers)
+            rows = places((self.codes != self.last)[: len(self.x)])
+            found = self.codes.index_select(0, rows).long().sub_(len(centers))
+        self._decide(found, rows, centers)
+        rows, before = relabel(labels, rows, found)
+        if not self.settled and len(rows) < len(labels) * FEW:
+            self.settled = True
+            self.margins.start(centers)
+        return rows, before
+
+    def _decide(self, found: Tensor, rows: Tensor, centers: Tensor) -> None:
+        """Find by differences the labels of rows (n,) that have none."""
+        k = len(centers)
+        doubtful = places((found < 0) | (found >= k))
+        if len(doubtful) > len(self.x) // 8 and self.columns.dtype == torch.float32:
+            self._lay_out(torch.float64)
+        if len(doubtful):
+            rows = rows[doubtful]
+            found[doubtful] = labels = assign(self.x.index_select(0, rows), centers, 2)
+            self.codes[rows] = (labels + k).to(self.codes)
+
+    def _products(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (K, D + 1), whose products with columns are squared distances but for the norms of the columns; by how
+        much rounding may put one of them off; and numbers (1, K), k and more, of which two exceed any single one."""
+        k, dtype = len(centers), self.columns.dtype
+        location = centers - self.origin
+        squares = location.square().sum(1, keepdim=True)
+        eps = max(torch.finfo(dtype).eps, torch.finfo(self.x.dtype).eps)
+        longest = self.reach + squares.max().to(dtype)
+        slack = 4 * (self.x.shape[1] + 8) * (eps * longest + torch.finfo(dtype).tiny)
+        numbers = torch.arange(k, 2 * k, dtype=dtype, device=self.x.device)[None]
+        return torch.cat([-2 * location, squares], 1).to(dtype), slack, numbers
+
+    def _ask_all(self, centers: Tensor) -> None:
+        """Set the codes: k plus the label of the nearest centre, or no such number where rounding could decide it."""
+        k, num_lanes = len(centers), len(self.lanes)
+        size = -(-2 * chunk_size(centers) // num_lanes)
+        factors, slack, numbers = self._products(centers)
+        factors, numbers = factors.expand(num_lanes, -1, -1), numbers.expand(num_lanes, 1, -1)
+        codes = self.codes.view(num_lanes, 1, -1)
+        for columns, some in zip(self.lanes.split(size, 2), codes.split(size, 2), strict=True):
+            n = some.shape[2]
+            table = torch.bmm(factors, columns, out=self.space("table", num_lanes, k, n))
+            least = torch.amin(table, 1, keepdim=True, out=self.space("least", num_lanes, 1, n))
+            nearest = table.le_(least.add_(slack))
+            some.copy_(torch.bmm(numbers, nearest, out=least))
+
+    def _ask(self, rows: Tensor, centers: Tensor) -> Tensor:
+        """Return the labels of rows (n,), or no number of a centre where rounding could decide; and set the margins."""
+        k, size = len(centers), chunk_size(centers)
+        factors, slack, numbers = self._products(centers)
+        far = torch.finfo(factors.dtype).max / 4
+        others = torch.ones_like(factors[:1])
+        others[0, -1] = 0  # the row of ones is no feature
+        found = torch.empty_like(rows)
+        for some, own in zip(rows.split(size), found.split(size), strict=True):
+            n = len(some)
+            columns = torch.index_select(self.columns, 1, some, out=self.space("columns", len(self.columns), n))
+            table = torch.mm(factors, columns, out=self.space("table", k, n))
+            least = torch.amin(table, 0, keepdim=True, out=self.space("least", 1, n))
+            bound = torch.add(least, slack, out=self.space("bound", 1, n))
+            nearest = self.space("nearest", k, n).copy_(table).le_(bound)
+            other = torch.amin(table.add_(nearest, alpha=far), 0, keepdim=True, out=self.space("other", 1, n))
+            code = torch.mm(numbers, nearest, out=self.space("code", 1, n))
+            own.copy_(code[0]).sub_(k)
+            norms = torch.mm(others, columns.square_(), out=self.space("norms", 1, n))
+            other = other.add_(norms).sub_(slack).clamp_min_(0).sqrt_()
+            self.margins.set(some, bound.add_(norms).sqrt_()[0], other.mul_(code.lt_(2 * k))[0])
+        return found
+
+    def doubt(self, row: int) -> None:
+        self.codes[row] = 0
+        self.margins.doubt(row)
+
+    def update(self, labels: Tensor, centers: Tensor) -> Tensor:
+        while True:
+            sums, squares = self._sums(centers, labels)
+            totals = sums[:, -1:]
+            shift = torch.where(totals > 0, sums[:, :-1] / totals, 0)
+            gain = (totals * shift.square()).sum()  # the theorem of Huygens and Steiner
+            centers = centers + shift.to(centers)
+            # Else the centres were so far off that the difference below has lost digits; once at the means, gain is a
+            # rounding of squares, and not half of it.
+            if not gain > squares / 2:
+                break
+        self.objective = (squares - gain).to(centers)
+        self.totals = self.totals_summed = totals
+        return centers
+
+    def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        # Each row comes to one cluster and goes, with a negative weight, from another.
+        sums, squares = self._sums(centers, labels.index_select(0, rows), before, rows=rows)
+        self.totals = self.totals + sums[:, -1:]
+        if (self.totals < self.totals_summed / 64).any():  # what has left would weigh in by its rounding
+            shift = (self.update(labels, centers) - centers).double()
+        else:
+            shift = sums[:, :-1] / self.totals
+        return centers + shift.to(centers), (self.totals * shift.square()).sum() - squares
+
+    def _sums(
+        self, centers: Tensor, come: Tensor, gone: Tensor | None = None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return sums over rows (n,), or all: (K, D + 1) of deviations from centres and of weights, () of squares.
+
+        A row counts for the cluster that it comes to and, if any, against that from which it has gone.
+        """
+        size = chunk_size(centers)
+        sums = torch.zeros(len(centers), self.x.shape[1] + 1, dtype=torch.float64, device=self.x.device)
+        squares, ones = sums.new_zeros(()), torch.ones_like(sums[0, 1:])
+        for first in range(0, len(come), size):
+            part = slice(first, first + size)
+            some = self.x[part] if rows is None else self.x.index_select(0, rows[part])
+            weights = (self.weights[part] if rows is None else self.weights.index_select(0, rows[part])).double()
+            values = self.values("values", len(some), len(ones) + 1)
+            for sign, labels in ((1, come), (-1, gone)):
+                if labels is None:
+                    continue
+                near = torch.index_select(centers, 0, labels[part], out=self.rows("centers", *some.shape))
+                deviations = torch.sub(some, near, out=near).double()
+                counts = torch.mul(weights, sign, out=values[:, -1])
+                torch.mul(deviations, counts[:, None], out=values[:, :-1])
+                sums += _sums_by_label(values, labels[part], len(centers))
+                squares += counts @ (deviations.square_() @ ones)
+        return sums, squares
+
+
+def _sums_by_label(values: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Return the sums (K, D) of the values (n, D) of each label (n,)."""
+    if values.device.type == "cpu":
+        return values.new_zeros(k, values.shape[1]).index_add_(0, labels, values)
+    # unlike additions in any order, a product with indicators is the same on every run of a GPU
+    return values.new_zeros(k, len(values)).scatter_(0, labels[None], 1) @ values

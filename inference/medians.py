@@ -1,0 +1,94 @@
+"""The medians of clusters: both half-steps of K-medians on fixed rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixproof.inference.nearest import Margins, chunk_size, deviations, relabel
+
+
+class Medians:
+    """The coordinate-wise medians of clusters; between two rows that share the weight evenly, the midpoint.
+
+    Each feature is sorted once, and the sorted rows are cut into some 2 sqrt(N) blocks. The weight of every cluster in
+    every block is kept, which says in which block a median lies; only the rows of that block are looked at.
+    """
+
+    def __init__(self, x: Tensor, weights: Tensor) -> None:
+        self.x, self.weights = x, weights
+        columns = x.mT.contiguous()
+        # On a CPU numpy sorts several times as fast as torch.
+        self.order = torch.from_numpy(np.argsort(columns.numpy())) if x.device.type == "cpu" else columns.argsort()
+        self.values = columns.gather(1, self.order)  # (D, N)
+        self.size = max(1, 1 << len(x).bit_length() // 2 >> 1)
+        self.num_blocks = -(-len(x) // self.size)
+        block = (torch.arange(len(x), device=x.device) // self.size).expand_as(self.order)
+        self.block = torch.empty_like(self.order).scatter_(1, self.order, block).mT.contiguous()  # (N, D)
+        # Weights in whole multiples of a power of two have exact sums in any order.
+        unit = 2.0 ** (60 - math.frexp(weights.double().sum().item())[1])
+        self.mass = torch.where(weights > 0, (weights.double() * unit).round().clamp_min(1), 0).long()
+        self.margins = Margins(x, 1)
+
+    def assign(self, centers: Tensor) -> Tensor:
+        self.margins.start(centers)
+        labels = torch.zeros_like(self.mass)
+        self.reassign(labels, centers)
+        return labels
+
+    def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.margins.used_up(centers)
+        rounding = 4 * (centers.shape[1] + 8) * torch.finfo(centers.dtype).eps
+        found = torch.empty_like(rows)
+        for some, own in zip(rows.split(chunk_size(centers)), found.split(chunk_size(centers)), strict=True):
+            table = torch.cdist(self.x.index_select(0, some), centers, p=1)
+            least, nearest = table.min(1)
+            own.copy_(nearest)
+            other = table.scatter_(1, nearest[:, None], torch.inf).amin(1)
+            self.margins.set(some, least, other.double() * (1 - rounding))
+        return relabel(labels, rows, found)
+
+    def doubt(self, row: int) -> None:
+        self.margins.doubt(row)
+
+    def update(self, labels: Tensor, centers: Tensor) -> Tensor:
+        self.table = labels.new_zeros(*centers.shape, self.num_blocks)  # mass
+        self._put(self.mass, labels, self.block)
+        medians = self._medians(labels, centers)
+        self.objective = self.weights @ deviations(self.x, labels, medians, 1)
+        return medians
+
+    def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        self._put(-self.mass[rows], before, self.block[rows])
+        self._put(self.mass[rows], labels[rows], self.block[rows])
+        medians = self._medians(labels, centers)
+        last, self.objective = self.objective, self.weights @ deviations(self.x, labels, medians, 1)
+        return medians, last - self.objective
+
+    def _put(self, mass: Tensor, labels: Tensor, block: Tensor) -> None:
+        """Add the mass (n,) of rows to the table, given their clusters (n,) and their blocks (n, D)."""
+        features = torch.arange(block.shape[1], device=block.device)
+        cells = (labels[:, None] * len(features) + features) * self.num_blocks + block
+        self.table.view(-1).index_add_(0, cells.flatten(), mass[:, None].expand_as(cells).flatten())
+
+    def _medians(self, labels: Tensor, centers: Tensor) -> Tensor:
+        up_to = self.table.cumsum(-1)  # (K, D, number of blocks)
+        total = up_to[..., -1:]
+        slack = total >> 50  # the weights' own rounding: thirds add up to a half only to that
+        # The lower row reaches half of the mass, the upper one more.
+        goals = (torch.cat([total - slack, total + slack + 1], -1) + 1) >> 1  # (K, D, 2)
+        block = torch.searchsorted(up_to, goals).clamp_max_(self.num_blocks - 1)
+        passed = up_to.gather(-1, block) - self.table.gather(-1, block)
+        clusters, features, offsets = (torch.arange(n, device=labels.device) for n in (*centers.shape, self.size))
+        places = (block[..., None] * self.size + offsets).clamp_max_(len(labels) - 1)
+        places += features[:, None, None] * len(labels)
+        rows = self.order.view(-1).index_select(0, places.view(-1))
+        mass = self.mass.index_select(0, rows).view_as(places)
+        mass *= labels.index_select(0, rows).view_as(places) == clusters[:, None, None, None]
+        reached = passed[..., None] + mass.cumsum_(-1)
+        place = torch.searchsorted(reached, goals[..., None]).clamp_max_(self.size - 1)
+        middle = self.values.view(-1).index_select(0, places.gather(-1, place).view(-1)).view_as(goals)
+        return torch.where(total[..., 0] > 0, middle.sum(-1) / 2, centers)
