@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -88,7 +89,8 @@ def em(
 
     Raises:
         TypeError, ValueError: the data, the start, the weights or a setting are not what they must be, or a component
-            has lost its last row or collapsed: the message names it.
+            has lost its last row or collapsed: the message names it; or one is so nearly singular that the step's
+            sums, by their rounding, lower the objective.
         ArithmeticError: a step lowered the objective by more than rounding, so that ``m_step`` does not belong to
             ``log_joint``.
         OSError: the checkpoint cannot be read or written, which is tried before the first pass.
@@ -110,6 +112,7 @@ def em(
         data = _Data(family, x, init, prior, weights, settings, missing=missing, device=device, group=group, bar=bar)
         state = _State(family, data.init, accelerate)
         if file is not None:
+            state.content = data.content()
             state.load(file, data)
             state.save(file, data)  # a disk that takes no file is found before the first pass, not after
         state.begin(data, file)
@@ -249,18 +252,61 @@ class _Data:
         assert total is not None
         return total
 
+    def content(self) -> Tensor:
+        """Return how many rows there are, their weight, and by column the weighted sum of absolute entries, (2 + D,).
+
+        These tell data from others where the log likelihood, in float32, is rounded too much to.
+        """
+        total = torch.zeros(2 + self.like.shape[1], dtype=torch.float64, device=self.like.device)
+        with self.together():
+            for piece in self._pieces():
+                x = piece.x.double().abs()
+                weights = torch.ones_like(x[:, 0]) if piece.weights is None else piece.weights.double()
+                numbers = torch.stack([torch.ones_like(weights), weights])
+                total += torch.cat([numbers.sum(1), weights @ x.nan_to_num(0)])
+        return all_sum(self.group, total)
+
     def falls(self, before: float, after: float) -> bool:
         """Return whether an objective is below another by more than rounding."""
         return after < before - self._rounding
 
-    def raise_for_fall(self, before: float, point: _Point, step: int) -> None:
+    def raise_for_fall(self, before: _Point, point: _Point, step: int) -> None:
         """Raise if EM's own step led down by more than rounding."""
-        if self.falls(before, point.objective):
-            self.raise_for_collapse(point.params, step)
-            raise ArithmeticError(
-                f"step {step} lowered the objective from {before!r} to {point.objective!r}: "
-                "m_step does not maximise what log_joint and log_prior declare; verify_em says which part is wrong"
+        if not self.falls(before.objective, point.objective):
+            return
+        self.raise_for_collapse(point.params, step)
+        what = f"step {step} lowered the objective from {before.objective!r} to {point.objective!r}"
+        fall = before.objective - point.objective
+        if abs(self._gain_in_double(before.params) + fall) > fall / 8:  # a wrong step is as wrong in any precision
+            advice = (
+                "drop one of two features that are nearly the same, or give a prior"
+                if self.like.dtype == torch.float64
+                else "give x in float64"
             )
+            raise ValueError(
+                f"{what}, by rounding: a component is so nearly singular that "
+                f"{str(self.like.dtype).removeprefix('torch.')} cannot follow it; {advice}"
+            )
+        raise ArithmeticError(
+            f"{what}: m_step does not maximise what log_joint and log_prior declare; verify_em says which part is wrong"
+        )
+
+    def _gain_in_double(self, params: Any) -> float:
+        """Return by how much EM's step from there raises the objective in float64, with the rows in reverse order."""
+        params = tree_to(params, torch.float64)
+        prior = None if self._prior is None else tree_to(self._prior, torch.float64)
+        objectives = []
+        for _ in range(2):
+            with self.together():
+                parts = []
+                for block in self._rows:
+                    weights = None if block.weights is None else block.weights.flip(0).double()
+                    parts.append(expectation(self._observed, params, block.x.flip(0).double(), weights))
+                own = reduce(partial(tree_map, torch.add), parts)
+            found = all_sum(self.group, own)
+            objectives.append(found.log_lik + (0 if prior is None else self.family.log_prior(params, prior)))
+            params = tree_to(self.family.m_step(found.stats, prior), torch.float64)
+        return float(objectives[1] - objectives[0])
 
     def raise_for_collapse(self, params: Any, step: int) -> None:
         """Raise if a component is so narrow that its density at its own rows changes with the rounding of the data."""
@@ -304,6 +350,8 @@ class _State:
         self.last_change = math.inf
         """Of the objective, by EM's own step; infinite after any other."""
         self._own_step_next = False
+        self.content: Tensor | None = None
+        """Of the data, where the state is kept in a file."""
 
     def has_converged(self, data: _Data, rtol: float) -> bool:
         """Return whether EM's own step was the last and changed the objective by no more than a relative ``rtol``.
@@ -318,18 +366,18 @@ class _State:
         """Make one pass, at a candidate of the accelerator or at the image of EM."""
         number = len(self.trace) + 1
         candidate = self._candidate(data)
-        before = self.point.objective
+        before = self.point
         if candidate is None or self._accelerator is None:
             raise_for_lost_component(self.point.image, _when(number))
             self.point = data.evaluate(self.point.image, number)
             data.raise_for_fall(before, self.point, number)
-            self.last_change = abs(self.point.objective - before)
+            self.last_change = abs(self.point.objective - before.objective)
             self._own_step_next = False
         else:
             found = data.evaluate(candidate, number, tentative=True)
             accepted = self._accelerator.accept(candidate, found.image, found.objective)
             # a candidate may gain little by chance: only EM's own step tells that there is no more to gain
-            self._own_step_next = not accepted or found.objective - before <= rtol * abs(before)
+            self._own_step_next = not accepted or found.objective - before.objective <= rtol * abs(before.objective)
             self.point = found if accepted else self.point
             self.last_change = math.inf
         self.trace.append(self.point.objective)
@@ -362,6 +410,8 @@ class _State:
             "last_change": self.last_change,
             "own_step_next": self._own_step_next,
         }
+        if self.content is not None:
+            numbers["content"] = self.content
         if self._accelerator is not None:
             numbers |= {f"accelerator.{name}": value for name, value in self._accelerator.state_dict().items()}
         tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in numbers.items()}
@@ -382,6 +432,14 @@ class _State:
         found = object_of_first(data.group, found)
         if found is None:
             return
+        if self.content is not None:
+            same = torch.isclose(found["content"].to(self.content), self.content, rtol=1e-9, atol=0)
+            names = ["the number of rows", "their weight", *(f"column {d}" for d in range(len(same) - 2))]
+            if different := [name for name, is_same in zip(names, same.tolist(), strict=True) if not is_same]:
+                raise ValueError(
+                    f"{file} belongs to other data or weights, which differ in {', '.join(different[:4])}: delete it, "
+                    "or give another file"
+                )
         params, image = (
             data.family.Params(*(found[f"{part}.{i}"].to(data.like) for i in range(len(data.init))))
             for part in ("params", "image")

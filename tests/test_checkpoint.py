@@ -32,6 +32,7 @@ from mixproof.inference import checkpoint
 from mixproof.inference.em import Fit, em
 from mixproof.models import gaussian_diagonal, gaussian_full
 from mixproof.models.gaussian_isotropic import GaussianIsotropic
+from tests.conftest import seeded
 
 if TYPE_CHECKING:
     from tests.conftest import Case
@@ -210,8 +211,12 @@ OTHER_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         "differs in init",
         {"init": gaussian_full.init_params(rows(), 3, torch.Generator().manual_seed(0))},
     ),
-    "data": ("belongs to other data or weights", {"x": rows().flip(1)}),
-    "weights": ("belongs to other data or weights", {"weights": torch.full((300,), 2.0)}),
+    "data": ("other data or weights, which differ in column 0, column 1", {"x": rows().flip(1)}),
+    "order of entries": (
+        "belongs to other data or weights: the log lik",
+        {"x": torch.stack([rows()[:, 0], rows()[:, 1].flip(0)], 1)},
+    ),
+    "weights": ("other data or weights, which differ in their weight", {"weights": torch.full((300,), 2.0)}),
 }
 
 
@@ -230,6 +235,25 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(what: str, tmp_pa
     assert content is not None
     assert after is not None
     assert all(torch.equal(content[name], after[name]) for name in content)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("the number of rows", lambda x: (x[20:], None)),
+        ("column 0", lambda x: (torch.cat([x[:30] + 2, x[30:]]), None)),
+        ("their weight", lambda x: (x, torch.cat([torch.full((100,), 0.9), torch.ones(len(x) - 100)]))),
+    ],
+)
+def test_float32_data_are_told_apart_below_the_rounding_of_their_likelihood(
+    what: str, change: Any, tmp_path: Path
+) -> None:
+    x = torch.randn(100_000, 2, generator=seeded(0)) + 3 * (torch.arange(100_000) % 2)[:, None]
+    init, file = gaussian_full.init_params(x, 2, seeded(1)), tmp_path / "state"
+    em(gaussian_full, x, init, checkpoint=file, rtol=1e-2)
+    changed, weights = change(x)
+    with pytest.raises(ValueError, match=f"belongs to other data or weights, which differ in {what}"):
+        em(gaussian_full, changed, init, weights=weights, checkpoint=file, rtol=1e-2)
 
 
 def test_a_setting_that_differs_in_its_last_digit_is_another_family(tmp_path: Path) -> None:

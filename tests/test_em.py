@@ -257,6 +257,23 @@ def test_wrong_log_prior_is_caught_when_it_falls(real_data: dict[str, Tensor], a
         em(family, x, start, prior=prior)
 
 
+@pytest.mark.parametrize(
+    ("noise", "dtype", "advice"),
+    [
+        (0.01, torch.float32, "give x in float64"),
+        (3e-7, torch.float64, "drop one of two features that are nearly the same, or give a prior"),
+    ],
+)
+def test_a_fall_by_rounding_is_not_laid_at_the_m_step(noise: float, dtype: torch.dtype, advice: str) -> None:
+    """Two features that differ by noise: the sums of the step round more than the narrow direction is wide."""
+    common = (
+        torch.randn(2000, 1, generator=seeded(0), dtype=torch.float64) * 3 + 15 + 10 * (torch.arange(2000) % 2)[:, None]
+    )
+    x = (common + noise * torch.randn(2000, 2, generator=seeded(1), dtype=torch.float64)).to(dtype)
+    with pytest.raises(ValueError, match=f"lowered the objective .* by rounding: .* nearly singular .*; {advice}"):
+        em(gaussian_full, x, gaussian_full.init_params(x, 2, seeded(0)))
+
+
 def test_probabilities_may_reach_zero_and_one() -> None:
     """The maximum likelihood of a constant column is at the edge, where log(0) must not spoil the rest."""
     x = torch.tensor([[0.0, 1, 0], [0, 1, 1], [0, 1, 0], [0, 1, 1], [0, 0, 1]]).double()
