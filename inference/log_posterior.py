@@ -204,8 +204,8 @@ class LogPosterior:
         return torch.func.vmap(self.coordinates.log_jacobian)(u.reshape(-1, u.shape[-1])).reshape(u.shape[:-1])
 
     def unconstrain(self, params: Mapping[str, Tensor]) -> Tensor:
-        """Return the points u (C, P) of parameters (C, *shape) by site, inside their supports."""
-        return torch.func.vmap(self.coordinates.inverse)(dict(params))
+        """Return the points u (C, P) of parameters (C, *shape) by site, inside their supports, in its own precision."""
+        return torch.func.vmap(self.coordinates.inverse)(dict(params)).to(self._inside.dtype)
 
     def draw_prior(self, num_draws: int, *, seed: int) -> Tensor:
         """Return draws (num_draws, P) of the coordinates under the prior.

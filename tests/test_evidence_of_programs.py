@@ -20,6 +20,7 @@ from mixproof.inference.draws import Draws
 from mixproof.inference.evidence import log_evidence
 from mixproof.inference.exact_evidence import exact_log_evidence
 from mixproof.inference.exchangeability import component_axes, numbering
+from mixproof.inference.gibbs import gibbs
 from mixproof.inference.hmc import hmc
 from mixproof.inference.labels import align
 from mixproof.inference.log_posterior import LogPosterior
@@ -148,3 +149,15 @@ def test_rows_and_priors_of_a_family_are_taken_as_elsewhere(tmp_path: Path) -> N
         found = log_evidence(program, x, seed=0, family=bernoulli, **settings)
         exact = exact_log_evidence(bernoulli, torch.tensor(rows).double(), prior, num_components=2)
         assert abs(found.log_evidence - exact) < 4 * found.standard_error + 1e-3
+
+
+def test_draws_in_single_precision_serve_a_program_in_double() -> None:
+    rows = torch.tensor([[0.0, 1], [1, 1], [1, 0], [0, 0], [1, 1]], dtype=torch.float64)
+    prior = bernoulli.weakly_informative_prior(rows, 2)
+    settings: Any = {"num_components": 2, "num_chains": 8, "num_draws": 200, "num_warmup": 20, "relabel": True}
+    draws = gibbs(bernoulli, rows.float(), prior, generator=torch.Generator().manual_seed(0), **settings)
+    assert draws.params["probs"].dtype == torch.float32
+    found = log_evidence(partial(bernoulli.model, num_components=2, prior=prior), rows, seed=0, draws=draws)
+    assert abs(found.log_evidence - exact_log_evidence(bernoulli, rows, prior, num_components=2)) < 4 * (
+        found.standard_error + 1e-3
+    )
