@@ -21,11 +21,11 @@ class Means:
     """
 
     def __init__(self, x: Tensor, weights: Tensor) -> None:
-        self.x, self.weights = x, weights
+        self.x, self.weights, self.weighted = x, weights, not bool((weights == 1).all())
         self.origin = x.mean(0).double()
         self.margins, self.settled = Margins(x, 2), False
         self._lay_out(torch.float32)
-        self.rows, self.values = Workspace(x), Workspace(x.new_empty(0, dtype=torch.float64))
+        self.rows = Workspace(x)
         self.codes, self.last = self.columns.new_empty(2, self.columns.shape[1])
 
     def _lay_out(self, dtype: torch.dtype) -> None:
@@ -134,9 +134,8 @@ class Means:
 
     def update(self, labels: Tensor, centers: Tensor) -> Tensor:
         while True:
-            sums, squares = self._sums(centers, labels)
-            totals = sums[:, -1:]
-            shift = torch.where(totals > 0, sums[:, :-1] / totals, 0)
+            sums, totals, squares = self._sums(centers, labels)
+            shift = torch.where(totals > 0, sums / totals, 0)
             gain = (totals * shift.square()).sum()  # the theorem of Huygens and Steiner
             centers = centers + shift.to(centers)
             # Else the centres were so far off that the difference below has lost digits; once at the means, gain is a
@@ -148,40 +147,41 @@ class Means:
         return centers
 
     def move(self, rows: Tensor, before: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        # Each row comes to one cluster and goes, with a negative weight, from another.
-        sums, squares = self._sums(centers, labels.index_select(0, rows), before, rows=rows)
-        self.totals = self.totals + sums[:, -1:]
+        sums, totals, squares = self._sums(centers, labels.index_select(0, rows), before, rows=rows)
+        self.totals = self.totals + totals
         if (self.totals < self.totals_summed / 64).any():  # what has left would weigh in by its rounding
             shift = (self.update(labels, centers) - centers).double()
         else:
-            shift = sums[:, :-1] / self.totals
+            shift = sums / self.totals
         return centers + shift.to(centers), (self.totals * shift.square()).sum() - squares
 
     def _sums(
-        self, centers: Tensor, come: Tensor, gone: Tensor | None = None, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return sums over rows (n,), or all: (K, D + 1) of deviations from centres and of weights, () of squares.
+        self, centers: Tensor, come: Tensor, gone: Tensor | None = None, *, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sums over rows (n,), or all: (K, D) of deviations from centres, (K, 1) of weights, () of squares.
 
-        A row counts for the cluster that it comes to and, if any, against that from which it has gone.
+        A row counts for the cluster that it has come to and, where ``gone`` is given, against the one it has left.
         """
         size = chunk_size(centers)
-        sums = torch.zeros(len(centers), self.x.shape[1] + 1, dtype=torch.float64, device=self.x.device)
-        squares, ones = sums.new_zeros(()), torch.ones_like(sums[0, 1:])
+        sums = torch.zeros_like(centers, dtype=torch.float64)
+        totals, squares = sums.new_zeros(len(centers), 1), sums.new_zeros(())
+        moves = [(1, come)] if gone is None else [(1, come), (-1, gone)]
         for first in range(0, len(come), size):
             part = slice(first, first + size)
-            some = self.x[part] if rows is None else self.x.index_select(0, rows[part])
-            weights = (self.weights[part] if rows is None else self.weights.index_select(0, rows[part])).double()
-            values = self.values("values", len(some), len(ones) + 1)
-            for sign, labels in ((1, come), (-1, gone)):
-                if labels is None:
-                    continue
-                near = torch.index_select(centers, 0, labels[part], out=self.rows("centers", *some.shape))
-                deviations = torch.sub(some, near, out=near).double()
-                counts = torch.mul(weights, sign, out=values[:, -1])
-                torch.mul(deviations, counts[:, None], out=values[:, :-1])
-                sums += _sums_by_label(values, labels[part], len(centers))
-                squares += counts @ (deviations.square_() @ ones)
-        return sums, squares
+            x, weights = (
+                values[part] if rows is None else values.index_select(0, rows[part])
+                for values in (self.x, self.weights)
+            )
+            counts = weights.double()[:, None]
+            for sign, labels in moves:
+                own = labels[part]
+                near = torch.index_select(centers, 0, own, out=self.rows("centers", *x.shape))
+                deviations = torch.sub(x, near, out=near).double()
+                weighted = deviations * counts if self.weighted else deviations
+                sums += sign * _sums_by_label(weighted, own, len(centers))
+                totals += sign * _sums_by_label(counts, own, len(centers))
+                squares += sign * torch.dot(weighted.flatten(), deviations.flatten())
+        return sums, totals, squares
 
 
 def _sums_by_label(values: Tensor, labels: Tensor, k: int) -> Tensor:
