@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixproof.inference.nearest import Margins, chunk_size, deviations, relabel
+from mixproof.inference.nearest import Margins, chunk_size, deviations, places, relabel
 
 
 class Medians:
@@ -40,15 +40,19 @@ class Medians:
         return labels
 
     def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.margins.used_up(centers)
+        k, size, rows = len(centers), chunk_size(centers), self.margins.used_up(centers)
         rounding = 4 * (centers.shape[1] + 8) * torch.finfo(centers.dtype).eps
+        far = torch.finfo(centers.dtype).max / 4
+        rank = torch.arange(k, 0, -1, dtype=centers.dtype, device=centers.device)[:, None]  # the highest is the first's
+        ones = torch.ones_like(rank.mT)
         found = torch.empty_like(rows)
-        for some, own in zip(rows.split(chunk_size(centers)), found.split(chunk_size(centers)), strict=True):
-            table = torch.cdist(self.x.index_select(0, some), centers, p=1)
-            least, nearest = table.min(1)
-            own.copy_(nearest)
-            other = table.scatter_(1, nearest[:, None], torch.inf).amin(1)
-            self.margins.set(some, least, other.double() * (1 - rounding))
+        for some, own in zip(rows.split(size), found.split(size), strict=True):
+            table = torch.cdist(centers, self.x.index_select(0, some), p=1)
+            least = table.amin(0, keepdim=True)
+            nearest = table.clone().le_(least)
+            other = table.add_(nearest, alpha=far).amin(0).where((ones @ nearest)[0] == 1, 0)
+            own.copy_(nearest.mul_(rank).amax(0)).neg_().add_(k)
+            self.margins.set(some, least[0], other.double() * (1 - rounding))
         return relabel(labels, rows, found)
 
     def doubt(self, row: int) -> None:
@@ -82,13 +86,24 @@ class Medians:
         goals = (torch.cat([total - slack, total + slack + 1], -1) + 1) >> 1  # (K, D, 2)
         block = torch.searchsorted(up_to, goals).clamp_max_(self.num_blocks - 1)
         passed = up_to.gather(-1, block) - self.table.gather(-1, block)
-        clusters, features, offsets = (torch.arange(n, device=labels.device) for n in (*centers.shape, self.size))
-        places = (block[..., None] * self.size + offsets).clamp_max_(len(labels) - 1)
-        places += features[:, None, None] * len(labels)
-        rows = self.order.view(-1).index_select(0, places.view(-1))
-        mass = self.mass.index_select(0, rows).view_as(places)
-        mass *= labels.index_select(0, rows).view_as(places) == clusters[:, None, None, None]
-        reached = passed[..., None] + mass.cumsum_(-1)
-        place = torch.searchsorted(reached, goals[..., None]).clamp_max_(self.size - 1)
-        middle = self.values.view(-1).index_select(0, places.gather(-1, place).view(-1)).view_as(goals)
-        return torch.where(total[..., 0] > 0, middle.sum(-1) / 2, centers)
+        goals, block, passed = (values.flatten(0, 1) for values in (goals, block, passed))
+        cells = torch.arange(len(goals), device=labels.device)
+        found = self._values_at(cells, block[:, 0], goals - passed[:, :1], labels)
+        apart = places(block[:, 1] != block[:, 0])  # few
+        found[apart, 1:] = self._values_at(apart, block[apart, 1], (goals - passed)[apart, 1:], labels)
+        return torch.where(total[..., 0] > 0, found.sum(-1).view_as(centers) / 2, centers)
+
+    def _values_at(self, cells: Tensor, block: Tensor, goals: Tensor, labels: Tensor) -> Tensor:
+        """Return the entries (m, G) at which clusters, in some of their cells (m,), cluster by feature, reach goals.
+
+        These are masses (m, G) from the beginning of a block (m,) on.
+        """
+        num_features = self.table.shape[1]
+        offsets = torch.arange(self.size, device=labels.device)
+        rows_of_block = (block[:, None] * self.size + offsets).clamp_max_(len(labels) - 1)
+        rows_of_block += (cells % num_features)[:, None] * len(labels)
+        rows = self.order.view(-1).index_select(0, rows_of_block.view(-1))
+        mass = self.mass.index_select(0, rows).view_as(rows_of_block)
+        mass *= labels.index_select(0, rows).view_as(rows_of_block) == (cells // num_features)[:, None]
+        place = torch.searchsorted(mass.cumsum_(-1), goals).clamp_max_(self.size - 1)
+        return self.values.view(-1).index_select(0, rows_of_block.gather(-1, place).view(-1)).view_as(goals)
