@@ -184,8 +184,8 @@ def fit(
             whole = read_at_once(dataset, MAX_ENTRIES_IN_MEMORY if getattr(chosen, "additive", False) else None)
         if whole is not None:
             dataset = Dataset(chosen, whole.x.to(target), whole.weights, missing=missing)
-        drawn = sample_rows(dataset, ROWS_FOR_STARTS, torch.Generator().manual_seed(seed), group)
-        sample = _without_gaps(drawn)
+        drawn, counts = sample_rows(dataset, ROWS_FOR_STARTS, torch.Generator().manual_seed(seed), group)
+        sample = _without_gaps(drawn, counts)
         generator = torch.Generator().manual_seed(seed)
         num_components = _num_components(components, len(sample))
         best, failures = None, []
@@ -198,7 +198,7 @@ def fit(
                     found = em(
                         chosen,
                         rows if whole is None else whole.x,
-                        chosen.init_params(sample, num_components, generator),
+                        chosen.init_params(sample, num_components, generator, weights=counts),
                         weights=weights if whole is None else whole.weights,
                         max_steps=max_steps,
                         rtol=rtol,
@@ -468,12 +468,13 @@ def _processes(device: str) -> Iterator[tuple[Group, torch.device]]:
     dist.destroy_process_group()  # not after an error: that would wait for those who failed
 
 
-def _without_gaps(x: Tensor) -> Tensor:
+def _without_gaps(x: Tensor, weights: Tensor) -> Tensor:
     """Return rows (n, D) with the mean of its column in the place of each missing entry, good enough to start from."""
-    empty = x.isnan().all(0).nonzero().flatten().tolist()
-    if empty:
+    gaps = x.isnan()
+    if empty := gaps.all(0).nonzero().flatten().tolist():
         raise ValueError(f"column {empty[0]} holds no value in {len(x)} rows to start from: leave it out")
-    return torch.where(x.isnan(), x.nanmean(0), x)
+    shares = (weights / weights.max())[:, None].masked_fill(gaps, 0)
+    return torch.where(gaps, (x.nan_to_num() * (shares / shares.sum(0))).sum(0), x)
 
 
 def _stdout() -> Console:

@@ -374,13 +374,13 @@ def read_at_once(dataset: Dataset, max_entries: int | None = None) -> Block | No
     return Block(0, torch.cat([block.x for block in blocks]), torch.cat(parts) if parts else None)
 
 
-def sample_rows(dataset: Dataset, num_rows: int, generator: torch.Generator, group: Group = None) -> Tensor:
-    """Return rows drawn without replacement, each time one of those left with a probability as its weight, in one pass.
+def sample_rows(
+    dataset: Dataset, num_rows: int, generator: torch.Generator, group: Group = None
+) -> tuple[Tensor, Tensor]:
+    """Return rows drawn without replacement, all that count as likely as each other, and their weights, in one pass.
 
-    Each row gets an exponential time of arrival at the rate of its weight, and the first to arrive are the sample
-    (Efraimidis and Spirakis 2006, Weighted random sampling with a reservoir, Information Processing Letters 97(5),
-    algorithm A, whose keys u^(1/w) are these times on another scale). The first of all are among the first of each
-    process, so that what processes keep can be put together.
+    Each row gets an exponential time of arrival, and the first to arrive are the sample. The first of all are among the
+    first of each process, so that what processes keep can be put together.
 
     Args:
         dataset: the rows; of a group, this process's own.
@@ -389,7 +389,8 @@ def sample_rows(dataset: Dataset, num_rows: int, generator: torch.Generator, gro
         group: the ``torch.distributed`` processes that hold the rows together, as ``em`` takes it.
 
     Returns:
-        (n, D), n <= num_rows, on the CPU, in the order of the data, the same in all processes.
+        (n, D) and (n,), n <= num_rows, on the CPU, in the order of the data, the same in all processes; the weights are
+        positive, and 1 where the rows have none.
 
     Raises:
         ValueError: num_rows is below 1, or all weights are 0.
@@ -401,22 +402,23 @@ def sample_rows(dataset: Dataset, num_rows: int, generator: torch.Generator, gro
     own = torch.Generator().manual_seed(int(torch.randint(2**62, (num_ranks,), generator=common)[rank]))
     times = torch.zeros(0, dtype=torch.float64)
     rows = dataset.like.cpu()
+    weights = rows.new_empty(0)
     with together(group, dataset.like.device):
         for block in dataset:
             arrivals = torch.empty(len(block.x), dtype=torch.float64).exponential_(generator=own)
-            if block.weights is not None:
-                arrivals = arrivals / block.weights.double().cpu()
+            counts = torch.ones_like(block.x[:, 0]) if block.weights is None else block.weights
             latest = times.max() if len(times) == num_rows else torch.tensor(torch.inf)
-            early = (arrivals < latest).nonzero().flatten()
+            early = ((arrivals < latest) & (counts > 0).cpu()).nonzero().flatten()
             times = torch.cat([times, arrivals[early]])
             rows = torch.cat([rows, block.x[early.to(block.x.device)].cpu()])
+            weights = torch.cat([weights, counts[early.to(block.x.device)].cpu()])
             first = _first_to_arrive(times, num_rows)
-            times, rows = times[first], rows[first]
+            times, rows, weights = times[first], rows[first], weights[first]
     all_times = torch.cat(gather_objects(group, times))
     if not len(all_times):
         raise ValueError("all weights are 0: at least one row must count")
-    latest = all_times[_first_to_arrive(all_times, num_rows)].max()
-    return torch.cat(gather_objects(group, rows[times <= latest]))
+    early = times <= all_times[_first_to_arrive(all_times, num_rows)].max()
+    return torch.cat(gather_objects(group, rows[early])), torch.cat(gather_objects(group, weights[early]))
 
 
 def _first_to_arrive(times: Tensor, num_rows: int) -> Tensor:

@@ -286,6 +286,19 @@ def test_a_column_of_weights_counts_rows(mixture: tuple[Path, torch.Tensor]) -> 
     assert "there is no column 'no' of weights" in " ".join(result.stderr.split())
 
 
+def test_a_column_of_weights_counts_rows_in_the_starts_too(tmp_path: Path) -> None:
+    """Forty stray rows draw a component to themselves from starts in which they count as much as all others."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(40, 2)), rng.normal(5, 1, (40, 2)), rng.normal((0, 60), 3, (40, 2))])
+    often = np.repeat([500, 1], [80, 40])
+    columns = pyarrow.table({"a": x[:, 0], "b": x[:, 1], "often": often})
+    pyarrow.csv.write_csv(columns, tmp_path / "rows.csv")
+    pyarrow.csv.write_csv(columns.take(np.repeat(np.arange(120), often)).drop(["often"]), tmp_path / "repeated.csv")
+    weighted = json.loads(run("fit", tmp_path / "rows.csv", *FIT, "--weights", "often").stdout)
+    repeated = json.loads(run("fit", tmp_path / "repeated.csv", *FIT).stdout)
+    assert weighted["log_lik"] == pytest.approx(repeated["log_lik"], rel=1e-8)
+
+
 def test_empty_entries_are_missing_if_one_says_so(tmp_path: Path) -> None:
     text = "a,b\n" + "".join(f"{i},{'' if i % 5 == 0 else i % 7}\n" for i in range(40))
     (tmp_path / "rows.csv").write_text(text)
