@@ -171,6 +171,7 @@ def fit(
     """Fit a mixture by EM and print its parameters.
 
     Data that do not fit in memory are read from disk in each step. Under torchrun each process takes its share of them.
+    All columns are features but that of the weights, the index of a pandas table and, beside nothing but x1 to xD, z.
     """
     with _errors(), _processes(device) as (group, target):
         with together(group, target):
@@ -179,7 +180,7 @@ def fit(
                 raise ValueError(f"{settings} names {', '.join(rest)}, which are no settings of {family}")
             if out is not None:
                 tables.check_params_path(out)
-            rows = share(tables.open_rows(data), *rank_and_size(group))
+            rows = share(tables.open_rows(data, weights), *rank_and_size(group))
             dataset = Dataset(chosen, rows, weights, missing=missing)
             whole = read_at_once(dataset, MAX_ENTRIES_IN_MEMORY if getattr(chosen, "additive", False) else None)
         if whole is not None:
@@ -293,6 +294,7 @@ def compare(
 ) -> None:
     """Compare mixtures on one data set: BIC, AIC, ICL, LOO, evidence, posterior probability, stacking weight.
 
+    All columns of the data are features but the index of a pandas table and, beside nothing but x1 to xD, z.
     Prints the priors besides, on which evidence and probability depend. Ctrl-C keeps the candidates done so far.
     """
     with _errors():
