@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mixproof.inference.distributed import Group, gather_objects, rank_and_size, together
-from mixproof.inference.validation import check_data, check_row_weights, check_rows, data_support
+from mixproof.inference.validation import as_array, check_data, check_row_weights, check_rows, data_support
 
 BLOCK_ENTRIES = 1 << 21
 """How many numbers of a memory map or an Arrow source are in memory at a time: 16 MiB in float64."""
@@ -77,7 +77,7 @@ class Dataset:
         self._num_rows: int | None = None
         if self.in_memory:
             rows = self._check(x, 0)
-            whole = Block(0, rows, check_row_weights(_sharable(weights), rows, first_row=0))
+            whole = Block(0, rows, check_row_weights(weights, rows, first_row=0))
             self._blocks: Callable[[], Iterable[Block]] = lambda: [whole]
         else:
             self._weights = None if weights is None or weight_column is not None else _vector(weights)
@@ -98,7 +98,7 @@ class Dataset:
         for chunk, column in chunks:
             x, weights = self._check(chunk, first_row), column
             if self._weights is not None:
-                weights = _sharable(self._weights[first_row : first_row + len(x)])
+                weights = self._weights[first_row : first_row + len(x)]
                 if len(weights) < len(x):
                     have = f"there are {len(self._weights)}, and at least {first_row + len(x)} rows"
                     raise ValueError(f"weights must have shape (N,), one for each row: {have}")
@@ -144,7 +144,6 @@ class _Check:
         self._like: tuple[int, torch.dtype] | None = None
 
     def __call__(self, x: Any, first_row: int) -> Tensor:
-        x = _sharable(x)
         if self._like is None:
             x = check_rows(self._family, x, first_row=first_row, missing=self._missing)
             self._like, self._support = (x.shape[1], x.dtype), data_support(self._family, x.shape[1])
@@ -269,18 +268,9 @@ def _values(column: pa.Array) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
-def _sharable(x: Any) -> Any:
-    """Return an array as torch shares it without complaint, in the machine's byte order and writable, and all else."""
-    if isinstance(x, Tensor) or not hasattr(x, "__array__"):
-        return x
-    array = np.asarray(x)
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return array if array.flags.writeable else array.copy()
-
-
 def _vector(weights: Any) -> Any:
     """Return weights as something that can be sliced, or say that they are no vector."""
-    weights = weights if isinstance(weights, Tensor | np.memmap) else np.asarray(weights)
+    weights = weights if isinstance(weights, Tensor | np.memmap) else as_array(weights, "weights")
     if weights.ndim != 1:
         raise ValueError(f"weights must have shape (N,), one for each row, not {tuple(weights.shape)}")
     return weights

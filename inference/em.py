@@ -69,7 +69,7 @@ def em(
         weights: (N,), how often each row counts, not negative, or the name of the Arrow column that holds them; None
             counts each once.
         max_steps: the largest number of steps, at least 1.
-        rtol: the relative change of the log likelihood at which to stop, not negative.
+        rtol: the relative change of the log likelihood at which to stop, finite and not negative.
         accelerate: ``"anderson"`` tries where EM will be some steps ahead, and takes EM's own step where that is lower
             or does not look like EM's path; a step is a pass over the data, whether what it tried was taken or not. It
             may still end at another maximum than EM.
@@ -97,8 +97,8 @@ def em(
     """
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, not {max_steps}")
-    if not rtol >= 0:
-        raise ValueError(f"rtol must not be negative, and is {rtol}")
+    if not 0 <= rtol < math.inf:
+        raise ValueError(f"rtol must be finite and not negative, and is {rtol}")
     if accelerate not in (None, "anderson"):
         raise ValueError(f'accelerate must be "anderson" or None, not {accelerate!r}')
     if checkpoint_every < 1:

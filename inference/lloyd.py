@@ -29,7 +29,7 @@ from mixproof.inference.means import Means
 from mixproof.inference.medians import Medians
 from mixproof.inference.nearest import deviations
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
-from mixproof.inference.validation import check_data, check_row_weights
+from mixproof.inference.validation import as_floating, check_data, check_row_weights
 from mixproof.models.initial import check_num_components
 
 
@@ -122,11 +122,11 @@ def lloyd(
         converged: whether a fixed point was reached; a ConvergenceWarning says so if not.
 
     Raises:
-        TypeError: x does not hold numbers.
+        TypeError: x or centers do not hold numbers.
         ValueError: x is not a finite (N, D), centers do not fit it, fewer than K rows are distinct, or J overflows.
     """
     x = check_data(x).detach()
-    centers = torch.as_tensor(centers, dtype=x.dtype, device=x.device).detach()
+    centers = as_floating(centers, "centers").to(x)
     if centers.ndim != 2 or centers.shape[1] != x.shape[1]:
         raise ValueError(f"centers must have shape (K, {x.shape[1]}), not {tuple(centers.shape)}")
     if not centers.isfinite().all():
