@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from mixproof.inference import comparison, tables
+from mixproof.inference.checkpoint import CheckpointError
 from mixproof.inference.comparison_report import check_matplotlib
 from mixproof.inference.dataset import Dataset, read_at_once, sample_rows, share
 from mixproof.inference.distributed import Group, is_first, rank_and_size, together
@@ -211,6 +212,8 @@ def fit(
                         checkpoint_every=1,  # who asks for one has long steps
                         progress=True,
                     )
+                except CheckpointError:
+                    raise
                 except ValueError as error:
                     failures.append(str(error))
                     continue
@@ -229,9 +232,6 @@ def fit(
             "num_steps": best.num_steps,
             "failed_starts": len(failures),
         }
-        if out is not None:
-            found_params = {name: value.cpu() for name, value in best.params._asdict().items()}
-            tables.write_params(out, {**_settings_of(chosen), **found_params})
     if not best.converged and caught:
         Console(stderr=True).print(f"warning: {caught[-1].message}", style="yellow", highlight=False, soft_wrap=True)
     if failures:
@@ -240,13 +240,17 @@ def fit(
         )
     if as_json:
         typer.echo(json.dumps(result, indent=1))
-        return
-    table = Table("", "", box=None, show_header=False)
-    for name, value in best.params._asdict().items():
-        table.add_row(name, str(value.cpu().numpy()))
-    table.add_row("log likelihood", f"{best.log_lik[-1].item():.6f}")
-    table.add_row("steps", f"{best.num_steps}{'' if best.converged else ' (not converged)'}")
-    _stdout().print(table)
+    else:
+        table = Table("", "", box=None, show_header=False)
+        for name, value in best.params._asdict().items():
+            table.add_row(name, str(value.cpu().numpy()))
+        table.add_row("log likelihood", f"{best.log_lik[-1].item():.6f}")
+        table.add_row("steps", f"{best.num_steps}{'' if best.converged else ' (not converged)'}")
+        _stdout().print(table)
+    if out is not None:
+        with _errors():
+            found_params = {name: value.cpu() for name, value in best.params._asdict().items()}
+            tables.write_params(out, {**_settings_of(chosen), **found_params})
 
 
 @app.command()

@@ -338,13 +338,13 @@ class _State:
         """Make the pass at the point to start from; after a resumed run, only to see that the data are the same.
 
         Raises:
-            ValueError: they are not.
+            CheckpointError: they are not.
         """
         again = data.evaluate(self.point.params, len(self.trace))
         if not self.trace:
             self.point = again
         elif data.falls(again.objective, self.point.objective) or data.falls(self.point.objective, again.objective):
-            raise ValueError(
+            raise checkpoints.CheckpointError(
                 f"{file} belongs to other data or weights: the log likelihood there is {self.point.objective!r}, and "
                 f"here {again.objective!r}. Delete it, or give another file"
             )
@@ -373,12 +373,14 @@ class _State:
         """Go on from a file, if there is one.
 
         Raises:
-            ValueError: it is not of this run.
+            CheckpointError: it is not of this run.
         """
         with data.together():
             found = checkpoints.load(file, self._identity(data)) if is_first(data.group) else None
             if found is not None and not all(_same(found[f"init.{i}"], value) for i, value in enumerate(self._init)):
-                raise ValueError(f"{file} belongs to another run, which differs in init: delete it, or give another")
+                raise checkpoints.CheckpointError(
+                    f"{file} belongs to another run, which differs in init: delete it, or give another"
+                )
         found = object_of_first(data.group, found)
         if found is None:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,10 +56,13 @@ def write_params(path: Path, values: dict[str, Any]) -> None:
         OSError: it cannot be written.
     """
     check_params_path(path)
-    if path.suffix == ".safetensors":
-        save_file({name: torch.as_tensor(value).contiguous() for name, value in _flat(values)}, path)
-    else:
-        path.write_text(json.dumps(_lists(values), indent=1), encoding="utf-8")
+    try:
+        if path.suffix == ".safetensors":
+            save_file({name: torch.as_tensor(value).contiguous() for name, value in _flat(values)}, path)
+        else:
+            path.write_text(json.dumps(_lists(values), indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"the parameters cannot be written to {path}: {error}") from error
 
 
 def check_params_path(path: Path) -> None:
@@ -66,11 +70,16 @@ def check_params_path(path: Path) -> None:
 
     Raises:
         ValueError: the file has another ending, or its folder does not exist.
+        OSError: it is a folder, or may not be written.
     """
     if path.suffix not in (".json", ".safetensors"):
         raise ValueError(f"parameters are written to .json or .safetensors, not to {path.name}")
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} to write {path.name} to: make it first")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"you may not write {path}: give another file, or the permission")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

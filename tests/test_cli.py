@@ -20,10 +20,11 @@ import pyarrow.parquet
 import pytest
 import torch
 import xarray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from mixproof.inference import checkpoint, cli, comparison_study
+from mixproof.inference import checkpoint, cli, comparison_study, tables
 from mixproof.inference.cli import app
 from mixproof.inference.sampling import sample
 from mixproof.models import families, gaussian_full
@@ -397,15 +398,47 @@ def test_a_second_run_goes_on_from_the_checkpoint(mixture: tuple[Path, torch.Ten
     other = run("fit", folder / "rows.npy", *FIT, "--checkpoint", folder / "state", "--seed", 1)
     assert other.exit_code == 2
     assert "differs in init" in " ".join(other.stderr.split())
+    (folder / "state.2").unlink()  # whose start would not fail
+    other = run("fit", folder / "rows.npy", *FIT, "--checkpoint", folder / "state", "--seed", 1)
+    assert other.exit_code == 2
+    assert other.stdout == ""
+    assert "state.1 belongs to another run, which differs in init" in " ".join(other.stderr.split())
 
 
-def test_what_cannot_be_written_is_said_before_the_work(mixture: tuple[Path, torch.Tensor]) -> None:
+def test_what_cannot_be_written_is_said_before_the_work(
+    mixture: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = mixture
-    for option, words in (("--checkpoint", "No such file"), ("--out", "there is no folder")):
-        result = run("fit", folder / "rows.npy", *FIT, option, folder / "no" / "file.json")
+    (folder / "made.json").mkdir()
+
+    def check(option: str, file: Path, words: str) -> None:
+        result = run("fit", folder / "rows.npy", *FIT, option, file)
         assert result.exit_code == 2
         assert words in " ".join(result.stderr.split())
         assert "EM step 1" not in result.stderr
+
+    check("--checkpoint", folder / "no" / "file.json", "No such file")
+    check("--out", folder / "no" / "file.json", "there is no folder")
+    check("--out", folder / "made.json", "made.json is a folder: give a file in it")
+    monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
+    check("--out", folder / "file.json", "you may not write")
+
+
+@pytest.mark.parametrize("ending", ["json", "safetensors"])
+def test_a_disk_that_fills_up_costs_no_fit(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space") if ending == "json" else SafetensorError("no space")
+
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(20, 2)))
+    command = ("fit", tmp_path / "rows.npy", "--family", "gaussian_full", "-k", 1, "--json")
+    expected = run(*command).stdout
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(tables, "save_file", full)
+    result = run(*command, "--out", tmp_path / f"found.{ending}")
+    assert result.exit_code == 2
+    assert result.stdout == expected
+    words = f"the parameters cannot be written to {tmp_path / f'found.{ending}'}: no space"
+    assert words in " ".join(result.stderr.split())
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
