@@ -24,10 +24,12 @@ from mixproof.inference.evidence import log_evidence
 from mixproof.inference.gibbs import gibbs
 from mixproof.inference.hmc import hmc
 from mixproof.inference.lloyd import kmeans, kmedians
+from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.nuts import nuts
 from mixproof.inference.posterior_mode import posterior_mode
 from mixproof.inference.restarts import em_restarts
 from mixproof.inference.sampling import sample
+from mixproof.inference.standard_errors import standard_errors
 from mixproof.inference.svi import svi
 from mixproof.inference.validation import check_data, check_params
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_sum, laplace
@@ -152,6 +154,17 @@ def test_arrays_that_torch_does_not_share_are_taken_without_a_word(how: str) -> 
             found = method(given, 2, generator=seeded(0), weights=weights.astype(given.dtype))  # type: ignore[arg-type]
             assert torch.equal(found.labels, method(X, 2, generator=seeded(0), weights=X[:, 0] ** 2).labels)
         assert torch.equal(responsibilities(gaussian_full, PARAMS, given), responsibilities(gaussian_full, PARAMS, X))
+
+
+def test_a_program_takes_no_numpy_array_and_says_so() -> None:
+    program = partial(gaussian_full.model, num_components=2)
+    for door in (
+        lambda: posterior_mode(program, PARAMS, X.numpy()),
+        lambda: standard_errors(LogPosterior(program, X.numpy()), PARAMS),
+        lambda: hmc(program, X.numpy(), num_draws=2, seed=0),
+    ):
+        with pytest.raises(TypeError, match=says("x is observed to be a NumPy array: give the program tensors, torch")):
+            door()
 
 
 # The number of components
