@@ -211,19 +211,19 @@ def _is_whole(kind: pa.DataType) -> bool:
 
 def _parquet(files: list[str], weights: str | None) -> pads.Dataset:
     """Return the rows of files with the same columns, of types that hold the numbers of each."""
-    schemas = {piece.path: piece.physical_schema for piece in pads.dataset(files, format="parquet").get_fragments()}
-    columns = {file: _numbers(schema, Path(file).name, weights) for file, schema in schemas.items()}
-    first = {field.name for field in columns[files[0]]}
-    for file in files[1:]:
-        if odd := sorted(first ^ {field.name for field in columns[file]}):
+    pieces = list(pads.dataset(files, format="parquet").get_fragments())
+    columns = [_numbers(piece.physical_schema, Path(piece.path).name, weights) for piece in pieces]
+    first = {field.name for field in columns[0]}
+    for piece, fields in zip(pieces, columns, strict=True):
+        if odd := sorted(first ^ {field.name for field in fields}):
             raise ValueError(
-                f"{files[0]} and {file} must have the same columns, and only one of them has {', '.join(odd)}: rename "
-                "or drop these, or read the files one by one"
+                f"{pieces[0].path} and {piece.path} must have the same columns, and only one of them has "
+                f"{', '.join(odd)}: rename or drop these, or read the files one by one"
             )
     kinds: dict[str, set[pa.DataType]] = defaultdict(set)
-    for field in (field for fields in columns.values() for field in fields):
+    for field in (field for fields in columns for field in fields):
         kinds[field.name].add(field.type)
-    schema = pa.schema([(field.name, _common_type(kinds[field.name])) for field in columns[files[0]]])
+    schema = pa.schema([(field.name, _common_type(kinds[field.name])) for field in columns[0]])
     return pads.dataset(files, format="parquet", schema=schema)
 
 
