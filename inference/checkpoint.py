@@ -17,6 +17,10 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, or one of another run."""
+
+
 def save(path: Path, run: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write tensors by name, and what identifies the run they belong to; a reader finds the old state or the new one.
 
@@ -47,7 +51,7 @@ def load(path: Path, run: dict[str, Any]) -> dict[str, Tensor] | None:
     """Return the tensors of a run by name, or None where there is no such file.
 
     Raises:
-        ValueError: the file is not a checkpoint, or belongs to another run: the message says in what they differ.
+        CheckpointError: the file is not a checkpoint, or belongs to another run: the message says in what they differ.
         OSError: it cannot be read.
     """
     if not path.exists():
@@ -59,13 +63,13 @@ def load(path: Path, run: dict[str, Any]) -> dict[str, Tensor] | None:
             found = json.loads((file.metadata() or {}).get("run", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a checkpoint: {error}. Delete it, or give another file") from error
+        raise CheckpointError(f"{path} is not a checkpoint: {error}. Delete it, or give another file") from error
     expected = json.loads(_as_json(run))
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a checkpoint of a run: delete it, or give another file")
+        raise CheckpointError(f"{path} is not a checkpoint of a run: delete it, or give another file")
     different = [name for name in expected if found.get(name) != expected[name]]
     if different:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} belongs to another run, which differs in {', '.join(different)}: delete it, or give another file"
         )
     return tensors

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from mixproof.inference import comparison, tables
+from mixproof.inference.checkpoint import CheckpointError
 from mixproof.inference.comparison_report import check_matplotlib
 from mixproof.inference.dataset import Dataset, read_at_once, sample_rows, share
 from mixproof.inference.distributed import Group, is_first, rank_and_size, together
@@ -171,6 +172,7 @@ def fit(
     """Fit a mixture by EM and print its parameters.
 
     Data that do not fit in memory are read from disk in each step. Under torchrun each process takes its share of them.
+    All columns are features but that of the weights, the index of a pandas table and, beside nothing but x1 to xD, z.
     """
     with _errors(), _processes(device) as (group, target):
         with together(group, target):
@@ -179,13 +181,13 @@ def fit(
                 raise ValueError(f"{settings} names {', '.join(rest)}, which are no settings of {family}")
             if out is not None:
                 tables.check_params_path(out)
-            rows = share(tables.open_rows(data), *rank_and_size(group))
+            rows = share(tables.open_rows(data, weights), *rank_and_size(group))
             dataset = Dataset(chosen, rows, weights, missing=missing)
             whole = read_at_once(dataset, MAX_ENTRIES_IN_MEMORY if getattr(chosen, "additive", False) else None)
         if whole is not None:
             dataset = Dataset(chosen, whole.x.to(target), whole.weights, missing=missing)
-        drawn = sample_rows(dataset, ROWS_FOR_STARTS, torch.Generator().manual_seed(seed), group)
-        sample = _without_gaps(drawn)
+        drawn, counts = sample_rows(dataset, ROWS_FOR_STARTS, torch.Generator().manual_seed(seed), group)
+        sample = _without_gaps(drawn, counts)
         generator = torch.Generator().manual_seed(seed)
         num_components = _num_components(components, len(sample))
         best, failures = None, []
@@ -198,7 +200,7 @@ def fit(
                     found = em(
                         chosen,
                         rows if whole is None else whole.x,
-                        chosen.init_params(sample, num_components, generator),
+                        chosen.init_params(sample, num_components, generator, weights=counts),
                         weights=weights if whole is None else whole.weights,
                         max_steps=max_steps,
                         rtol=rtol,
@@ -210,6 +212,8 @@ def fit(
                         checkpoint_every=1,  # who asks for one has long steps
                         progress=True,
                     )
+                except CheckpointError:
+                    raise
                 except ValueError as error:
                     failures.append(str(error))
                     continue
@@ -228,9 +232,6 @@ def fit(
             "num_steps": best.num_steps,
             "failed_starts": len(failures),
         }
-        if out is not None:
-            found_params = {name: value.cpu() for name, value in best.params._asdict().items()}
-            tables.write_params(out, {**_settings_of(chosen), **found_params})
     if not best.converged and caught:
         Console(stderr=True).print(f"warning: {caught[-1].message}", style="yellow", highlight=False, soft_wrap=True)
     if failures:
@@ -239,13 +240,17 @@ def fit(
         )
     if as_json:
         typer.echo(json.dumps(result, indent=1))
-        return
-    table = Table("", "", box=None, show_header=False)
-    for name, value in best.params._asdict().items():
-        table.add_row(name, str(value.cpu().numpy()))
-    table.add_row("log likelihood", f"{best.log_lik[-1].item():.6f}")
-    table.add_row("steps", f"{best.num_steps}{'' if best.converged else ' (not converged)'}")
-    _stdout().print(table)
+    else:
+        table = Table("", "", box=None, show_header=False)
+        for name, value in best.params._asdict().items():
+            table.add_row(name, str(value.cpu().numpy()))
+        table.add_row("log likelihood", f"{best.log_lik[-1].item():.6f}")
+        table.add_row("steps", f"{best.num_steps}{'' if best.converged else ' (not converged)'}")
+        _stdout().print(table)
+    if out is not None:
+        with _errors():
+            found_params = {name: value.cpu() for name, value in best.params._asdict().items()}
+            tables.write_params(out, {**_settings_of(chosen), **found_params})
 
 
 @app.command()
@@ -293,6 +298,7 @@ def compare(
 ) -> None:
     """Compare mixtures on one data set: BIC, AIC, ICL, LOO, evidence, posterior probability, stacking weight.
 
+    All columns of the data are features but the index of a pandas table and, beside nothing but x1 to xD, z.
     Prints the priors besides, on which evidence and probability depend. Ctrl-C keeps the candidates done so far.
     """
     with _errors():
@@ -468,12 +474,13 @@ def _processes(device: str) -> Iterator[tuple[Group, torch.device]]:
     dist.destroy_process_group()  # not after an error: that would wait for those who failed
 
 
-def _without_gaps(x: Tensor) -> Tensor:
+def _without_gaps(x: Tensor, weights: Tensor) -> Tensor:
     """Return rows (n, D) with the mean of its column in the place of each missing entry, good enough to start from."""
-    empty = x.isnan().all(0).nonzero().flatten().tolist()
-    if empty:
+    gaps = x.isnan()
+    if empty := gaps.all(0).nonzero().flatten().tolist():
         raise ValueError(f"column {empty[0]} holds no value in {len(x)} rows to start from: leave it out")
-    return torch.where(x.isnan(), x.nanmean(0), x)
+    shares = (weights / weights.max())[:, None].masked_fill(gaps, 0)
+    return torch.where(gaps, (x.nan_to_num() * (shares / shares.sum(0))).sum(0), x)
 
 
 def _stdout() -> Console:

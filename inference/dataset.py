@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mixproof.inference.distributed import Group, gather_objects, rank_and_size, together
-from mixproof.inference.validation import check_data, check_row_weights, check_rows, data_support
+from mixproof.inference.validation import as_array, check_data, check_row_weights, check_rows, data_support
 
 BLOCK_ENTRIES = 1 << 21
 """How many numbers of a memory map or an Arrow source are in memory at a time: 16 MiB in float64."""
@@ -77,7 +77,7 @@ class Dataset:
         self._num_rows: int | None = None
         if self.in_memory:
             rows = self._check(x, 0)
-            whole = Block(0, rows, check_row_weights(_sharable(weights), rows, first_row=0))
+            whole = Block(0, rows, check_row_weights(weights, rows, first_row=0))
             self._blocks: Callable[[], Iterable[Block]] = lambda: [whole]
         else:
             self._weights = None if weights is None or weight_column is not None else _vector(weights)
@@ -98,7 +98,7 @@ class Dataset:
         for chunk, column in chunks:
             x, weights = self._check(chunk, first_row), column
             if self._weights is not None:
-                weights = _sharable(self._weights[first_row : first_row + len(x)])
+                weights = self._weights[first_row : first_row + len(x)]
                 if len(weights) < len(x):
                     have = f"there are {len(self._weights)}, and at least {first_row + len(x)} rows"
                     raise ValueError(f"weights must have shape (N,), one for each row: {have}")
@@ -144,7 +144,6 @@ class _Check:
         self._like: tuple[int, torch.dtype] | None = None
 
     def __call__(self, x: Any, first_row: int) -> Tensor:
-        x = _sharable(x)
         if self._like is None:
             x = check_rows(self._family, x, first_row=first_row, missing=self._missing)
             self._like, self._support = (x.shape[1], x.dtype), data_support(self._family, x.shape[1])
@@ -269,18 +268,9 @@ def _values(column: pa.Array) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
-def _sharable(x: Any) -> Any:
-    """Return an array as torch shares it without complaint, in the machine's byte order and writable, and all else."""
-    if isinstance(x, Tensor) or not hasattr(x, "__array__"):
-        return x
-    array = np.asarray(x)
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return array if array.flags.writeable else array.copy()
-
-
 def _vector(weights: Any) -> Any:
     """Return weights as something that can be sliced, or say that they are no vector."""
-    weights = weights if isinstance(weights, Tensor | np.memmap) else np.asarray(weights)
+    weights = weights if isinstance(weights, Tensor | np.memmap) else as_array(weights, "weights")
     if weights.ndim != 1:
         raise ValueError(f"weights must have shape (N,), one for each row, not {tuple(weights.shape)}")
     return weights
@@ -374,13 +364,13 @@ def read_at_once(dataset: Dataset, max_entries: int | None = None) -> Block | No
     return Block(0, torch.cat([block.x for block in blocks]), torch.cat(parts) if parts else None)
 
 
-def sample_rows(dataset: Dataset, num_rows: int, generator: torch.Generator, group: Group = None) -> Tensor:
-    """Return rows drawn without replacement, each time one of those left with a probability as its weight, in one pass.
+def sample_rows(
+    dataset: Dataset, num_rows: int, generator: torch.Generator, group: Group = None
+) -> tuple[Tensor, Tensor]:
+    """Return rows drawn without replacement, all that count as likely as each other, and their weights, in one pass.
 
-    Each row gets an exponential time of arrival at the rate of its weight, and the first to arrive are the sample
-    (Efraimidis and Spirakis 2006, Weighted random sampling with a reservoir, Information Processing Letters 97(5),
-    algorithm A, whose keys u^(1/w) are these times on another scale). The first of all are among the first of each
-    process, so that what processes keep can be put together.
+    Each row gets an exponential time of arrival, and the first to arrive are the sample. The first of all are among the
+    first of each process, so that what processes keep can be put together.
 
     Args:
         dataset: the rows; of a group, this process's own.
@@ -389,7 +379,8 @@ def sample_rows(dataset: Dataset, num_rows: int, generator: torch.Generator, gro
         group: the ``torch.distributed`` processes that hold the rows together, as ``em`` takes it.
 
     Returns:
-        (n, D), n <= num_rows, on the CPU, in the order of the data, the same in all processes.
+        (n, D) and (n,), n <= num_rows, on the CPU, in the order of the data, the same in all processes; the weights are
+        positive, and 1 where the rows have none.
 
     Raises:
         ValueError: num_rows is below 1, or all weights are 0.
@@ -401,22 +392,23 @@ def sample_rows(dataset: Dataset, num_rows: int, generator: torch.Generator, gro
     own = torch.Generator().manual_seed(int(torch.randint(2**62, (num_ranks,), generator=common)[rank]))
     times = torch.zeros(0, dtype=torch.float64)
     rows = dataset.like.cpu()
+    weights = rows.new_empty(0)
     with together(group, dataset.like.device):
         for block in dataset:
             arrivals = torch.empty(len(block.x), dtype=torch.float64).exponential_(generator=own)
-            if block.weights is not None:
-                arrivals = arrivals / block.weights.double().cpu()
+            counts = torch.ones_like(block.x[:, 0]) if block.weights is None else block.weights
             latest = times.max() if len(times) == num_rows else torch.tensor(torch.inf)
-            early = (arrivals < latest).nonzero().flatten()
+            early = ((arrivals < latest) & (counts > 0).cpu()).nonzero().flatten()
             times = torch.cat([times, arrivals[early]])
             rows = torch.cat([rows, block.x[early.to(block.x.device)].cpu()])
+            weights = torch.cat([weights, counts[early.to(block.x.device)].cpu()])
             first = _first_to_arrive(times, num_rows)
-            times, rows = times[first], rows[first]
+            times, rows, weights = times[first], rows[first], weights[first]
     all_times = torch.cat(gather_objects(group, times))
     if not len(all_times):
         raise ValueError("all weights are 0: at least one row must count")
-    latest = all_times[_first_to_arrive(all_times, num_rows)].max()
-    return torch.cat(gather_objects(group, rows[times <= latest]))
+    early = times <= all_times[_first_to_arrive(all_times, num_rows)].max()
+    return torch.cat(gather_objects(group, rows[early])), torch.cat(gather_objects(group, weights[early]))
 
 
 def _first_to_arrive(times: Tensor, num_rows: int) -> Tensor:

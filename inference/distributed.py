@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixproof.inference.checkpoint import CheckpointError
+
 Group = Any
 """A ``torch.distributed.ProcessGroup``, or None for a process on its own."""
 T = TypeVar("T")
 
 
-_KINDS = (ValueError, TypeError, ArithmeticError, OSError)
+_KINDS = (CheckpointError, ValueError, TypeError, ArithmeticError, OSError)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def em(
         weights: (N,), how often each row counts, not negative, or the name of the Arrow column that holds them; None
             counts each once.
         max_steps: the largest number of steps, at least 1.
-        rtol: the relative change of the log likelihood at which to stop, not negative.
+        rtol: the relative change of the log likelihood at which to stop, finite and not negative.
         accelerate: ``"anderson"`` tries where EM will be some steps ahead, and takes EM's own step where that is lower
             or does not look like EM's path; a step is a pass over the data, whether what it tried was taken or not. It
             may still end at another maximum than EM.
@@ -99,8 +99,8 @@ def em(
     """
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, not {max_steps}")
-    if not rtol >= 0:
-        raise ValueError(f"rtol must not be negative, and is {rtol}")
+    if not 0 <= rtol < math.inf:
+        raise ValueError(f"rtol must be finite and not negative, and is {rtol}")
     if accelerate not in (None, "anderson"):
         raise ValueError(f'accelerate must be "anderson" or None, not {accelerate!r}')
     if checkpoint_every < 1:
@@ -386,13 +386,13 @@ class _State:
         """Make the pass at the point to start from; after a resumed run, only to see that the data are the same.
 
         Raises:
-            ValueError: they are not.
+            CheckpointError: they are not.
         """
         again = data.evaluate(self.point.params, len(self.trace))
         if not self.trace:
             self.point = again
         elif data.falls(again.objective, self.point.objective) or data.falls(self.point.objective, again.objective):
-            raise ValueError(
+            raise checkpoints.CheckpointError(
                 f"{file} belongs to other data or weights: the log likelihood there is {self.point.objective!r}, and "
                 f"here {again.objective!r}. Delete it, or give another file"
             )
@@ -423,12 +423,14 @@ class _State:
         """Go on from a file, if there is one.
 
         Raises:
-            ValueError: it is not of this run.
+            CheckpointError: it is not of this run.
         """
         with data.together():
             found = checkpoints.load(file, self._identity(data)) if is_first(data.group) else None
             if found is not None and not all(_same(found[f"init.{i}"], value) for i, value in enumerate(self._init)):
-                raise ValueError(f"{file} belongs to another run, which differs in init: delete it, or give another")
+                raise checkpoints.CheckpointError(
+                    f"{file} belongs to another run, which differs in init: delete it, or give another"
+                )
         found = object_of_first(data.group, found)
         if found is None:
             return

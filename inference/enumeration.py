@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -83,6 +84,7 @@ def trace_of(model: Model, *args: Any, params: Mapping[str, Tensor] | None = Non
     The global random generators are as they were afterwards.
 
     Raises:
+        TypeError: an observation is a NumPy array, for which Pyro has no density.
         ValueError: a plate is empty, or an observation is NaN or infinite.
     """
     known = params or {}
@@ -95,6 +97,8 @@ def trace_of(model: Model, *args: Any, params: Mapping[str, Tensor] | None = Non
             raise ValueError("a plate of the program is empty: the data need at least one row") from error
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and site["is_observed"] and name not in known:
+            if isinstance(site["value"], np.ndarray):
+                raise TypeError(f"{name} is observed to be a NumPy array: give the program tensors, torch.as_tensor(x)")
             _check_finite(name, torch.as_tensor(site["value"]))
     return trace
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from mixproof.inference.em import responsibilities
 from mixproof.inference.restarts import em_restarts
 from mixproof.inference.sampling import sample
-from mixproof.inference.validation import check_prior, check_row_weights, check_rows
+from mixproof.inference.validation import check_prior, check_row_weights, check_rows, check_unmasked
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied, laplace
 from mixproof.models.initial import check_num_components, partition
 
@@ -194,6 +194,7 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
 
     def _matrix(self, X: ArrayLike, *, reset: bool) -> NDArray[Any]:
         """Return X (N, D) as scikit-learn validates it, in an array that torch can share."""
+        check_unmasked(X, "X")
         return validate_data(
             self,
             X,
@@ -213,8 +214,8 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
-        if not isinstance(self.tol, Real) or not self.tol >= 0:
-            raise ValueError(f"tol must be a number that is not negative, not {self.tol!r}")
+        if not isinstance(self.tol, Real) or not 0 <= self.tol < math.inf:
+            raise ValueError(f"tol must be a finite number that is not negative, not {self.tol!r}")
         if self.init_params not in ("k-means++", "random"):
             raise ValueError(f'init_params must be "k-means++" or "random", not {self.init_params!r}')
 

@@ -29,7 +29,7 @@ from mixproof.inference.means import Means
 from mixproof.inference.medians import Medians
 from mixproof.inference.nearest import deviations
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
-from mixproof.inference.validation import check_data, check_row_weights
+from mixproof.inference.validation import as_floating, check_data, check_row_weights
 from mixproof.models.initial import check_num_components
 
 
@@ -122,11 +122,12 @@ def lloyd(
         converged: whether a fixed point was reached; a ConvergenceWarning says so if not.
 
     Raises:
-        TypeError: x does not hold numbers.
-        ValueError: x is not a finite (N, D), centers do not fit it, fewer than K rows are distinct, or J overflows.
+        TypeError: x or centers do not hold numbers.
+        ValueError: x is not a finite (N, D), centers do not fit it, fewer than K rows are distinct, or J over- or
+            underflows.
     """
     x = check_data(x).detach()
-    centers = torch.as_tensor(centers, dtype=x.dtype, device=x.device).detach()
+    centers = as_floating(centers, "centers").to(x)
     if centers.ndim != 2 or centers.shape[1] != x.shape[1]:
         raise ValueError(f"centers must have shape (K, {x.shape[1]}), not {tuple(centers.shape)}")
     if not centers.isfinite().all():
@@ -168,7 +169,7 @@ def kmeans(
     Raises:
         TypeError: x does not hold numbers, or k is not an integer.
         ValueError: x is not a finite (N, D), k is below 1 or above the number of distinct rows, num_starts or max_steps
-            is below 1, or the objective overflows.
+            is below 1, or the objective over- or underflows.
     """
     clustering = _best_start(x, k, SQUARED_EUCLIDEAN, num_starts, generator, weights, max_steps)
     _warn_unless_converged(clustering)
@@ -205,7 +206,7 @@ def kmedians(
     Raises:
         TypeError: x does not hold numbers, or k is not an integer.
         ValueError: x is not a finite (N, D), k is below 1 or above the number of distinct rows, num_starts or max_steps
-            is below 1, or the objective overflows.
+            is below 1, or the objective over- or underflows.
     """
     clustering = _best_start(x, k, MANHATTAN, num_starts, generator, weights, max_steps)
     _warn_unless_converged(clustering)
@@ -264,6 +265,8 @@ def _lloyd(
     first, size = clusters.objective, centers.abs().amax(0)
     if not first.isfinite():
         raise ValueError(f"the objective overflows {x.dtype}: rescale x, whose largest entry is {x.abs().max():.3g}")
+    if metric.power == 2 and first < weights.sum() * x.shape[1] * torch.finfo(x.dtype).tiny:
+        _raise_if_vanished(x, weights, labels, centers)
     falls: list[Tensor] = []  # by how much each later step lowers J
     for step in range(2, max_steps + 2):
         rows, before = reassign(centers)
@@ -307,10 +310,25 @@ def _raise_unless_sum(
     rounding = 8 * eps * num_steps * (x.shape[1] + len(x).bit_length()) * first
     rounding = rounding + total * drift.pow(metric.power).sum() + 2 * num_steps * drift.sum() * (total * first).sqrt()
     if not (first - fall - last).abs() <= rounding:
+        if first < len(x) * torch.finfo(x.dtype).tiny:
+            raise _underflow(x)
         raise RuntimeError(
             f"the objective went from {first.item()} to {last.item()} in {num_steps} steps that lowered it by "
             f"{fall.item()}, which Lloyd's algorithm cannot do: please report this as a bug of mixproof"
         )
+
+
+def _raise_if_vanished(x: Tensor, weights: Tensor, labels: Tensor, centers: Tensor) -> None:
+    """Raise if a row that counts is off its centre by more than rounding: its distance, close to 0, has underflowed."""
+    off = (x - centers[labels]).abs() > 8 * torch.finfo(x.dtype).eps * centers.abs().amax(0)
+    if (off & (weights > 0)[:, None]).any():
+        raise _underflow(x)
+
+
+def _underflow(x: Tensor) -> ValueError:
+    return ValueError(
+        f"the objective underflows {x.dtype}: rescale the weights or x, whose largest entry is {x.abs().max():.3g}"
+    )
 
 
 def _counts(labels: Tensor, weights: Tensor, k: int) -> Tensor:
@@ -332,6 +350,7 @@ def _fill_empty_clusters(
         distances = deviations(x, labels, centers, metric.power).where(weights > 0, 0)
         farthest = int(distances.argmax())
         if distances[farthest] == 0:
+            _raise_if_vanished(x, weights, labels, centers)
             raise ValueError(
                 f"every row lies on one of {k - len(empty)} centres: x has too few distinct rows for {k} clusters"
             )

@@ -29,8 +29,9 @@ class Medians:
         block = (torch.arange(len(x), device=x.device) // self.size).expand_as(self.order)
         self.block = torch.empty_like(self.order).scatter_(1, self.order, block).mT.contiguous()  # (N, D)
         # Weights in whole multiples of a power of two have exact sums in any order.
-        unit = 2.0 ** (60 - math.frexp(weights.double().sum().item())[1])
-        self.mass = torch.where(weights > 0, (weights.double() * unit).round().clamp_min(1), 0).long()
+        exponent = 60 - math.frexp(weights.double().sum().item())[1]
+        scaled = weights.double() * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)  # 2^1133 overflows
+        self.mass = torch.where(weights > 0, scaled.round().clamp_min(1), 0).long()
         self.margins = Margins(x, 1)
 
     def assign(self, centers: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ says by ``recentre`` what the running average is about the next ones.
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class OnlineFit(NamedTuple):
     params: Any
     """The family's ``Params`` after the last chunk."""
     averaged: Any
-    """The mean of the ``Params`` after the chunks from ``average_from`` on; None if not asked for."""
+    """The mean of the ``Params`` after the chunks from ``average_from`` on; None if there are none."""
     log_lik: Tensor
     """(num_chunks,), the mean over a chunk's rows of log p(x_n | the params before that chunk was seen)."""
     num_rows: int
@@ -72,7 +73,7 @@ def online_em(
         device: where to compute; None computes where the chunks lie.
 
     Returns:
-        An ``OnlineFit``.
+        An ``OnlineFit``; a stream that ends before ``average_from`` is a warning and ``averaged`` None.
 
     Raises:
         TypeError, ValueError: a chunk, the start, the prior or a setting is not what it must be, or a component has
@@ -115,4 +116,10 @@ def online_em(
     if num_rows < warm_up:
         raise ValueError(f"the stream ended after {num_rows} rows, before the {warm_up} of warm_up")
     raise_for_impossible(family.log_joint(params, block.x), block, "after the last chunk")
+    if average_from is not None and averaged is None:
+        warnings.warn(
+            f"the stream ended after {t} chunks, before average_from = {average_from}: begin sooner; averaged is None",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return OnlineFit(params, averaged, torch.tensor(log_lik, dtype=torch.float64), num_rows)

@@ -81,7 +81,7 @@ def em_restarts(
         prior: the family's ``Prior``, or None.
         weights: (N,), how often each row counts, as ``em`` takes them; None counts each once.
         max_steps: the largest number of steps from each start, at least 1.
-        rtol: the relative change of the log likelihood at which a start stops, not negative.
+        rtol: the relative change of the log likelihood at which a start stops, finite and not negative.
         accelerate: ``"anderson"`` or None, as for ``em``.
         missing: whether NaN in x marks an entry that is missing at random.
         device: where to compute; None computes where x lies.
@@ -99,7 +99,7 @@ def em_restarts(
         raise ValueError("inits is empty: give at least one start")
     rows = Dataset(family, x, weights, device=device, missing=missing)
     ends: dict[int, _End] = {}
-    if rows.in_memory and accelerate is None and not missing and max_steps > 1 and rtol >= 0:
+    if rows.in_memory and accelerate is None and not missing and max_steps > 1 and 0 <= rtol < math.inf:
         ends = _run_as_batch(family, next(iter(rows)), inits, prior, max_steps, rtol)
     run = partial(
         em,

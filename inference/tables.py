@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,10 +56,13 @@ def write_params(path: Path, values: dict[str, Any]) -> None:
         OSError: it cannot be written.
     """
     check_params_path(path)
-    if path.suffix == ".safetensors":
-        save_file({name: torch.as_tensor(value).contiguous() for name, value in _flat(values)}, path)
-    else:
-        path.write_text(json.dumps(_lists(values), indent=1), encoding="utf-8")
+    try:
+        if path.suffix == ".safetensors":
+            save_file({name: torch.as_tensor(value).contiguous() for name, value in _flat(values)}, path)
+        else:
+            path.write_text(json.dumps(_lists(values), indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"the parameters cannot be written to {path}: {error}") from error
 
 
 def check_params_path(path: Path) -> None:
@@ -65,11 +70,16 @@ def check_params_path(path: Path) -> None:
 
     Raises:
         ValueError: the file has another ending, or its folder does not exist.
+        OSError: it is a folder, or may not be written.
     """
     if path.suffix not in (".json", ".safetensors"):
         raise ValueError(f"parameters are written to .json or .safetensors, not to {path.name}")
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} to write {path.name} to: make it first")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"you may not write {path}: give another file, or the permission")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -123,35 +133,43 @@ def _rows(arrays: Any, path: Path) -> Any:
     return arrays["x"]
 
 
-def open_rows(path: Path) -> Any:
-    """Return the rows of a file as a source for ``Dataset``, without the ``z`` that ``mixproof sample`` writes.
+def open_rows(path: Path, weights: str | None = None) -> Any:
+    """Return the rows of a file as a source for ``Dataset``.
 
     CSV and Parquet, a folder of Parquet files too, are a ``pyarrow.dataset.Dataset`` and .npy is a memory map, of which
-    nothing is read yet; .npz and .safetensors are a matrix (N, D) in memory.
+    nothing is read yet; .npz and .safetensors are a matrix (N, D) in memory. Two kinds of columns are no data and left
+    out: the index that pandas stores in Parquet, and ``z`` beside nothing but x1 to xD, as ``mixproof sample`` writes.
+
+    Args:
+        path: the file or folder.
+        weights: the name of a column of row weights, which stays; None if there is none.
 
     Raises:
         TypeError: a column does not hold numbers.
-        ValueError: the file has another ending, or does not hold what the ending says.
+        ValueError: the file has another ending, does not hold what the ending says, or has no names of columns; or the
+            files of a folder differ in their columns.
         OSError: it cannot be read.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
     if path.is_dir():
         files = sorted(str(file) for file in path.rglob("*.parquet"))
         if not files:
             raise ValueError(f"the folder {path} holds no .parquet files")
-        return _numbers(pads.dataset(files, format="parquet"), path)
+        return _parquet(files, weights)
     match path.suffix:
         case ".csv":
             guessed = pads.dataset(path, format="csv").schema
-            if all(_is_number(name) for name in guessed.names):
-                raise ValueError(f"the first line of {path} holds numbers and would be lost: give its columns names")
+            _check_header(guessed.names, path)
             # with one column an empty line is a missing entry
             lines = pads.CsvFileFormat(pyarrow.csv.ParseOptions(ignore_empty_lines=len(guessed.names) > 1))
             # a column may begin with whole numbers, or with none
             kinds = [pa.float64() if _is_whole(field.type) else field.type for field in guessed]
             schema = pa.schema(zip(guessed.names, kinds, strict=True))
-            return _numbers(pads.dataset(path, format=lines, schema=schema), path)
+            rows = pads.dataset(path, format=lines, schema=schema)
+            return rows.replace_schema(pa.schema(_numbers(schema, path.name, weights)))
         case ".parquet":
-            return _numbers(pads.dataset(path, format="parquet"), path)
+            return _parquet([str(path)], weights)
         case ".npy":
             return _arrays(path)
         case ".npz":
@@ -160,9 +178,23 @@ def open_rows(path: Path) -> Any:
             return _rows(_tensors(path), path)
         case _:
             raise ValueError(
-                "rows are read from .csv, .parquet, a folder of these, .npy, .npz or .safetensors, not from "
+                "rows are read from .csv, .parquet, a folder of .parquet, .npy, .npz or .safetensors, not from "
                 f"{path.name}"
             )
+
+
+def _check_header(names: list[str], path: Path) -> None:
+    """Say what tells that the first line of a CSV file is not one of names, or not of all columns."""
+    if numbers := [name for name in names if _is_number(name)]:
+        raise ValueError(
+            f"the first line of {path} must be the names of its columns and holds the number {numbers[0]}: if it is "
+            "the first row it would be lost, so write a line of names above it; else rename the column"
+        )
+    if "" in names:
+        raise ValueError(
+            f"column {names.index('') + 1} of {path} has no name: name it, or leave it out if it is the index that "
+            "pandas writes, df.to_csv(..., index=False)"
+        )
 
 
 def _is_number(name: str) -> bool:
@@ -177,14 +209,43 @@ def _is_whole(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_null(kind)
 
 
-def _numbers(rows: pads.Dataset, path: Path) -> pads.Dataset:
-    """Return the columns that are rows of numbers, or say which is not."""
-    fields = [field for field in rows.schema if not (field.name == "z" and "x1" in rows.schema.names)]
+def _parquet(files: list[str], weights: str | None) -> pads.Dataset:
+    """Return the rows of files with the same columns, of types that hold the numbers of each."""
+    pieces = list(pads.dataset(files, format="parquet").get_fragments())
+    columns = [_numbers(piece.physical_schema, Path(piece.path).name, weights) for piece in pieces]
+    first = {field.name for field in columns[0]}
+    for piece, fields in zip(pieces, columns, strict=True):
+        if odd := sorted(first ^ {field.name for field in fields}):
+            raise ValueError(
+                f"{pieces[0].path} and {piece.path} must have the same columns, and only one of them has "
+                f"{', '.join(odd)}: rename or drop these, or read the files one by one"
+            )
+    kinds: dict[str, set[pa.DataType]] = defaultdict(set)
+    for field in (field for fields in columns for field in fields):
+        kinds[field.name].add(field.type)
+    schema = pa.schema([(field.name, _common_type(kinds[field.name])) for field in columns[0]])
+    return pads.dataset(files, format="parquet", schema=schema)
+
+
+def _common_type(kinds: set[pa.DataType]) -> pa.DataType:
+    """Return the type of numbers of a column that has several, as NumPy promotes them; empty columns have any."""
+    numbers = [kind.to_pandas_dtype() for kind in kinds if not pa.types.is_null(kind)]
+    return pa.from_numpy_dtype(np.result_type(*numbers)) if numbers else pa.float64()
+
+
+def _numbers(schema: pa.Schema, name: str, weights: str | None) -> list[pa.Field]:
+    """Return the columns of a file that are data and weights, or say which does not hold numbers."""
+    index = (schema.pandas_metadata or {}).get("index_columns", [])
+    fields = [field for field in schema if field.name == weights or field.name not in index]
+    features = {field.name for field in fields} - {weights}
+    if len(features) > 1 and features == {"z", *(f"x{d + 1}" for d in range(len(features) - 1))}:
+        fields = [field for field in fields if field.name != "z"]
     for field in fields:
         kind = field.type
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-            raise TypeError(f"column {field.name!r} of {path.name} holds {kind}, not numbers: drop or encode it first")
-    return rows.replace_schema(pa.schema(fields))
+        is_number = pa.types.is_floating(kind) or pa.types.is_boolean(kind) or _is_whole(kind)
+        if not is_number:
+            raise TypeError(f"column {field.name!r} of {name} holds {kind}, not numbers: drop or encode it first")
+    return fields
 
 
 @contextmanager

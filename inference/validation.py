@@ -45,14 +45,11 @@ def check_data(
         missing: whether NaN marks a missing entry rather than a fault.
 
     Raises:
-        TypeError: the data are not numbers.
+        TypeError: the data are not numbers, or an array has masked entries.
         ValueError: the shape is not (N, D) with N, D >= 1, or an entry is NaN, infinite or outside the support.
     """
     if not isinstance(x, Tensor):
-        try:
-            array = _without_negative_strides(np.asarray(x, order="C"))
-        except ValueError as error:
-            raise TypeError(f"x must be a matrix of numbers: {error}") from error
+        array = as_array(x, "x")
         if array.dtype.kind not in "buif":
             raise TypeError(f"x must hold numbers, not {array.dtype}: convert or encode the columns first")
         x = torch.as_tensor(array)
@@ -117,8 +114,11 @@ def check_row_weights(weights: Any, x: Tensor, *, first_row: int | None = None) 
     is_whole, first_row = first_row is None, first_row or 0
     weights = as_floating(weights, "weights").to(x)
     if weights.shape != x.shape[:1]:
-        shape = f"({first_row + len(x)},), one for each row"
-        raise ValueError(f"weights must have shape {shape}, not {(first_row + weights.shape[0], *weights.shape[1:])}")
+        expected = f"({first_row + len(x)},), one for each row"
+        if weights.ndim == 0:
+            raise ValueError(f"weights must have shape {expected}, and is the number {weights.item()}")
+        found = (first_row + len(weights), *weights.shape[1:])
+        raise ValueError(f"weights must have shape {expected}, not {found}")
     bad = ~(torch.isfinite(weights) & (weights >= 0))
     if bad.any():
         row = int(bad.nonzero()[0])
@@ -244,24 +244,49 @@ def as_floating(value: Any, name: str) -> Tensor:
     """Return a tensor, or what numpy reads as one, as a floating tensor; integers and booleans become float64.
 
     Raises:
-        TypeError: it does not hold real numbers; the message calls it by its name.
+        TypeError: it does not hold real numbers, or has masked entries; the message calls it by its name.
     """
-    try:
-        tensor = (
-            value.detach()
-            if isinstance(value, Tensor)
-            else torch.as_tensor(_without_negative_strides(np.asarray(value, order="C")))
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must hold numbers in the shape of an array: {error}") from error
+    if isinstance(value, Tensor):
+        tensor = value.detach()
+    else:
+        array = as_array(value, name)
+        if array.dtype.kind not in "buifc":
+            raise TypeError(f"{name} must hold numbers in the shape of an array, not {array.dtype}")
+        tensor = torch.as_tensor(array)
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, not complex ones")
     return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
 
 
-def _without_negative_strides(array: Any) -> Any:
-    """Return an array that torch takes; numpy calls an axis of length 1 contiguous whatever its stride."""
-    return array.copy() if any(stride < 0 for stride in array.strides) else array
+def as_array(value: Any, name: str) -> np.ndarray:
+    """Return what numpy reads as an array as one that torch shares without complaint.
+
+    It is in C order and the machine's byte order, and writable; numpy calls an axis of length 1 contiguous whatever its
+    stride.
+
+    Raises:
+        TypeError: it is no array, or has masked entries; the message calls it by its name.
+    """
+    check_unmasked(value, name)
+    try:
+        array = np.asarray(value, order="C")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must hold numbers in the shape of an array: {error}") from error
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array if array.flags.writeable and all(stride >= 0 for stride in array.strides) else array.copy()
+
+
+def check_unmasked(value: Any, name: str) -> None:
+    """Refuse an array with masked entries, whose values would be taken as if they were not.
+
+    Raises:
+        TypeError: an entry is masked.
+    """
+    if np.ma.is_masked(value):
+        raise TypeError(
+            f"{name} has masked entries: drop their rows, or fill them with NaN, {name}.astype(float).filled(np.nan), "
+            "and pass missing=True where it is taken"
+        )
 
 
 def _convert(prior: Any, expected: Any, like: Tensor) -> Any:

@@ -28,7 +28,7 @@ from mixproof.models.conjugate import (
     log_student,
     log_urn,
 )
-from mixproof.models.initial import partition, row_weights
+from mixproof.models.initial import counted_rows, partition
 
 
 class Params(NamedTuple):
@@ -289,7 +289,7 @@ def init_params(
     Rows count as often as their weights (N,) say; None counts each once.
     """
     resp = partition(x, num_components, generator, method, weights)
-    weights = row_weights(x, weights)
+    x, weights = counted_rows(x, weights)
     parts = resp * weights[:, None]
     counts, total = parts.sum(0), weights.sum()
     locs = (parts.mT @ x) / counts.where(counts > 0, 1)[:, None]

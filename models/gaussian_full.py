@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_normal, log_allocations, log_student, log_urn
-from mixproof.models.initial import partition, row_weights
+from mixproof.models.initial import counted_rows, partition
 from mixproof.models.missing import expected_deviations, in_row_order, patterns
 from mixproof.models.positive_definite import (
     InverseWishart,
@@ -431,7 +431,7 @@ def init_params(
     Rows count as often as their weights (N,) say; None counts each once.
     """
     resp = partition(x, num_components, generator, method, weights)
-    weights = row_weights(x, weights)
+    x, weights = counted_rows(x, weights)
     parts = resp * weights[:, None]
     counts, total = parts.sum(0), weights.sum()
     locs = (parts.mT @ x) / counts.where(counts > 0, 1)[:, None]

@@ -23,7 +23,7 @@ from torch.distributions import constraints
 
 from mixproof.models import gaussian_spherical
 from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_normal, log_allocations, log_urn
-from mixproof.models.initial import partition, row_weights
+from mixproof.models.initial import counted_rows, partition
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class GaussianIsotropic:
     ) -> GaussianIsotropic.Params:
         """Return a start for EM: the shares and means of a partition of x (N, D), its rows weighted (N,)."""
         resp = partition(x, num_components, generator, method, weights)
-        weights = row_weights(x, weights)
+        x, weights = counted_rows(x, weights)
         parts = resp * weights[:, None]
         counts = parts.sum(0)
         locs = (parts.mT @ x) / counts.where(counts > 0, 1)[:, None]

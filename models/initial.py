@@ -39,7 +39,7 @@ def partition(
         rows = (uniform.log() / weights.detach().to(uniform)).topk(num_components).indices
     else:
         raise ValueError(f'method must be "k-means++" or "random", not {method!r}')
-    scaled = rescale(x)
+    scaled = rescale(x, weights)
     labels = torch.cdist(scaled, scaled[rows.to(x.device)], compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
     return torch.nn.functional.one_hot(labels, num_components).to(x.dtype)
 
@@ -75,16 +75,30 @@ def row_weights(x: Tensor, weights: Tensor | None) -> Tensor:
     return weights.to(x)
 
 
+def counted_rows(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return rows (N, D) with zeros in those that do not count, and how often each counts (N,).
+
+    A square that overflows, times a weight of 0, would be NaN.
+
+    Raises:
+        ValueError: as ``row_weights``.
+    """
+    if weights is None:
+        return x, row_weights(x, None)
+    weights = row_weights(x, weights)
+    return x.where(weights[:, None] > 0, 0), weights
+
+
 def spread_rows(x: Tensor, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
     """Return the numbers (k,) of k rows of finite x (N, D), drawn by k-means++ (Arthur and Vassilvitskii 2007).
 
     The drawing is scikit-learn's, on the CPU, seeded from the generator. Rows repeat only if fewer than k are distinct.
     A row is as likely as if it were there as often as its weight (N,) says; one of weight 0 is never drawn.
     """
-    rows = rescale(x.detach().cpu().double())
+    rows = x.detach().cpu().double()
     weights = row_weights(rows, weights).detach()
     candidates = weights.nonzero()[:, 0]
-    rows = rows[candidates]
+    rows = rescale(rows[candidates])
     # scikit-learn expands the square, which cancels far from zero; the draw does not depend on the location
     rows = rows - rows.mean(0)
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
@@ -92,12 +106,13 @@ def spread_rows(x: Tensor, k: int, generator: torch.Generator, weights: Tensor |
     return candidates[torch.as_tensor(drawn)]
 
 
-def rescale(x: Tensor) -> Tensor:
+def rescale(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return x (N, D) with its largest entry between 1 and 2, so that no square overflows or vanishes.
 
-    The divisor is a power of two, which rounds nothing.
+    The divisor is a power of two, which rounds nothing. Rows of weight 0 do not count, and may become infinite.
     """
-    return x / math.ldexp(1.0, math.frexp(x.abs().max().item())[1] - 1)
+    counted = x if weights is None else x[weights > 0]
+    return x / math.ldexp(1.0, math.frexp(counted.abs().max().item())[1] - 1)
 
 
 def check_num_components(num_components: Any, num_rows: float = math.inf) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.models.conjugate import data_scale, draw_dirichlet, draw_gamma, draw_uniform, log_allocations
-from mixproof.models.initial import partition, row_weights
+from mixproof.models.initial import counted_rows, partition
 
 
 class Params(NamedTuple):
@@ -262,7 +262,7 @@ def init_params(
     Rows count as often as their weights (N,) say; None counts each once.
     """
     resp = partition(x, num_components, generator, method, weights)
-    weights = row_weights(x, weights)
+    x, weights = counted_rows(x, weights)
     parts = resp * weights[:, None]
     counts, total = parts.sum(0), weights.sum()
     locs = weighted_median(x, parts)

@@ -19,13 +19,17 @@ from torch import Tensor
 
 from mixproof.inference.em import Fit, em, responsibilities
 from mixproof.inference.enumeration import inspect
+from mixproof.inference.estimators import GaussianMixture
 from mixproof.inference.evidence import log_evidence
 from mixproof.inference.gibbs import gibbs
 from mixproof.inference.hmc import hmc
+from mixproof.inference.lloyd import kmeans, kmedians
+from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.nuts import nuts
 from mixproof.inference.posterior_mode import posterior_mode
 from mixproof.inference.restarts import em_restarts
 from mixproof.inference.sampling import sample
+from mixproof.inference.standard_errors import standard_errors
 from mixproof.inference.svi import svi
 from mixproof.inference.validation import check_data, check_params
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_sum, laplace
@@ -58,6 +62,7 @@ def says(words: str) -> str:
 
 # Data
 
+MASKED = np.ma.array(X.numpy(), mask=np.arange(40).reshape(20, 2) == 7)
 BAD_DATA = {
     "NaN": (with_entry(X, NAN), ValueError, "x[3, 1] is nan: drop or impute the row (em takes missing=True"),
     "infinity": (with_entry(X, -INF, 19, 0), ValueError, "x[19, 0] is -inf: drop or impute the row"),
@@ -72,7 +77,8 @@ BAD_DATA = {
     "dates": (np.array([["2020-01-01"]], dtype="datetime64[D]"), TypeError, "x must hold numbers, not datetime64[D]"),
     "complex tensor": (X.to(torch.complex128), TypeError, "x must hold real numbers, not complex ones"),
     "complex array": (X.numpy() + 1j, TypeError, "x must hold numbers, not complex128"),
-    "ragged rows": ([[1.0, 2.0], [3.0]], TypeError, "x must be a matrix of numbers"),
+    "ragged rows": ([[1.0, 2.0], [3.0]], TypeError, "x must hold numbers in the shape of an array"),
+    "masked entries": (MASKED, TypeError, "x has masked entries: drop their rows, or fill them with NaN, x.astype"),
     "other features": (
         torch.randn(9, 3, generator=seeded(1)),
         ValueError,
@@ -113,6 +119,52 @@ def test_bernoulli_takes_zeros_and_ones_alone(value: float, all_families: list[C
                 em(case.family, with_entry(BINARY, value), start)
             with pytest.raises(ValueError, match=words):
                 responsibilities(case.family, start, with_entry(BINARY, value))
+
+
+def test_masked_arrays_are_refused_at_every_front_door_and_those_without_a_masked_entry_taken() -> None:
+    unmasked = np.ma.array(X.numpy(), mask=np.zeros((20, 2), bool))
+    doors: list[tuple[str, Callable[[Any], Any]]] = [
+        ("x", lambda x: few_steps(gaussian_full, x, PARAMS)),
+        ("x", lambda x: few_steps(gaussian_full, [x[:3], x[3:]], PARAMS, missing=True)),
+        ("x", lambda x: responsibilities(gaussian_full, PARAMS, x)),
+        ("x", lambda x: kmeans(x, 2, generator=seeded(0))),
+        ("x", lambda x: kmedians(x, 2, generator=seeded(0))),
+        ("X", lambda x: GaussianMixture(2).fit(x)),
+        ("weights", lambda x: few_steps(gaussian_full, X, PARAMS, weights=abs(x[:, 1]))),
+        ("weights", lambda x: few_steps(gaussian_full, [X], PARAMS, weights=abs(x[:, 1]))),
+        ("locs", lambda x: check_params(gaussian_full, PARAMS._replace(locs=x[2:4]))),
+    ]
+    for name, door in doors:
+        door(unmasked)
+        with pytest.raises(TypeError, match=f"^{name} has masked entries: drop their rows"):
+            door(MASKED)
+
+
+@pytest.mark.parametrize("how", ["read-only", "other byte order", "reversed"])
+def test_arrays_that_torch_does_not_share_are_taken_without_a_word(how: str) -> None:
+    x = X.numpy().copy()
+    x.flags.writeable = how != "read-only"
+    given = {"read-only": x, "other byte order": x.astype(">f8"), "reversed": x[::-1].copy()[::-1]}[how]
+    weights = given[:, 0] ** 2
+    weights.flags.writeable = how != "read-only"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(check_data(given), X)
+        for method in (kmeans, kmedians):
+            found = method(given, 2, generator=seeded(0), weights=weights.astype(given.dtype))  # type: ignore[arg-type]
+            assert torch.equal(found.labels, method(X, 2, generator=seeded(0), weights=X[:, 0] ** 2).labels)
+        assert torch.equal(responsibilities(gaussian_full, PARAMS, given), responsibilities(gaussian_full, PARAMS, X))
+
+
+def test_a_program_takes_no_numpy_array_and_says_so() -> None:
+    program = partial(gaussian_full.model, num_components=2)
+    for door in (
+        lambda: posterior_mode(program, PARAMS, X.numpy()),
+        lambda: standard_errors(LogPosterior(program, X.numpy()), PARAMS),
+        lambda: hmc(program, X.numpy(), num_draws=2, seed=0),
+    ):
+        with pytest.raises(TypeError, match=says("x is observed to be a NumPy array: give the program tensors, torch")):
+            door()
 
 
 # The number of components
@@ -341,6 +393,7 @@ def test_front_door_draws_what_the_family_draws(case: Case) -> None:
     [
         (-np.ones(20), "weights[0] is -1.0: a weight must be finite and not negative"),
         (np.ones(3), "weights must have shape (20,), one for each row, not (3,)"),
+        (1.0, "weights must have shape (20,), one for each row, and is the number 1.0"),
         ([1.0] * 19 + [NAN], "weights[19] is nan: a weight must be finite and not negative"),
         (np.zeros(20), "all weights are 0: at least one row must count"),
     ],
@@ -521,8 +574,8 @@ def test_prior_may_hold_numbers_and_lists() -> None:
 def test_bad_settings_of_em_are_refused() -> None:
     with pytest.raises(ValueError, match="max_steps must be at least 1, not 0"):
         em(gaussian_full, X, PARAMS, max_steps=0)
-    for rtol in (-1e-3, NAN):
-        with pytest.raises(ValueError, match="rtol must not be negative, and is"):
+    for rtol in (-1e-3, NAN, INF):
+        with pytest.raises(ValueError, match="rtol must be finite and not negative, and is"):
             em(gaussian_full, X, PARAMS, rtol=rtol)
 
 

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
 import xarray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from mixproof.inference import checkpoint, cli, comparison_study
+from mixproof.inference import checkpoint, cli, comparison_study, tables
 from mixproof.inference.cli import app
 from mixproof.inference.sampling import sample
 from mixproof.models import families, gaussian_full
@@ -176,6 +178,11 @@ def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None
     void.write_text("a,b\n1,\n2,\n4,\n")
     nameless = tmp_path / "nameless.csv"
     nameless.write_text("1,2.5\n3,4\n5,7\n")
+    headless = {first: tmp_path / f"headless{i}.csv" for i, first in enumerate(("NA,1.0", ",1.0", "a,1.0"))}
+    for first, file in headless.items():
+        file.write_text(f"{first}\n3,4\n5,7\n")
+    indexed = tmp_path / "indexed.csv"
+    indexed.write_text(",a,b\n0,3,4\n1,5,7\n")
     bits = tmp_path / "bits.csv"
     bits.write_text("a,b\n1,0\n0.5,1\n")
     garbage = {ending: tmp_path / f"rows.{ending}" for ending in ("npz", "npy", "parquet", "safetensors")}
@@ -195,7 +202,13 @@ def test_other_bad_input_gets_a_sentence_and_exit_code_2(tmp_path: Path) -> None
         (("fit", missing, "--family", "gaussian_full", "-k", 1), "x[1, 0] is nan"),
         (("fit", gap, "--family", "gaussian_full", "-k", 1), "x[1, 0] is nan"),
         (("fit", void, "--family", "gaussian_full", "-k", 1, "--missing"), "column 1 holds no value in 3 rows"),
-        (("fit", nameless, "--family", "gaussian_full", "-k", 1), "holds numbers and would be lost: give its columns"),
+        (("fit", nameless, "--family", "gaussian_full", "-k", 1), f"the first line of {nameless} must be the names"),
+        *(
+            (("fit", file, "--family", "gaussian_full", "-k", 1), "holds the number 1.0: if it is the first row")
+            for file in headless.values()
+        ),
+        (("fit", indexed, "--family", "gaussian_full", "-k", 1), f"column 1 of {indexed} has no name: name it, or"),
+        (("fit", tmp_path / "no.csv", "--family", "gaussian_full", "-k", 1), f"there is no file or folder {tmp_path}"),
         (("fit", bits, "--family", "bernoulli", "-k", 1), "x[1, 0] is 0.5"),
         (("fit", bits, "--family", "gaussian_full", "-k", 3), "3 components need at least as many rows"),
         (("fit", bits, "--family", "gaussian_full", "-k", 0), "at least 1"),
@@ -286,6 +299,85 @@ def test_a_column_of_weights_counts_rows(mixture: tuple[Path, torch.Tensor]) -> 
     assert "there is no column 'no' of weights" in " ".join(result.stderr.split())
 
 
+def test_a_column_of_weights_counts_rows_in_the_starts_too(tmp_path: Path) -> None:
+    """Forty stray rows draw a component to themselves from starts in which they count as much as all others."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(40, 2)), rng.normal(5, 1, (40, 2)), rng.normal((0, 60), 3, (40, 2))])
+    often = np.repeat([500, 1], [80, 40])
+    columns = pyarrow.table({"a": x[:, 0], "b": x[:, 1], "often": often})
+    pyarrow.csv.write_csv(columns, tmp_path / "rows.csv")
+    pyarrow.csv.write_csv(columns.take(np.repeat(np.arange(120), often)).drop(["often"]), tmp_path / "repeated.csv")
+    weighted = json.loads(run("fit", tmp_path / "rows.csv", *FIT, "--weights", "often").stdout)
+    repeated = json.loads(run("fit", tmp_path / "repeated.csv", *FIT).stdout)
+    assert weighted["log_lik"] == pytest.approx(repeated["log_lik"], rel=1e-8)
+
+
+def log_lik_of(*command: object) -> Any:
+    result = run("fit", *command, "--family", "gaussian_full", "-k", 1, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["log_lik"]
+
+
+def test_the_index_of_pandas_is_no_feature(tmp_path: Path) -> None:
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=(20, 2)), columns=["a", "b"])
+    often = np.arange(20) ** 2 % 7
+    for name, indexed in (
+        ("range", frame),
+        ("gap", frame.drop(index=3)),
+        ("named", frame.set_index(pd.Index(often, name="often"))),
+    ):
+        indexed.to_parquet(tmp_path / f"{name}.parquet")
+        np.save(tmp_path / "rows.npy", indexed.to_numpy())
+        assert log_lik_of(tmp_path / f"{name}.parquet") == pytest.approx(log_lik_of(tmp_path / "rows.npy"), rel=1e-12)
+    np.save(tmp_path / "rows.npy", np.repeat(frame.to_numpy(), often, 0))
+    weighted = log_lik_of(tmp_path / "named.parquet", "--weights", "often")
+    assert weighted == pytest.approx(log_lik_of(tmp_path / "rows.npy"), rel=1e-12)
+
+
+def test_z_is_left_out_where_sample_writes_it_and_nowhere_else(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(20, 2))
+    z = np.arange(20) % 3
+    expected = {}
+    for name, rows in (("x", x), ("xz", np.column_stack([x, z])), ("repeated", np.repeat(x, z, 0))):
+        np.save(tmp_path / "rows.npy", rows)
+        expected[name] = pytest.approx(log_lik_of(tmp_path / "rows.npy"), rel=1e-12)
+    for columns, left in ((("x1", "x2"), "x"), (("x1", "y"), "xz"), (("x1", "x3"), "xz")):
+        table = pyarrow.table({columns[0]: x[:, 0], columns[1]: x[:, 1], "z": z})
+        pyarrow.csv.write_csv(table, tmp_path / "rows.csv")
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+        for file in ("rows.csv", "rows.parquet"):
+            assert log_lik_of(tmp_path / file) == expected[left]
+            assert log_lik_of(tmp_path / file, "--weights", "z") == expected["repeated"]
+
+
+def test_all_files_of_a_folder_have_a_say_in_the_types(tmp_path: Path) -> None:
+    first, second = np.arange(10.0) ** 2, np.random.default_rng(0).normal(size=10)
+    np.save(tmp_path / "rows.npy", np.concatenate([first, second])[:, None])
+    expected = log_lik_of(tmp_path / "rows.npy")
+    for name, kind in (("whole", np.int32), ("single", np.float32)):
+        folder = tmp_path / name
+        folder.mkdir()
+        pyarrow.parquet.write_table(pyarrow.table({"a": first.astype(kind)}), folder / "0.parquet")
+        pyarrow.parquet.write_table(pyarrow.table({"a": second}), folder / "1.parquet")
+        pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array([], pyarrow.null())}), folder / "2.parquet")
+        assert log_lik_of(folder) == pytest.approx(expected, rel=1e-12)
+
+
+def test_files_of_a_folder_with_other_columns_are_refused(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=10)
+    pyarrow.parquet.write_table(pyarrow.table({"a": x, "b": x**2}), tmp_path / "0.parquet")
+    for columns, words in (
+        ({"a": x}, "1.parquet must have the same columns, and only one of them has b: rename or drop"),
+        ({"a": x, "b": x**2, "c": x**3}, "only one of them has c"),
+        ({"a": x, "B": x**2}, "only one of them has B, b"),
+        ({"a": x, "b": ["text"] * 10}, "column 'b' of 1.parquet holds string, not numbers"),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "1.parquet")
+        result = run("fit", tmp_path, "--family", "gaussian_full", "-k", 1, "--missing")
+        assert result.exit_code == 2
+        assert words in " ".join(result.stderr.split())
+
+
 def test_empty_entries_are_missing_if_one_says_so(tmp_path: Path) -> None:
     text = "a,b\n" + "".join(f"{i},{'' if i % 5 == 0 else i % 7}\n" for i in range(40))
     (tmp_path / "rows.csv").write_text(text)
@@ -306,15 +398,47 @@ def test_a_second_run_goes_on_from_the_checkpoint(mixture: tuple[Path, torch.Ten
     other = run("fit", folder / "rows.npy", *FIT, "--checkpoint", folder / "state", "--seed", 1)
     assert other.exit_code == 2
     assert "differs in init" in " ".join(other.stderr.split())
+    (folder / "state.2").unlink()  # whose start would not fail
+    other = run("fit", folder / "rows.npy", *FIT, "--checkpoint", folder / "state", "--seed", 1)
+    assert other.exit_code == 2
+    assert other.stdout == ""
+    assert "state.1 belongs to another run, which differs in init" in " ".join(other.stderr.split())
 
 
-def test_what_cannot_be_written_is_said_before_the_work(mixture: tuple[Path, torch.Tensor]) -> None:
+def test_what_cannot_be_written_is_said_before_the_work(
+    mixture: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = mixture
-    for option, words in (("--checkpoint", "No such file"), ("--out", "there is no folder")):
-        result = run("fit", folder / "rows.npy", *FIT, option, folder / "no" / "file.json")
+    (folder / "made.json").mkdir()
+
+    def check(option: str, file: Path, words: str) -> None:
+        result = run("fit", folder / "rows.npy", *FIT, option, file)
         assert result.exit_code == 2
         assert words in " ".join(result.stderr.split())
         assert "EM step 1" not in result.stderr
+
+    check("--checkpoint", folder / "no" / "file.json", "No such file")
+    check("--out", folder / "no" / "file.json", "there is no folder")
+    check("--out", folder / "made.json", "made.json is a folder: give a file in it")
+    monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
+    check("--out", folder / "file.json", "you may not write")
+
+
+@pytest.mark.parametrize("ending", ["json", "safetensors"])
+def test_a_disk_that_fills_up_costs_no_fit(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space") if ending == "json" else SafetensorError("no space")
+
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(20, 2)))
+    command = ("fit", tmp_path / "rows.npy", "--family", "gaussian_full", "-k", 1, "--json")
+    expected = run(*command).stdout
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(tables, "save_file", full)
+    result = run(*command, "--out", tmp_path / f"found.{ending}")
+    assert result.exit_code == 2
+    assert result.stdout == expected
+    words = f"the parameters cannot be written to {tmp_path / f'found.{ending}'}: no space"
+    assert words in " ".join(result.stderr.split())
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

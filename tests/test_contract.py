@@ -134,6 +134,17 @@ def test_start_counts_a_row_as_often_as_its_weight_says(case: Case, seed: int, m
     assert_equal_to_rounding(ones, plain)
 
 
+def test_row_of_weight_zero_is_nothing_to_a_start_however_large(real_case: Case) -> None:
+    """In float32, where its square overflows."""
+    x = real_case.data(0, 40).float()
+    weights = torch.arange(40.0) % 3
+    family, size = real_case.family, real_case.num_components()
+    expected = family.init_params(x, size, seeded(1), weights=weights)
+    for value in (1e25, -3.4e38):
+        x[::3] = value
+        assert_equal_to_rounding(family.init_params(x, size, seeded(1), weights=weights), expected)
+
+
 @pytest.mark.parametrize("method", ["k-means++", "random"])
 def test_row_of_weight_zero_is_no_seed(method: str) -> None:
     x = randn(30, 2, seed=0)

@@ -175,7 +175,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     rows, weights = weighted_rows()
     generator = torch.Generator().manual_seed(3)
     dataset = Dataset(gaussian_full, share(rows, rank, 3), share(weights, rank, 3))
-    found["samples"] = [sample_rows(dataset, 2, generator, groups[3]).flatten() for _ in range(300)]
+    found["samples"] = [sample_rows(dataset, 2, generator, groups[3]) for _ in range(300)]
     found["sample of all"] = sample_rows(dataset, 10, generator, groups[3])
     try:
         em(laplace, share(x, rank, 3), laplace.init_params(x, 2, generator), group=groups[3])
@@ -279,56 +279,49 @@ def test_statistics_that_do_not_add_up_are_refused(found: list[dict[str, Any]]) 
 # A sample of the rows
 
 
-def test_a_sample_is_the_same_in_all_processes(found: list[dict[str, Any]]) -> None:
-    for each in found[1:]:
-        assert all(map(torch.equal, each["samples"], found[0]["samples"]))
-    assert torch.equal(found[0]["sample of all"], weighted_rows()[0])
+def test_a_sample_is_the_same_in_all_processes_and_each_row_keeps_its_weight(found: list[dict[str, Any]]) -> None:
+    rows, weights = weighted_rows()
+    for sample, *others in zip(*(each["samples"] for each in found), strict=True):
+        assert torch.equal(sample[1], weights[sample[0].flatten().long()])
+        for other in others:
+            assert all(map(torch.equal, other, sample))
+    for each in found:
+        assert all(map(torch.equal, each["sample of all"], (rows, weights)))
 
 
-def pair_probabilities(weights: np.ndarray) -> np.ndarray:
-    """Return the probability (N, N) that rows i < j are drawn, in either order, each in proportion to its weight."""
-    share_of = weights / weights.sum()
-    ordered = share_of[:, None] * share_of[None, :] / (1 - share_of[:, None])
-    return np.triu(ordered + ordered.T, 1)
-
-
-def p_value(samples: list[Tensor], weights: Tensor) -> float:
-    """Return the p-value of samples of two rows, by Pearson's test over the pairs."""
-    rows, columns = np.triu_indices(len(weights), 1)
-    expected = len(samples) * pair_probabilities(weights.numpy())[rows, columns]
-    counts = np.zeros((len(weights), len(weights)))
-    for first, second in (sorted(sample.int().tolist()) for sample in samples):
+def p_value(samples: list[Tensor], num_rows: int = 10) -> float:
+    """Return the p-value of samples of two rows, of which all pairs are as likely, by Pearson's test."""
+    counts = np.zeros((num_rows, num_rows))
+    for first, second in (sorted(sample.flatten().int().tolist()) for sample in samples):
         counts[first, second] += 1
-    return stats.chisquare(counts[rows, columns], expected).pvalue
+    return stats.chisquare(counts[np.triu_indices(num_rows, 1)]).pvalue
 
 
 def test_a_sample_over_processes_has_its_law(found: list[dict[str, Any]]) -> None:
-    assert p_value(found[0]["samples"], weighted_rows()[1]) > FALSE_ALARM
+    assert p_value([sample for sample, _ in found[0]["samples"]]) > FALSE_ALARM
 
 
 def test_a_sample_over_blocks_has_its_law_and_another_law_is_seen() -> None:
     rows, weights = weighted_rows()
     generator = torch.Generator().manual_seed(0)
-    weighted = Dataset(gaussian_full, list(rows.split(4)), weights)
-    samples = [sample_rows(weighted, 2, generator).flatten() for _ in range(500)]
-    assert p_value(samples, weights) > FALSE_ALARM
-    uniform = Dataset(gaussian_full, list(rows.split(4)))
-    others = [sample_rows(uniform, 2, generator).flatten() for _ in range(500)]
-    assert p_value(others, torch.ones(10).double()) > FALSE_ALARM
-    assert p_value(others, weights) < FALSE_ALARM
+    for dataset in (Dataset(gaussian_full, list(rows.split(4)), own) for own in (weights, None)):
+        assert p_value([sample_rows(dataset, 2, generator)[0] for _ in range(500)]) > FALSE_ALARM
+    assert p_value([rows[weights.multinomial(2, generator=generator)] for _ in range(500)]) < FALSE_ALARM
 
 
 def test_a_sample_has_no_row_twice_and_none_of_weight_zero() -> None:
     rows, weights = weighted_rows(1000)
     weights[::3] = 0
     generator = torch.Generator().manual_seed(0)
-    found = sample_rows(Dataset(gaussian_full, list(rows.split(7)), weights), 100, generator).flatten()
-    assert len(found) == 100
-    assert (found.diff() > 0).all()
-    assert (found.long() % 3 != 0).all()
+    found, counts = sample_rows(Dataset(gaussian_full, list(rows.split(7)), weights), 100, generator)
+    assert found.shape == (100, 1)
+    assert (found.flatten().diff() > 0).all()
+    assert torch.equal(counts, weights[found.flatten().long()])
+    assert (counts > 0).all()
     everything = sample_rows(Dataset(gaussian_full, rows, weights), 5000, generator)
-    assert torch.equal(everything, rows[weights > 0])
-    assert torch.equal(sample_rows(Dataset(gaussian_full, rows), 5000, generator), rows)
+    assert all(map(torch.equal, everything, (rows[weights > 0], weights[weights > 0])))
+    unweighted = sample_rows(Dataset(gaussian_full, rows), 5000, generator)
+    assert all(map(torch.equal, unweighted, (rows, torch.ones(1000).double())))
     with pytest.raises(ValueError, match="all weights are 0"):
         sample_rows(Dataset(gaussian_full, rows, torch.zeros(1000)), 5, generator)
 

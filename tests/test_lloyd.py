@@ -429,6 +429,33 @@ def test_errors_say_what_is_wrong(algorithm: Algorithm, metric: Metric) -> None:
         algorithm(x / x.abs().max() * 1e307, 2, generator=seeded(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squares_that_underflow_are_said_to_and_no_others(dtype: torch.dtype) -> None:
+    x = blobs(0).to(dtype)
+    x = x / x.abs().max()
+    root = torch.finfo(dtype).tiny ** 0.5
+    for scale in (3 * root, root / 10, root / 1e3, root / 1e6, root / 1e15):
+        found = kmedians(x * scale, 3, generator=seeded(0))
+        assert torch.equal(found.labels, kmedians(x, 3, generator=seeded(0)).labels)
+        with pytest.raises(ValueError, match=f"underflows {dtype}: rescale the weights or x, whose largest"):
+            kmeans(x * scale, 3, generator=seeded(0))
+    kmeans(x * root * 1e3, 3, generator=seeded(0))
+    repeated = x[:3].repeat(4, 1) * root / 10
+    assert kmeans(repeated, 3, generator=seeded(0)).objective[-1] <= torch.finfo(dtype).tiny
+    with pytest.raises(ValueError, match="too few distinct rows"):
+        kmeans(repeated, 4, generator=seeded(0))
+
+
+@pytest.mark.parametrize("algorithm", [kmeans, kmedians])
+@pytest.mark.parametrize("scale", [1e-310, 1e-300, 1e300])
+def test_the_unit_of_the_weights_does_not_matter(algorithm: Algorithm, scale: float) -> None:
+    x = blobs(0)
+    weights = torch.full((len(x),), scale, dtype=torch.float64)
+    found, expected = (algorithm(x, 3, generator=seeded(0), weights=own) for own in (weights, None))
+    assert torch.equal(found.labels, expected.labels)
+    assert torch.allclose(found.centers, expected.centers, rtol=1e-12)
+
+
 def test_starting_centres_must_fit_the_data() -> None:
     x = blobs(0)
     with pytest.raises(ValueError, match=r"shape \(K, 2\), not \(3, 1\)"):

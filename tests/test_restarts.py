@@ -251,8 +251,9 @@ def test_bad_input_is_named() -> None:
     inits = starts_of(gaussian_full, x, 3)
     with pytest.raises(ValueError, match="max_steps must be at least 1"):
         em_restarts(gaussian_full, x, inits, max_steps=0)
-    with pytest.raises(ValueError, match="rtol must not be negative"):
-        em_restarts(gaussian_full, x, inits, rtol=-1.0)
+    for rtol in (-1.0, math.inf):
+        with pytest.raises(ValueError, match="rtol must be finite and not negative"):
+            em_restarts(gaussian_full, x, inits, rtol=rtol)
     with pytest.raises(ValueError, match=r"x\[2, 1\]"):
         em_restarts(
             gaussian_full, x.index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(math.nan).double()), inits
