@@ -62,13 +62,14 @@ def at_draws(
 def log_likelihood(posterior: LogPosterior, params: Mapping[str, Tensor]) -> Tensor:
     """Return the marginal log p(x_n | params) of each row at every draw, (C, S, N), the latents summed out.
 
-    A row that counts w times in the program counts w times here.
+    A row that counts w times in the program counts w times here. It is given the row's own parameters too, where the
+    program has such, and their density is not part of it.
 
     Args:
         posterior: the program with its data.
         params: by site, (C, S, *shape).
     """
-    return at_draws(posterior, params, lambda joint: {"rows": joint.row_weights * joint.rows.logsumexp(1)})["rows"]
+    return at_draws(posterior, params, lambda joint: {"rows": joint.log_likelihood_of_rows})["rows"]
 
 
 def responsibilities(posterior: LogPosterior, params: Mapping[str, Tensor], latent: str | None = None) -> Tensor:
@@ -153,13 +154,12 @@ def log_likelihood_and_label_invariant(
     latents, sizes = posterior.program.latents, posterior.program.latent_sizes
 
     def of_rows(joint: LogJoint) -> dict[str, Tensor]:
-        rows, resp = joint.row_weights * joint.rows.logsumexp(1), joint.rows.softmax(1)
-        log_lik = rows.sum()
+        rows, resp = joint.log_likelihood_of_rows, joint.rows.softmax(1)
         entropy = -torch.special.xlogy(resp, resp).sum(1)
         found = {
             "rows": rows,
-            "lp": joint.log_prior + log_lik,
-            "log_likelihood": log_lik,
+            "lp": joint.log_prior + joint.log_likelihood,
+            "log_likelihood": rows.sum(),
             "allocation_entropy": joint.row_weights @ entropy,
         }
         for place, (latent, size) in enumerate(zip(latents, sizes, strict=True), 1):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-untyped]
     from xarray import DataTree
 
+OWN_PARAMETERS = "parameters_of_rows"
+"""The attribute of ``log_likelihood`` that names the parameters in the plates of the rows, where there are such."""
 EXCHANGEABLE, ALIGNED, NAMED = "exchangeable", "aligned", "named"
 """What ``component_labels`` of the posterior says: draws do not agree on them, were made to, or cannot disagree."""
 
@@ -53,14 +55,16 @@ def to_datatree(
         seed: seeds the draws of predictions and of the prior.
         family: the family of the contract whose program it is, for its moments; None leaves them out.
         num_predictive: for about how many draws, evenly spaced in each chain, to predict the data; 0 for none.
-        num_prior: how many draws of the prior and of its predictions; 0 for none, and an improper prior has none.
+        num_prior: how many draws of the prior and of its predictions; 0 for none. There are none of an improper prior,
+            nor, after a warning, of one that includes a density which the program does not draw from.
         dims: names of the axes of a parameter that are to be others, by site.
 
     Returns:
         A tree with the groups ``posterior``; ``log_likelihood``, log p(x_n | params) with the latents summed out;
-        ``label_invariant``, the quantities of each draw that no numbering of components enters; ``sample_stats``;
-        ``observed_data``; ``posterior_predictive``; ``prior`` and ``prior_predictive``. The attributes of ``posterior``
-        say which engine, seed and versions it is from, and in ``component_labels`` whether draws agree on them.
+        ``label_invariant``, the quantities of each draw
+        that no numbering of components enters; ``sample_stats``; ``observed_data``; ``posterior_predictive``; ``prior``
+        and ``prior_predictive``. The attributes of ``posterior`` say which engine, seed and versions it is from, and in
+        ``component_labels`` whether draws agree on them.
 
     Raises:
         ImportError: ArviZ is not installed.
@@ -106,18 +110,19 @@ def to_datatree(
 
     groups = {
         "posterior": dataset(draws.params, param_dims, attributes | {"component_labels": labels}),
-        "log_likelihood": dataset({outcome: rows}, {outcome: ["obs_id"]}),
         "label_invariant": dataset(invariant, invariant_dims),
         "sample_stats": dataset(draws.sample_stats, {}),
         "observed_data": dataset(observed, data_dims, sample_dims=[]),
     }
+    of_rows = {OWN_PARAMETERS: ", ".join(posterior.in_rows)} if posterior.in_rows else {}
+    groups["log_likelihood"] = dataset({outcome: rows}, {outcome: ["obs_id"]}, of_rows)
     if num_predictive > 0:
         num_chains, num_draws = rows.shape[:2]
         step = max(num_draws * num_chains // num_predictive, 1)
         chosen = {site: value[:, ::step] for site, value in draws.params.items()}
-        kept = torch.arange(0, num_draws, step).numpy()
+        coords = {"draw": torch.arange(0, num_draws, step).numpy()}
         predicted = _predict(posterior, chosen, observed, seed)
-        groups["posterior_predictive"] = dataset(predicted, data_dims, {"seed": seed}, coords={"draw": kept})
+        groups["posterior_predictive"] = dataset(predicted, data_dims, {"seed": seed}, coords=coords)
     if num_prior > 0 and (of_prior := _draw_prior(posterior, num_prior, seed)) is not None:
         groups["prior"] = dataset(of_prior, param_dims, {"seed": seed})
         predicted = _predict(posterior, of_prior, observed, seed + 1)
@@ -171,13 +176,23 @@ def loo(tree: DataTree, **options: Any) -> Any:
         options: for ``arviz_stats.loo``, such as ``pointwise``.
 
     Returns:
-        An ``ELPDData``, as ``arviz_stats.compare`` takes them.
+        An ``ELPDData``, as ``arviz_stats.compare`` takes them. Where rows have parameters of their own, a warning says
+        that their likelihoods are given these, which few draws fit once the row is left out.
 
     Raises:
         ImportError: ArviZ is not installed.
     """
     stats = _import("arviz_stats")
-    return stats.loo(tree, **{"reff": relative_efficiency(tree)} | options)
+    reff = relative_efficiency(tree)
+    if own := tree["log_likelihood"].attrs.get(OWN_PARAMETERS):
+        warnings.warn(
+            f"log p(x_n | params) is given the row's own parameters {own}, which have seen x_n in every draw: "
+            "importance sampling hardly undoes that, so that LOO is to be trusted only where these say little of their "
+            "row and no Pareto k is high; integrate them out of the program",
+            UserWarning,
+            stacklevel=2,
+        )
+    return stats.loo(tree, **{"reff": reff} | options)
 
 
 def relative_efficiency(tree: DataTree) -> float:
@@ -240,9 +255,19 @@ def _predict(
 def _draw_prior(posterior: LogPosterior, num_draws: int, seed: int) -> dict[str, Tensor] | None:
     """Return draws (1, num_draws, *shape) of the prior by site, or None of one that cannot be drawn from."""
     try:
-        return posterior.constrain(posterior.draw_prior(num_draws, seed=seed)[None])
+        draws = posterior.draw_sites(num_draws, seed=seed)
     except ValueError:
         return None
+    if posterior.factors:
+        warnings.warn(
+            f"the prior includes the density of {', '.join(posterior.factors)}, which the program does not draw from, "
+            "and the tree has no groups prior and prior_predictive: put it into the distributions of the parameters, "
+            "or say num_prior=0",
+            UserWarning,
+            stacklevel=3,
+        )
+        return None
+    return posterior.constrain(draws[None])
 
 
 def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, tuple[str, int]], str]:

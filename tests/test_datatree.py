@@ -161,6 +161,39 @@ def test_loo_does_not_depend_on_labels(draws: Draws, posterior: LogPosterior, tr
     assert float(arviz_stats.rhat(other["label_invariant"].to_dataset()).to_array().max()) < 1.01
 
 
+def random_effects(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        effect = pyro.sample("effect", dist.Normal(0.0, 0.1))
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6]).double()), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(loc + 3.0 * z + effect, 1.0), obs=x)
+
+
+def test_loo_is_leaving_one_out_where_rows_have_parameters_of_their_own() -> None:
+    """Exact draws on a grid of the location, the effects integrated out, and of the effects given it."""
+    x = torch.linspace(-1, 4, 20, dtype=torch.float64)
+    grid = torch.linspace(-4, 4, 4001, dtype=torch.float64)
+    shares, shifts = torch.tensor([0.4, 0.6]).double(), torch.tensor([0.0, 3.0]).double()
+    table = shares.log() + dist.Normal(grid[:, None, None] + shifts, 1.01**0.5).log_prob(x[:, None])
+    of_rows = table.logsumexp(2)
+    log_joint = dist.Normal(0.0, 2.0).log_prob(grid) + of_rows.sum(1)
+    truth = log_joint.logsumexp(0) - (log_joint[:, None] - of_rows).logsumexp(0)
+    at = log_joint.softmax(0).multinomial(4000, replacement=True, generator=seeded(1))
+    allocations = table[at].softmax(2).flatten(0, 1).multinomial(1, generator=seeded(2)).reshape(4000, len(x))
+    residuals = x - grid[at, None] - shifts[allocations]
+    noise = torch.randn(4000, len(x), generator=seeded(3), dtype=torch.float64)
+    effects = 0.01 / 1.01 * residuals + (0.01 / 1.01) ** 0.5 * noise
+    draws = Draws({"loc": grid[at].reshape(4, 1000), "effect": effects.reshape(4, 1000, -1)}, {}, {})
+    tree: Any = to_datatree(draws, LogPosterior(random_effects, x), seed=0, num_predictive=0)
+    with pytest.warns(UserWarning, match="given the row's own parameters effect, which have seen x_n in every draw"):
+        found = loo(tree)
+    _, total = importance_error(tree["log_likelihood"]["x"].values)
+    assert abs(found.elpd - float(truth.sum())) < 5 * total
+    assert total < 0.1  # the densities of the effects, left in, would add 25 to the sum of 20 rows
+    of_prior = tree["prior"]["effect"].values
+    assert of_prior.std() == pytest.approx(0.1, rel=5 / (2 * of_prior.size) ** 0.5)
+
+
 def test_draws_are_worth_what_the_densities_of_rows_repeat_one_another() -> None:
     """Of p = exp(1.5 z), z an autoregression of correlation 0.8^k: neither that of log p nor that of the ranks of p."""
     correlation, scale, shape = 0.8, 1.5, (4, 4000, 40)
@@ -400,6 +433,8 @@ def test_a_factor_is_no_observation() -> None:
     tree = to_datatree(draws, posterior, seed=0, num_predictive=3, num_prior=0)
     for group in ("observed_data", "posterior_predictive", "log_likelihood"):
         assert list(tree[group].data_vars) == ["x"]
+    with pytest.warns(UserWarning, match=r"density of extra, .* no groups prior and prior_predictive"):
+        assert "prior" not in to_datatree(draws, posterior, seed=0, num_predictive=0).children
 
 
 def test_names_of_axes_can_be_given(draws: Draws, posterior: LogPosterior) -> None:

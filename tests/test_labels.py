@@ -30,7 +30,7 @@ from mixproof.inference.exchangeability import component_axes, numbering, permut
 from mixproof.inference.labels import align
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.models import bernoulli, gaussian_full, gaussian_tied
-from tests.conftest import Case
+from tests.conftest import Case, seeded
 
 
 def with_equal_components(prior: Any) -> Any:
@@ -285,6 +285,29 @@ def test_rows_count_as_often_as_the_program_says(draws: Draws, posterior: LogPos
     counted, found = log_likelihood_and_label_invariant(draws, LogPosterior(weighted, exact.x))
     assert torch.allclose(counted, counts * log_likelihood(posterior, draws.params), rtol=1e-13)
     assert torch.allclose(found["log_likelihood"], counted.sum(-1), rtol=1e-13)
+
+
+def test_the_density_of_the_parameters_of_a_row_is_no_likelihood() -> None:
+    """Against p(x_n | b_n) = sum_z p(z | b_n) p(x_n | b_n, z), where z enters the densities of both."""
+
+    def program(x: Tensor) -> None:
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.25, 0.75]).double()), infer={"enumerate": "parallel"})
+            b = pyro.sample("b", dist.Normal(2.0 * z, 1.0))
+            pyro.sample("x", dist.Normal(b + shift * z, 1.0), obs=x)
+
+    shift, b = (torch.randn(*shape, generator=seeded(1), dtype=torch.float64) for shape in [(2, 3), (2, 3, 6)])
+    draws = Draws({"shift": shift, "b": b}, {}, {})
+    rows, found = log_likelihood_and_label_invariant(draws, LogPosterior(program, X))
+    weights, z = torch.tensor([0.25, 0.75]).double(), torch.tensor([0.0, 1.0]).double()
+    before = weights * dist.Normal(2 * z, 1.0).log_prob(b[..., None]).exp()
+    given = dist.Normal(b[..., None] + shift[..., None, None] * z, 1.0).log_prob(X[:, None]).exp()
+    expected = ((before / before.sum(-1, keepdim=True)) * given).sum(-1).log()
+    assert torch.allclose(rows, expected, rtol=1e-12)
+    assert torch.allclose(found["log_likelihood"], expected.sum(-1), rtol=1e-12)
+    prior = dist.Normal(0.0, 1.0).log_prob(shift) + before.sum(-1).log().sum(-1)
+    assert torch.allclose(found["lp"], prior + expected.sum(-1), rtol=1e-12)
 
 
 def test_empty_components_are_counted_for_each_latent(all_families: list[Case]) -> None:
