@@ -60,11 +60,12 @@ def to_datatree(
         dims: names of the axes of a parameter that are to be others, by site.
 
     Returns:
-        A tree with the groups ``posterior``; ``log_likelihood``, log p(x_n | params) with the latents summed out;
-        ``label_invariant``, the quantities of each draw
+        A tree with the groups ``posterior``; ``log_likelihood``, log p(x_n | params) with the latents summed out, of
+        the rows of which it is not 0 at every draw, as under a mask; ``label_invariant``, the quantities of each draw
         that no numbering of components enters; ``sample_stats``; ``observed_data``; ``posterior_predictive``; ``prior``
         and ``prior_predictive``. The attributes of ``posterior`` say which engine, seed and versions it is from, and in
-        ``component_labels`` whether draws agree on them.
+        ``component_labels`` whether draws agree on them. ``tree.sel(obs_id=tree["log_likelihood"].obs_id)`` leaves
+        masked rows out of the data and predictions too, as ``arviz_stats.loo_pit`` needs it.
 
     Raises:
         ImportError: ArviZ is not installed.
@@ -114,8 +115,11 @@ def to_datatree(
         "sample_stats": dataset(draws.sample_stats, {}),
         "observed_data": dataset(observed, data_dims, sample_dims=[]),
     }
-    of_rows = {OWN_PARAMETERS: ", ".join(posterior.in_rows)} if posterior.in_rows else {}
-    groups["log_likelihood"] = dataset({outcome: rows}, {outcome: ["obs_id"]}, of_rows)
+    kept = (rows.abs().amax((0, 1)) > 10 * torch.finfo(rows.dtype).eps).nonzero()[:, 0]
+    if len(kept) > 0:
+        of_rows = {OWN_PARAMETERS: ", ".join(posterior.in_rows)} if posterior.in_rows else {}
+        coords = {"obs_id": kept.cpu().numpy()}
+        groups["log_likelihood"] = dataset({outcome: rows[..., kept]}, {outcome: ["obs_id"]}, of_rows, coords=coords)
     if num_predictive > 0:
         num_chains, num_draws = rows.shape[:2]
         step = max(num_draws * num_chains // num_predictive, 1)
@@ -181,6 +185,7 @@ def loo(tree: DataTree, **options: Any) -> Any:
 
     Raises:
         ImportError: ArviZ is not installed.
+        ValueError: the tree has no likelihood of a row.
     """
     stats = _import("arviz_stats")
     reff = relative_efficiency(tree)
@@ -203,8 +208,11 @@ def relative_efficiency(tree: DataTree) -> float:
 
     Raises:
         ImportError: ArviZ is not installed.
+        ValueError: the tree has no likelihood of a row.
     """
     stats = _import("arviz_stats")
+    if "log_likelihood" not in tree.children:
+        raise ValueError("the tree has no group log_likelihood, as where all rows are masked: LOO needs rows")
     rows: Any = next(iter(tree["log_likelihood"].data_vars.values()))
     densities = np.exp(rows - rows.max(["chain", "draw"]))
     return float(stats.ess(densities, method="mean").mean()) / (rows.sizes["chain"] * rows.sizes["draw"])

@@ -19,6 +19,7 @@ import pytest
 import scipy.signal
 import torch
 import xarray
+from pyro import poutine
 from torch import Tensor
 
 from mixproof.inference.at_draws import label_invariant
@@ -192,6 +193,39 @@ def test_loo_is_leaving_one_out_where_rows_have_parameters_of_their_own() -> Non
     assert total < 0.1  # the densities of the effects, left in, would add 25 to the sum of 20 rows
     of_prior = tree["prior"]["effect"].values
     assert of_prior.std() == pytest.approx(0.1, rel=5 / (2 * of_prior.size) ** 0.5)
+
+
+@pytest.mark.parametrize("hidden", ["observation", "row"])
+@pytest.mark.filterwarnings("ignore:The inplace keyword")
+def test_masked_rows_are_left_out_of_loo(hidden: str) -> None:
+    """Against the program of the other rows alone."""
+    x = torch.cat([torch.randn(12, generator=seeded(0), dtype=torch.float64) + shift for shift in (-2, 2)])
+    known = torch.arange(24) % 4 > 0
+    masks = {"observation": True, "row": True}
+
+    def program(x: Tensor, masks: dict[str, Any]) -> None:
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2).double(), 3.0).to_event(1))
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(2).double()))
+        with pyro.plate("data", len(x)), poutine.mask(mask=masks["row"]):
+            z = pyro.sample("z", dist.Categorical(shares), infer={"enumerate": "parallel"})
+            with poutine.mask(mask=masks["observation"]):
+                pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+    some, few = LogPosterior(program, x, masks | {hidden: known}), LogPosterior(program, x[known], masks)
+    noise = torch.randn(2, 200, 3, generator=seeded(1), dtype=torch.float64)
+    draws = Draws(few.constrain(0.1 * noise + torch.tensor([-2.0, 2.0, 0.0]).double()), {}, {})
+    settings: Any = {"seed": 0, "num_predictive": 400, "num_prior": 0}
+    tree: Any = to_datatree(draws, some, **settings)
+    expected = to_datatree(draws, few, **settings)
+    assert tree["log_likelihood"]["obs_id"].values.tolist() == known.nonzero()[:, 0].tolist()
+    assert loo(tree).elpd == pytest.approx(loo(expected).elpd, rel=1e-12)
+    assert list(arviz_stats.compare({"some": loo(tree), "few": loo(expected)})["elpd_diff"]) == [0, 0]
+    assert arviz_stats.loo(tree, reff=1.0).elpd == pytest.approx(arviz_stats.loo(expected, reff=1.0).elpd, rel=1e-12)
+    counted: Any = tree.sel(obs_id=tree["log_likelihood"]["obs_id"])
+    assert arviz_stats.loo_pit(counted)["x"].shape == (18,)
+    none = LogPosterior(program, x, masks | {hidden: False})
+    with pytest.raises(ValueError, match="no group log_likelihood, as where all rows are masked"):
+        loo(to_datatree(draws, none, seed=0, num_predictive=0, num_prior=0))
 
 
 def test_draws_are_worth_what_the_densities_of_rows_repeat_one_another() -> None:
