@@ -86,18 +86,19 @@ def to_datatree(
         observed = _observed(posterior, point)
     rows, invariant = log_likelihood_and_label_invariant(draws, posterior, family=family)
     data_dims = {site: _data_dims(value, rows.shape[-1]) for site, value in observed.items()}
-    component_axes, labels = _numbering(posterior, draws)
+    component_names, sorted_names, labels = _numbering(posterior, draws)
     num_features = next((value.shape[1] for value in observed.values() if value.ndim == 2), None)
     param_dims = {
-        site: list((dims or {}).get(site) or _param_dims(site, shape, component_axes.get(site), num_features))
+        site: list((dims or {}).get(site) or _param_dims(site, shape, component_names.get(site, {}), num_features))
         for site, shape in shapes.items()
     }
     invariant_dims = {"row_mean": ["feature"], "row_covariance": ["feature", "feature_bis"]}
     for site, names in param_dims.items():
         invariant_dims[site] = names
-        invariant_dims[f"{site}_sorted"] = [
-            f"rank{name[9:]}" if name.startswith("component") else name for name in names
-        ]
+        if ranked := {axis: name for axis, name in component_names.get(site, {}).items() if name in sorted_names}:
+            others = [name for axis, name in enumerate(names) if axis not in ranked]
+            rank = "rank" + "".join(name.removeprefix("component") for name in ranked.values())
+            invariant_dims[f"{site}_sorted"] = [*others[: min(ranked)], rank, *others[min(ranked) :]]
     outcome = "_".join(observed)
     attributes = {name: _storable(value) for name, value in draws.attributes.items()}
     provenance = {"inference_library": "mixproof", "inference_library_version": version("mixproof")}
@@ -278,32 +279,34 @@ def _draw_prior(posterior: LogPosterior, num_draws: int, seed: int) -> dict[str,
     return posterior.constrain(draws[None])
 
 
-def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, tuple[str, int]], str]:
-    """Return by site the name of the components and their axis, and whether the draws agree on labels."""
+def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, dict[int, str]], set[str], str]:
+    """Return by site the names of its axes that number components, those of the names under which some of them may
+    change places, and whether the draws agree on labels."""
     latents = posterior.program.latents
-    found: dict[str, tuple[str, int]] = {}
+    found: dict[str, dict[int, str]] = {}
+    exchangeable = set()
     labels = NAMED
     for latent, size in zip(latents, posterior.program.latent_sizes, strict=True):
         if size == 1 and len(latents) > 1:  # any axis of length 1 would do
             continue
         numbered = numbering(posterior, latent)
         name = "component" if len(latents) == 1 else f"component_{latent}"
-        found |= {site: (name, axis) for site, axis in (numbered.axes or {}).items()}
+        for site, axis in (numbered.axes or {}).items():
+            found.setdefault(site, {})[axis] = name
         if numbered.some_exchangeable:
+            exchangeable.add(name)
             aligned = f"relabelled_{latent}" in draws.attributes
             labels = ALIGNED if aligned and labels != EXCHANGEABLE else EXCHANGEABLE
-    return found, labels if len(exchanges(posterior)) == 1 else EXCHANGEABLE
+    return found, exchangeable, labels if len(exchanges(posterior)) == 1 else EXCHANGEABLE
 
 
-def _param_dims(
-    site: str, shape: Sequence[int], component: tuple[str, int] | None, num_features: int | None
-) -> list[str]:
+def _param_dims(site: str, shape: Sequence[int], components: Mapping[int, str], num_features: int | None) -> list[str]:
     """Return names for the axes of a parameter: of components, of features, and ArviZ's own for what is neither."""
     features = iter(("feature", "feature_bis"))
     names = []
     for axis, size in enumerate(shape):
-        if component is not None and axis == component[1]:
-            names.append(component[0])
+        if axis in components:
+            names.append(components[axis])
         else:
             names.append(next(features, f"{site}_dim_{axis}") if size == num_features else f"{site}_dim_{axis}")
     return names
