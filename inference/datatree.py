@@ -28,8 +28,17 @@ if TYPE_CHECKING:
 
 OWN_PARAMETERS = "parameters_of_rows"
 """The attribute of ``log_likelihood`` that names the parameters in the plates of the rows, where there are such."""
-EXCHANGEABLE, ALIGNED, NAMED = "exchangeable", "aligned", "named"
-"""What ``component_labels`` of the posterior says: draws do not agree on them, were made to, or cannot disagree."""
+EXCHANGEABLE, SUMMANDS, ALIGNED, NAMED = "exchangeable", "summands exchangeable", "aligned", "named"
+"""What ``component_labels`` of the posterior says: draws do not agree on them, agree but for whole latents that may
+change places, were made to agree, or cannot disagree."""
+NO_LABELS = {
+    EXCHANGEABLE: "the components are exchangeable and the draws were not aligned: their numberings need not agree, "
+    "and means, R-hat and effective sample sizes of component parameters then describe no component; use align()",
+    SUMMANDS: "whole latents may change places, as summands under one prior do, which align() does not treat: draws "
+    "need not agree which is which, and means, R-hat and effective sample sizes of their parameters then describe "
+    "none of them; read the quantities that need no labels, or give the summands priors that tell them apart",
+}
+"""What ``summary`` warns of."""
 
 
 def to_datatree(
@@ -144,8 +153,8 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
         options: for ``arviz_stats.summary``, such as ``kind`` and ``round_to``.
 
     Returns:
-        A row for each number, as ``arviz_stats.summary``. Component parameters of draws that do not agree on labels
-        come with a warning.
+        A row for each number, as ``arviz_stats.summary``. Component parameters of draws that do not agree on labels, or
+        on which summand is which, come with a warning.
 
     Raises:
         ImportError: ArviZ is not installed.
@@ -155,13 +164,8 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
         table = stats.summary(tree, group="label_invariant", **options)
     if not components:
         return table
-    if tree["posterior"].attrs["component_labels"] == EXCHANGEABLE:
-        warnings.warn(
-            "the components are exchangeable and the draws were not aligned: their numberings need not agree, and "
-            "means, R-hat and effective sample sizes of component parameters then describe no component; use align()",
-            UserWarning,
-            stacklevel=2,
-        )
+    if words := NO_LABELS.get(tree["posterior"].attrs["component_labels"]):
+        warnings.warn(words, UserWarning, stacklevel=2)
     pandas = _import("pandas")
     with np.errstate(invalid="ignore"):
         rest = stats.summary(tree, **options)
@@ -297,7 +301,9 @@ def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, dict[in
             exchangeable.add(name)
             aligned = f"relabelled_{latent}" in draws.attributes
             labels = ALIGNED if aligned and labels != EXCHANGEABLE else EXCHANGEABLE
-    return found, exchangeable, labels if len(exchanges(posterior)) == 1 else EXCHANGEABLE
+    if labels != EXCHANGEABLE and len(exchanges(posterior)) > 1:
+        labels = SUMMANDS
+    return found, exchangeable, labels
 
 
 def _param_dims(site: str, shape: Sequence[int], components: Mapping[int, str], num_features: int | None) -> list[str]:

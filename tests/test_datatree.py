@@ -426,9 +426,12 @@ def test_summands_that_change_places_are_not_aligned_by_their_components() -> No
     settings: Any = {"num_chains": 2, "num_draws": 5, "num_warmup": 2}
     draws = gibbs(gaussian_sum, x, prior, num_components=(2, 2), generator=seeded(1), **settings)
     for latent in "kl":
+        tree = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
+        with pytest.warns(UserWarning, match=r"not aligned.*use align\(\)"):
+            summary(tree, components=True)
         draws = align(draws, posterior, latent=latent)
     tree = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
-    with pytest.warns(UserWarning, match="align"):
+    with pytest.warns(UserWarning, match=r"whole latents may change places.*align\(\) does not treat"):
         summary(tree, components=True)
 
 
