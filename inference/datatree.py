@@ -78,8 +78,8 @@ def to_datatree(
 
     Raises:
         ImportError: ArviZ is not installed.
-        ValueError: the draws are not of this program's parameters, or a site has the name of a quantity that
-            ``label_invariant`` computes.
+        ValueError: the draws or ``dims`` are not of this program's parameters, or a site has the name of a quantity
+            that ``label_invariant`` computes.
     """
     _import("arviz_base")
     from arviz_base import dict_to_dataset
@@ -90,6 +90,8 @@ def to_datatree(
     found = {site: tuple(value.shape[2:]) for site, value in draws.params.items()}
     if found != shapes:
         raise ValueError(f"the draws are of the parameters {found}, and the program has {shapes}")
+    if unknown := sorted(set(dims or {}) - set(shapes)):
+        raise ValueError(f"dims names the axes of {', '.join(unknown)}, and the parameters are {', '.join(shapes)}")
     point = {site: value[0, 0] for site, value in draws.params.items()}
     with seeded(seed):  # a run draws the latents
         observed = _observed(posterior, point)
@@ -150,7 +152,7 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
     Args:
         tree: from ``to_datatree``.
         components: whether to add the parameters of the components, whose draws must have been aligned to be read.
-        options: for ``arviz_stats.summary``, such as ``kind`` and ``round_to``.
+        options: for ``arviz_stats.summary``, such as ``var_names``, ``kind`` and ``round_to``.
 
     Returns:
         A row for each number, as ``arviz_stats.summary``. Component parameters of draws that do not agree on labels, or
@@ -158,18 +160,21 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
 
     Raises:
         ImportError: ArviZ is not installed.
+        ValueError: ``var_names`` or ``coords`` name what is not there.
     """
     stats = _import("arviz_stats")
-    with np.errstate(invalid="ignore"):  # R-hat of what never varies, as the weight of a single component, is NaN
-        table = stats.summary(tree, group="label_invariant", **options)
-    if not components:
-        return table
-    if words := NO_LABELS.get(tree["posterior"].attrs["component_labels"]):
-        warnings.warn(words, UserWarning, stacklevel=2)
-    pandas = _import("pandas")
-    with np.errstate(invalid="ignore"):
-        rest = stats.summary(tree, **options)
-    return pandas.concat([table, rest[~rest.index.isin(table.index)]])
+    shown: Any = tree["label_invariant"].to_dataset()
+    if components:
+        shown = shown.merge(tree["posterior"].to_dataset().drop_vars(shown.data_vars, errors="ignore"))
+        if words := NO_LABELS.get(tree["posterior"].attrs["component_labels"]):
+            warnings.warn(words, UserWarning, stacklevel=2)
+    try:
+        with np.errstate(invalid="ignore"):  # R-hat of what never varies, as the weight of a single component, is NaN
+            return stats.summary(shown, **options)
+    except KeyError as error:
+        advice = "" if components else "; components=True adds the parameters of the components"
+        names = ", ".join(map(str, shown.data_vars))
+        raise ValueError(f"var_names or coords do not fit the tree, which has {names}{advice}: {error}") from error
 
 
 def loo(tree: DataTree, **options: Any) -> Any:

@@ -359,6 +359,14 @@ def test_a_summary_of_components_that_do_not_agree_warns(draws: Draws, posterior
     agreed = summary(aligned, components=True, round_to="none")
     assert agreed.loc["weights[0]", "mean"] == pytest.approx(float(aligned["posterior"]["weights"][..., 0].mean()))
     assert not agreed.index.duplicated().any()
+    assert [name for name in both.index if not name.startswith("row_")] == list(agreed.index)
+    some = summary(aligned, components=True, var_names=["lp", "weights"], round_to="none")
+    assert list(some.index) == ["lp", "weights[0]", "weights[1]"]
+    assert some.loc["lp"].equals(summary(aligned, var_names="lp", round_to="none").loc["lp"])
+    with pytest.raises(ValueError, match=r"which has lp, .* components=True adds the parameters.*weights"):
+        summary(aligned, var_names=["weights"])
+    with pytest.raises(ValueError, match=r"which has lp, .*, weights, probs: .*weihgts"):
+        summary(aligned, components=True, var_names=["weihgts"])
 
 
 def test_a_parameter_and_a_moment_of_the_rows_are_two_rows_of_a_summary() -> None:
@@ -478,6 +486,9 @@ def test_names_of_axes_can_be_given(draws: Draws, posterior: LogPosterior) -> No
     names = {"probs": ["type", "symptom"]}
     tree = to_datatree(draws, posterior, seed=1, num_predictive=0, num_prior=0, dims=names)
     assert tree["posterior"]["probs"].dims == ("chain", "draw", "type", "symptom")
+    assert tree["label_invariant"]["probs_sorted"].dims == ("chain", "draw", "rank", "symptom")
+    with pytest.raises(ValueError, match="dims names the axes of prbos, and the parameters are weights, probs"):
+        to_datatree(draws, posterior, seed=1, dims={"prbos": ["type", "symptom"]})
 
 
 def test_draws_of_another_program_are_refused(draws: Draws, exact: ExactPosterior) -> None:
