@@ -5,7 +5,8 @@ Convergence is judged by the latter: ``label_invariant``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -62,13 +63,14 @@ def at_draws(
 def log_likelihood(posterior: LogPosterior, params: Mapping[str, Tensor]) -> Tensor:
     """Return the marginal log p(x_n | params) of each row at every draw, (C, S, N), the latents summed out.
 
-    A row that counts w times in the program counts w times here.
+    A row that counts w times in the program counts w times here. It is given the row's own parameters too, where the
+    program has such, and their density is not part of it.
 
     Args:
         posterior: the program with its data.
         params: by site, (C, S, *shape).
     """
-    return at_draws(posterior, params, lambda joint: {"rows": joint.row_weights * joint.rows.logsumexp(1)})["rows"]
+    return at_draws(posterior, params, lambda joint: {"rows": joint.log_likelihood_of_rows})["rows"]
 
 
 def responsibilities(posterior: LogPosterior, params: Mapping[str, Tensor], latent: str | None = None) -> Tensor:
@@ -126,9 +128,9 @@ def label_invariant(draws: Draws, posterior: LogPosterior, *, family: Any = None
         By name, (C, S, ...): ``lp``, log p(x, params); ``log_likelihood``, log p(x | params); ``allocation_entropy``,
         the entropy of p(z | x, params), summed over rows; ``num_empty_components``, how many components are expected to
         have no row, given x and the parameters (of latent z ``num_empty_components_z``, where there are several); each
-        parameter that numbers exchangeable components, sorted along that axis, as ``*_sorted``, together with those
-        that may change places with it (``exchanges``); the other parameters as they are; and of a family ``row_mean``
-        and ``row_covariance``, the moments of one row given the parameters.
+        parameter that numbers exchangeable components, sorted along that axis, or along all such axes as one, as
+        ``*_sorted``, together with those that may change places with it (``exchanges``); the other parameters as they
+        are; and of a family ``row_mean`` and ``row_covariance``, the moments of one row given the parameters.
 
     Raises:
         ValueError: a site of the program has the name of one of the others.
@@ -153,13 +155,12 @@ def log_likelihood_and_label_invariant(
     latents, sizes = posterior.program.latents, posterior.program.latent_sizes
 
     def of_rows(joint: LogJoint) -> dict[str, Tensor]:
-        rows, resp = joint.row_weights * joint.rows.logsumexp(1), joint.rows.softmax(1)
-        log_lik = rows.sum()
+        rows, resp = joint.log_likelihood_of_rows, joint.rows.softmax(1)
         entropy = -torch.special.xlogy(resp, resp).sum(1)
         found = {
             "rows": rows,
-            "lp": joint.log_prior + log_lik,
-            "log_likelihood": log_lik,
+            "lp": joint.log_prior + joint.log_likelihood,
+            "log_likelihood": rows.sum(),
             "allocation_entropy": joint.row_weights @ entropy,
         }
         for place, (latent, size) in enumerate(zip(latents, sizes, strict=True), 1):
@@ -170,11 +171,12 @@ def log_likelihood_and_label_invariant(
 
     found = at_draws(posterior, draws.params, of_rows)
     of_each_row = found.pop("rows")
-    axes: dict[str, tuple[int, tuple[int, ...]]] = {}
+    axes: dict[str, dict[int, tuple[int, ...]]] = {}
     for latent in latents:
         numbered = numbering(posterior, latent)
         if numbered.some_exchangeable:
-            axes |= {site: (axis, numbered.classes) for site, axis in (numbered.axes or {}).items()}
+            for site, axis in (numbered.axes or {}).items():
+                axes.setdefault(site, {})[axis] = numbered.classes
     partners: dict[str, set[str]] = {site: {site} for site in draws.params}
     for exchange in exchanges(posterior):
         for site, source in exchange.sources.items():
@@ -188,14 +190,24 @@ def log_likelihood_and_label_invariant(
         name = f"{'_and_'.join(group)}_sorted" if site in axes else site
         if groups.setdefault(name, group) != group:
             raise ValueError(f'the site "{site}" has the name of another quantity of the draws, {name}: rename it')
-        if site in axes:
-            axis, classes = axes[site]
-            whole = torch.cat([draws.params[other] for other in group], axis + 2)
-            of_class = torch.tensor(classes * len(group), device=whole.device)
-            for members in (of_class == each for each in set(classes)):
-                index = (slice(None),) * (axis + 2) + (members,)
-                whole[index] = whole[index].sort(dim=axis + 2).values
-            found[name] = whole
-        else:
-            found[name] = value
+        found[name] = _sorted([draws.params[other] for other in group], axes[site]) if site in axes else value
     return of_each_row, found
+
+
+def _sorted(values: Sequence[Tensor], classes: Mapping[int, Sequence[int]]) -> Tensor:
+    """Return parameters (C, S, *shape) together, sorted over all axes that number components at once.
+
+    Each axis sorted on its own would not be invariant. These axes become one, in the place of the first.
+
+    Args:
+        values: of one shape.
+        classes: by axis of the shape, (K,), the class of each component: only within a class they change places.
+    """
+    places = [axis + 2 for axis in classes]
+    lined_up = [value.movedim(places, tuple(range(-len(places), 0))).flatten(-len(places)) for value in values]
+    whole = torch.cat(lined_up, -1)
+    kinds = list(itertools.product(*classes.values())) * len(values)
+    for kind in set(kinds):
+        members = torch.tensor([each == kind for each in kinds], device=whole.device)
+        whole[..., members] = whole[..., members].sort(-1).values
+    return whole.movedim(-1, min(places))

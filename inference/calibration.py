@@ -23,6 +23,7 @@ from torch import Tensor
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.draws import Draws
 from mixproof.inference.quantities import Quantities, Quantity, simulate
+from mixproof.inference.validation import check_integer
 from mixproof.inference.verification.report import Check, Report, conclude
 from mixproof.inference.verification.uniformity import simultaneous_band, uniform
 
@@ -140,9 +141,10 @@ def calibrate(
         progress: whether a bar on stderr shows the simulations.
 
     Raises:
+        TypeError: a number of simulations, ranks, data sets or calls is not an integer.
         ValueError: a prior is improper, the program is not as above otherwise, the engine leaves a site out or returns
-            numbers that are not finite or more draws than before, there are fewer draws than ``num_ranks`` asks for, or
-            the checkpoint belongs to another run.
+            numbers that are not finite or more draws than before, there are fewer draws than ``num_ranks`` asks for, a
+            setting is out of its range, or the checkpoint belongs to another run.
         OSError: the checkpoint cannot be read or written.
 
     Warns:
@@ -154,8 +156,11 @@ def calibrate(
     if batch_size is not None:
         numbers["batch_size"] = batch_size
     for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}")
+        check_integer(number, name, 1)
+    if num_ranks is not None:
+        check_integer(num_ranks, "num_ranks", 2)
+    if not 0 < false_alarm < 1:
+        raise ValueError(f"false_alarm is a probability between 0 and 1, not {false_alarm}: 0.01 is usual")
     generator = torch.Generator().manual_seed(seed)
     simulation_seeds, engine_seeds = torch.randint(2**31, (2, num_simulations), generator=generator).tolist()
     compared = Quantities(model, x, seed=seed, further=quantities)
@@ -210,7 +215,7 @@ def calibrate(
     num_draws = next(iter(values.values())).shape[1] - 1
     if num_ranks is None:
         num_ranks = _affordable_ranks(effective_sizes, num_draws)
-    elif not 2 <= num_ranks <= num_draws + 1:
+    elif num_ranks > num_draws + 1:
         raise ValueError(f"num_ranks must be from 2 to {num_draws + 1}, one more than the draws, not {num_ranks}")
     ranks = {name: _ranks(value, num_ranks - 1, generator) for name, value in values.items()}
     checks = [_check(name, rank, num_ranks, 1 - false_alarm / len(ranks)) for name, rank in ranks.items()]

@@ -26,8 +26,19 @@ if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-untyped]
     from xarray import DataTree
 
-EXCHANGEABLE, ALIGNED, NAMED = "exchangeable", "aligned", "named"
-"""What ``component_labels`` of the posterior says: draws do not agree on them, were made to, or cannot disagree."""
+OWN_PARAMETERS = "parameters_of_rows"
+"""The attribute of ``log_likelihood`` that names the parameters in the plates of the rows, where there are such."""
+EXCHANGEABLE, SUMMANDS, ALIGNED, NAMED = "exchangeable", "summands exchangeable", "aligned", "named"
+"""What ``component_labels`` of the posterior says: draws do not agree on them, agree but for whole latents that may
+change places, were made to agree, or cannot disagree."""
+NO_LABELS = {
+    EXCHANGEABLE: "the components are exchangeable and the draws were not aligned: their numberings need not agree, "
+    "and means, R-hat and effective sample sizes of component parameters then describe no component; use align()",
+    SUMMANDS: "whole latents may change places, as summands under one prior do, which align() does not treat: draws "
+    "need not agree which is which, and means, R-hat and effective sample sizes of their parameters then describe "
+    "none of them; read the quantities that need no labels, or give the summands priors that tell them apart",
+}
+"""What ``summary`` warns of."""
 
 
 def to_datatree(
@@ -53,19 +64,22 @@ def to_datatree(
         seed: seeds the draws of predictions and of the prior.
         family: the family of the contract whose program it is, for its moments; None leaves them out.
         num_predictive: for about how many draws, evenly spaced in each chain, to predict the data; 0 for none.
-        num_prior: how many draws of the prior and of its predictions; 0 for none, and an improper prior has none.
+        num_prior: how many draws of the prior and of its predictions; 0 for none. There are none of an improper prior,
+            nor, after a warning, of one that includes a density which the program does not draw from.
         dims: names of the axes of a parameter that are to be others, by site.
 
     Returns:
-        A tree with the groups ``posterior``; ``log_likelihood``, log p(x_n | params) with the latents summed out;
-        ``label_invariant``, the quantities of each draw that no numbering of components enters; ``sample_stats``;
-        ``observed_data``; ``posterior_predictive``; ``prior`` and ``prior_predictive``. The attributes of ``posterior``
-        say which engine, seed and versions it is from, and in ``component_labels`` whether draws agree on them.
+        A tree with the groups ``posterior``; ``log_likelihood``, log p(x_n | params) with the latents summed out, of
+        the rows of which it is not 0 at every draw, as under a mask; ``label_invariant``, the quantities of each draw
+        that no numbering of components enters; ``sample_stats``; ``observed_data``; ``posterior_predictive``; ``prior``
+        and ``prior_predictive``. The attributes of ``posterior`` say which engine, seed and versions it is from, and in
+        ``component_labels`` whether draws agree on them. ``tree.sel(obs_id=tree["log_likelihood"].obs_id)`` leaves
+        masked rows out of the data and predictions too, as ``arviz_stats.loo_pit`` needs it.
 
     Raises:
         ImportError: ArviZ is not installed.
-        ValueError: the draws are not of this program's parameters, or a site has the name of a quantity that
-            ``label_invariant`` computes.
+        ValueError: the draws or ``dims`` are not of this program's parameters, or a site has the name of a quantity
+            that ``label_invariant`` computes.
     """
     _import("arviz_base")
     from arviz_base import dict_to_dataset
@@ -76,23 +90,26 @@ def to_datatree(
     found = {site: tuple(value.shape[2:]) for site, value in draws.params.items()}
     if found != shapes:
         raise ValueError(f"the draws are of the parameters {found}, and the program has {shapes}")
+    if unknown := sorted(set(dims or {}) - set(shapes)):
+        raise ValueError(f"dims names the axes of {', '.join(unknown)}, and the parameters are {', '.join(shapes)}")
     point = {site: value[0, 0] for site, value in draws.params.items()}
     with seeded(seed):  # a run draws the latents
         observed = _observed(posterior, point)
     rows, invariant = log_likelihood_and_label_invariant(draws, posterior, family=family)
     data_dims = {site: _data_dims(value, rows.shape[-1]) for site, value in observed.items()}
-    component_axes, labels = _numbering(posterior, draws)
+    component_names, sorted_names, labels = _numbering(posterior, draws)
     num_features = next((value.shape[1] for value in observed.values() if value.ndim == 2), None)
     param_dims = {
-        site: list((dims or {}).get(site) or _param_dims(site, shape, component_axes.get(site), num_features))
+        site: list((dims or {}).get(site) or _param_dims(site, shape, component_names.get(site, {}), num_features))
         for site, shape in shapes.items()
     }
     invariant_dims = {"row_mean": ["feature"], "row_covariance": ["feature", "feature_bis"]}
     for site, names in param_dims.items():
         invariant_dims[site] = names
-        invariant_dims[f"{site}_sorted"] = [
-            f"rank{name[9:]}" if name.startswith("component") else name for name in names
-        ]
+        if ranked := {axis: name for axis, name in component_names.get(site, {}).items() if name in sorted_names}:
+            others = [name for axis, name in enumerate(names) if axis not in ranked]
+            rank = "rank" + "".join(name.removeprefix("component") for name in ranked.values())
+            invariant_dims[f"{site}_sorted"] = [*others[: min(ranked)], rank, *others[min(ranked) :]]
     outcome = "_".join(observed)
     attributes = {name: _storable(value) for name, value in draws.attributes.items()}
     provenance = {"inference_library": "mixproof", "inference_library_version": version("mixproof")}
@@ -106,18 +123,22 @@ def to_datatree(
 
     groups = {
         "posterior": dataset(draws.params, param_dims, attributes | {"component_labels": labels}),
-        "log_likelihood": dataset({outcome: rows}, {outcome: ["obs_id"]}),
         "label_invariant": dataset(invariant, invariant_dims),
         "sample_stats": dataset(draws.sample_stats, {}),
         "observed_data": dataset(observed, data_dims, sample_dims=[]),
     }
+    kept = (rows.abs().amax((0, 1)) > 10 * torch.finfo(rows.dtype).eps).nonzero()[:, 0]
+    if len(kept) > 0:
+        of_rows = {OWN_PARAMETERS: ", ".join(posterior.in_rows)} if posterior.in_rows else {}
+        coords = {"obs_id": kept.cpu().numpy()}
+        groups["log_likelihood"] = dataset({outcome: rows[..., kept]}, {outcome: ["obs_id"]}, of_rows, coords=coords)
     if num_predictive > 0:
         num_chains, num_draws = rows.shape[:2]
         step = max(num_draws * num_chains // num_predictive, 1)
         chosen = {site: value[:, ::step] for site, value in draws.params.items()}
-        kept = torch.arange(0, num_draws, step).numpy()
+        coords = {"draw": torch.arange(0, num_draws, step).numpy()}
         predicted = _predict(posterior, chosen, observed, seed)
-        groups["posterior_predictive"] = dataset(predicted, data_dims, {"seed": seed}, coords={"draw": kept})
+        groups["posterior_predictive"] = dataset(predicted, data_dims, {"seed": seed}, coords=coords)
     if num_prior > 0 and (of_prior := _draw_prior(posterior, num_prior, seed)) is not None:
         groups["prior"] = dataset(of_prior, param_dims, {"seed": seed})
         predicted = _predict(posterior, of_prior, observed, seed + 1)
@@ -131,31 +152,29 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
     Args:
         tree: from ``to_datatree``.
         components: whether to add the parameters of the components, whose draws must have been aligned to be read.
-        options: for ``arviz_stats.summary``, such as ``kind`` and ``round_to``.
+        options: for ``arviz_stats.summary``, such as ``var_names``, ``kind`` and ``round_to``.
 
     Returns:
-        A row for each number, as ``arviz_stats.summary``. Component parameters of draws that do not agree on labels
-        come with a warning.
+        A row for each number, as ``arviz_stats.summary``. Component parameters of draws that do not agree on labels, or
+        on which summand is which, come with a warning.
 
     Raises:
         ImportError: ArviZ is not installed.
+        ValueError: ``var_names`` or ``coords`` name what is not there.
     """
     stats = _import("arviz_stats")
-    with np.errstate(invalid="ignore"):  # R-hat of what never varies, as the weight of a single component, is NaN
-        table = stats.summary(tree, group="label_invariant", **options)
-    if not components:
-        return table
-    if tree["posterior"].attrs["component_labels"] == EXCHANGEABLE:
-        warnings.warn(
-            "the components are exchangeable and the draws were not aligned: their numberings need not agree, and "
-            "means, R-hat and effective sample sizes of component parameters then describe no component; use align()",
-            UserWarning,
-            stacklevel=2,
-        )
-    pandas = _import("pandas")
-    with np.errstate(invalid="ignore"):
-        rest = stats.summary(tree, **options)
-    return pandas.concat([table, rest[~rest.index.isin(table.index)]])
+    shown: Any = tree["label_invariant"].to_dataset()
+    if components:
+        shown = shown.merge(tree["posterior"].to_dataset().drop_vars(shown.data_vars, errors="ignore"))
+        if words := NO_LABELS.get(tree["posterior"].attrs["component_labels"]):
+            warnings.warn(words, UserWarning, stacklevel=2)
+    try:
+        with np.errstate(invalid="ignore"):  # R-hat of what never varies, as the weight of a single component, is NaN
+            return stats.summary(shown, **options)
+    except KeyError as error:
+        advice = "" if components else "; components=True adds the parameters of the components"
+        names = ", ".join(map(str, shown.data_vars))
+        raise ValueError(f"var_names or coords do not fit the tree, which has {names}{advice}: {error}") from error
 
 
 def loo(tree: DataTree, **options: Any) -> Any:
@@ -171,13 +190,24 @@ def loo(tree: DataTree, **options: Any) -> Any:
         options: for ``arviz_stats.loo``, such as ``pointwise``.
 
     Returns:
-        An ``ELPDData``, as ``arviz_stats.compare`` takes them.
+        An ``ELPDData``, as ``arviz_stats.compare`` takes them. Where rows have parameters of their own, a warning says
+        that their likelihoods are given these, which few draws fit once the row is left out.
 
     Raises:
         ImportError: ArviZ is not installed.
+        ValueError: the tree has no likelihood of a row.
     """
     stats = _import("arviz_stats")
-    return stats.loo(tree, **{"reff": relative_efficiency(tree)} | options)
+    reff = relative_efficiency(tree)
+    if own := tree["log_likelihood"].attrs.get(OWN_PARAMETERS):
+        warnings.warn(
+            f"log p(x_n | params) is given the row's own parameters {own}, which have seen x_n in every draw: "
+            "importance sampling hardly undoes that, so that LOO is to be trusted only where these say little of their "
+            "row and no Pareto k is high; integrate them out of the program",
+            UserWarning,
+            stacklevel=2,
+        )
+    return stats.loo(tree, **{"reff": reff} | options)
 
 
 def relative_efficiency(tree: DataTree) -> float:
@@ -188,8 +218,11 @@ def relative_efficiency(tree: DataTree) -> float:
 
     Raises:
         ImportError: ArviZ is not installed.
+        ValueError: the tree has no likelihood of a row.
     """
     stats = _import("arviz_stats")
+    if "log_likelihood" not in tree.children:
+        raise ValueError("the tree has no group log_likelihood, as where all rows are masked: LOO needs rows")
     rows: Any = next(iter(tree["log_likelihood"].data_vars.values()))
     densities = np.exp(rows - rows.max(["chain", "draw"]))
     return float(stats.ess(densities, method="mean").mean()) / (rows.sizes["chain"] * rows.sizes["draw"])
@@ -240,37 +273,51 @@ def _predict(
 def _draw_prior(posterior: LogPosterior, num_draws: int, seed: int) -> dict[str, Tensor] | None:
     """Return draws (1, num_draws, *shape) of the prior by site, or None of one that cannot be drawn from."""
     try:
-        return posterior.constrain(posterior.draw_prior(num_draws, seed=seed)[None])
+        draws = posterior.draw_sites(num_draws, seed=seed)
     except ValueError:
         return None
+    if posterior.factors:
+        warnings.warn(
+            f"the prior includes the density of {', '.join(posterior.factors)}, which the program does not draw from, "
+            "and the tree has no groups prior and prior_predictive: put it into the distributions of the parameters, "
+            "or say num_prior=0",
+            UserWarning,
+            stacklevel=3,
+        )
+        return None
+    return posterior.constrain(draws[None])
 
 
-def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, tuple[str, int]], str]:
-    """Return by site the name of the components and their axis, and whether the draws agree on labels."""
+def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, dict[int, str]], set[str], str]:
+    """Return by site the names of its axes that number components, those of the names under which some of them may
+    change places, and whether the draws agree on labels."""
     latents = posterior.program.latents
-    found: dict[str, tuple[str, int]] = {}
+    found: dict[str, dict[int, str]] = {}
+    exchangeable = set()
     labels = NAMED
     for latent, size in zip(latents, posterior.program.latent_sizes, strict=True):
         if size == 1 and len(latents) > 1:  # any axis of length 1 would do
             continue
         numbered = numbering(posterior, latent)
         name = "component" if len(latents) == 1 else f"component_{latent}"
-        found |= {site: (name, axis) for site, axis in (numbered.axes or {}).items()}
+        for site, axis in (numbered.axes or {}).items():
+            found.setdefault(site, {})[axis] = name
         if numbered.some_exchangeable:
+            exchangeable.add(name)
             aligned = f"relabelled_{latent}" in draws.attributes
             labels = ALIGNED if aligned and labels != EXCHANGEABLE else EXCHANGEABLE
-    return found, labels if len(exchanges(posterior)) == 1 else EXCHANGEABLE
+    if labels != EXCHANGEABLE and len(exchanges(posterior)) > 1:
+        labels = SUMMANDS
+    return found, exchangeable, labels
 
 
-def _param_dims(
-    site: str, shape: Sequence[int], component: tuple[str, int] | None, num_features: int | None
-) -> list[str]:
+def _param_dims(site: str, shape: Sequence[int], components: Mapping[int, str], num_features: int | None) -> list[str]:
     """Return names for the axes of a parameter: of components, of features, and ArviZ's own for what is neither."""
     features = iter(("feature", "feature_bis"))
     names = []
     for axis, size in enumerate(shape):
-        if component is not None and axis == component[1]:
-            names.append(component[0])
+        if axis in components:
+            names.append(components[axis])
         else:
             names.append(next(features, f"{site}_dim_{axis}") if size == num_features else f"{site}_dim_{axis}")
     return names

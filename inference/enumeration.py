@@ -176,13 +176,25 @@ class LogJoint(NamedTuple):
     """(), log p(params), of the sites outside the plates of the latents, or outside some of them."""
     latent: Tensor
     """(N, K), the part log p(z_n = k | params) of ``rows``."""
+    unobserved: Tensor
+    """(N, K), the part of ``rows`` that no observation enters: ``latent``, and the log densities of the parameters in
+    the plates of the latents."""
     row_weights: Tensor
     """(N,), how often each row counts: the program's ``poutine.scale``, or 1."""
 
     @property
     def log_likelihood(self) -> Tensor:
-        """(), log p(x | params), the latents summed out."""
+        """(), log p(x | params), the latents summed out; of parameters in their plates the density is part of it."""
         return self.row_weights @ self.rows.logsumexp(1)
+
+    @property
+    def log_likelihood_of_rows(self) -> Tensor:
+        """(N,), log p(x_n | params), as often as the row counts, the latents summed out; exactly 0 of a masked row.
+
+        No density of a parameter is part of it: log p(x_n, b_n | params) - log p(b_n | params) of parameters b_n in the
+        plates of the latents.
+        """
+        return self.row_weights * (self.rows.logsumexp(1) - self.unobserved.logsumexp(1))
 
     def expected(self, resp: Tensor) -> Tensor:
         """Return Q, (): the expectation of log p(x, z | params) under responsibilities (N, K) or (N, K, L)."""
@@ -238,7 +250,7 @@ def log_joint_table(
             raise ValueError(f'the plate {frame.name} is sequential: write "with pyro.plate(...)" for a loop over it')
     plates = {frame.name for frame in frames}
     dims = [trace.nodes[name]["infer"]["_enumerate_dim"] for name in program.latents]
-    table = latent = log_prior = torch.zeros(())
+    table = latent = unobserved = log_prior = torch.zeros(())
     scales = {}
     for name, site in trace.nodes.items():
         if site["type"] != "sample":
@@ -268,6 +280,7 @@ def log_joint_table(
         log_prob = log_prob.sum(inner, keepdim=True) if inner else log_prob
         table = table + log_prob
         latent = latent + log_prob if name in program.latents else latent
+        unobserved = unobserved + log_prob if name in program.latents or name in program.supports else unobserved
         scales[name] = site["scale"]
     rows = table.shape[len(table.shape) - program.max_plate_nesting :]
     shape = (
@@ -275,8 +288,9 @@ def log_joint_table(
         *rows,
     )  # the first enumerated site has the rightmost enumeration dimension
     order = [*range(len(program.latents), len(shape)), *reversed(range(len(program.latents)))]
-    table, latent = (part.expand(shape).permute(order).reshape(rows.numel(), -1) for part in (table, latent))
-    return LogJoint(table, log_prior, latent, _row_weights(scales, rows, same_scales).to(table))
+    parts = (part.expand(shape).permute(order).reshape(rows.numel(), -1) for part in (table, latent, unobserved))
+    table, latent, unobserved = parts
+    return LogJoint(table, log_prior, latent, unobserved, _row_weights(scales, rows, same_scales).to(table))
 
 
 def _row_weights(scales: Mapping[str, float | Tensor], rows: torch.Size, known_same: bool) -> Tensor:

@@ -88,8 +88,8 @@ class Quantities:
 
     Of the data: the log likelihood, the log density of the first row, and the probability that the first two rows
     belong to one component. Of the parameters: the log prior, the log likelihood of rows that stay the same throughout,
-    and each entry of each site; where a site is indexed by exchangeable components, the smallest and the largest entry
-    over the components, their mean, and their mean by the components' weights.
+    and each entry of each site; where a site is indexed by exchangeable components, of one latent or of several, the
+    smallest and the largest entry over the components, their mean, and their mean by the components' weights.
 
     Args:
         model: a Pyro program; ``model(x)`` observes the data.
@@ -147,24 +147,26 @@ class Quantities:
             if name not in self.components:
                 values |= _entries(name, params[name], support)
                 continue
-            axis, which = self.components[name]
-            by_component = params[name].movedim(axis, 0)
+            axes = self.components[name]
+            front = tuple(range(len(axes)))
+            by_component = params[name].movedim(tuple(axes), front).flatten(0, front[-1])
             reduced = {"min": by_component.amin(0), "max": by_component.amax(0)}
             if support is not constraints.simplex:
-                weights = latent.movedim(which, 0).flatten(1).sum(1) if latent.ndim > 1 else latent
+                weights = latent.movedim(tuple(axes.values()), front).reshape(len(by_component), -1).sum(1)
                 reduced |= {"mean": by_component.mean(0), "weighted mean": torch.tensordot(weights, by_component, 1)}
             for kind, value in reduced.items():
                 values |= _entries(f"{kind} {name}", value, support)
         return values | {name: function(params, x) for name, function in self.further.items()}
 
 
-def _exchangeable(posterior: LogPosterior) -> dict[str, tuple[int, int]]:
-    """Return, by site, which of its axes counts exchangeable components, and the number of their latent."""
-    found: dict[str, tuple[int, int]] = {}
+def _exchangeable(posterior: LogPosterior) -> dict[str, dict[int, int]]:
+    """Return, by site, which of its axes count exchangeable components, and the number of the latent of each."""
+    found: dict[str, dict[int, int]] = {}
     for which, (latent, size) in enumerate(zip(posterior.program.latents, posterior.program.latent_sizes, strict=True)):
         numbered = numbering(posterior, latent)
         if numbered.exchangeable and size > 1:
-            found |= {name: (axis, which) for name, axis in (numbered.axes or {}).items()}
+            for name, axis in (numbered.axes or {}).items():
+                found.setdefault(name, {})[axis] = which
     return found
 
 

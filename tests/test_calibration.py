@@ -412,6 +412,15 @@ def test_programs_and_settings_that_do_not_fit_are_told() -> None:
         location_calibration(num_simulations=5, checkpoint_every=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         location_calibration(num_simulations=5, batch_size=0)
+    for name in ("num_simulations", "batch_size", "checkpoint_every", "num_ranks"):
+        settings: dict[str, Any] = {"num_simulations": 20, name: 10.5}
+        with pytest.raises(TypeError, match=f"{name} must be an integer, not 10.5"):
+            location_calibration(**settings)
+    with pytest.raises(ValueError, match="num_ranks must be at least 2, not 1"):
+        location_calibration(num_simulations=5, num_ranks=1)
+    for false_alarm in (0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"false_alarm is a probability between 0 and 1, not {false_alarm}"):
+            location_calibration(num_simulations=5, false_alarm=false_alarm)
     with pytest.raises(ValueError, match="from 2 to 100, one more than the draws, not 101"):
         location_calibration(num_simulations=5, num_ranks=101)
     with pytest.raises(ValueError, match="undefined is not a number"):

@@ -19,6 +19,7 @@ import pytest
 import scipy.signal
 import torch
 import xarray
+from pyro import poutine
 from torch import Tensor
 
 from mixproof.inference.at_draws import label_invariant
@@ -161,6 +162,72 @@ def test_loo_does_not_depend_on_labels(draws: Draws, posterior: LogPosterior, tr
     assert float(arviz_stats.rhat(other["label_invariant"].to_dataset()).to_array().max()) < 1.01
 
 
+def random_effects(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        effect = pyro.sample("effect", dist.Normal(0.0, 0.1))
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6]).double()), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(loc + 3.0 * z + effect, 1.0), obs=x)
+
+
+def test_loo_is_leaving_one_out_where_rows_have_parameters_of_their_own() -> None:
+    """Exact draws on a grid of the location, the effects integrated out, and of the effects given it."""
+    x = torch.linspace(-1, 4, 20, dtype=torch.float64)
+    grid = torch.linspace(-4, 4, 4001, dtype=torch.float64)
+    shares, shifts = torch.tensor([0.4, 0.6]).double(), torch.tensor([0.0, 3.0]).double()
+    table = shares.log() + dist.Normal(grid[:, None, None] + shifts, 1.01**0.5).log_prob(x[:, None])
+    of_rows = table.logsumexp(2)
+    log_joint = dist.Normal(0.0, 2.0).log_prob(grid) + of_rows.sum(1)
+    truth = log_joint.logsumexp(0) - (log_joint[:, None] - of_rows).logsumexp(0)
+    at = log_joint.softmax(0).multinomial(4000, replacement=True, generator=seeded(1))
+    allocations = table[at].softmax(2).flatten(0, 1).multinomial(1, generator=seeded(2)).reshape(4000, len(x))
+    residuals = x - grid[at, None] - shifts[allocations]
+    noise = torch.randn(4000, len(x), generator=seeded(3), dtype=torch.float64)
+    effects = 0.01 / 1.01 * residuals + (0.01 / 1.01) ** 0.5 * noise
+    draws = Draws({"loc": grid[at].reshape(4, 1000), "effect": effects.reshape(4, 1000, -1)}, {}, {})
+    tree: Any = to_datatree(draws, LogPosterior(random_effects, x), seed=0, num_predictive=0)
+    with pytest.warns(UserWarning, match="given the row's own parameters effect, which have seen x_n in every draw"):
+        found = loo(tree)
+    _, total = importance_error(tree["log_likelihood"]["x"].values)
+    assert abs(found.elpd - float(truth.sum())) < 5 * total
+    assert total < 0.1  # the densities of the effects, left in, would add 25 to the sum of 20 rows
+    of_prior = tree["prior"]["effect"].values
+    assert of_prior.std() == pytest.approx(0.1, rel=5 / (2 * of_prior.size) ** 0.5)
+
+
+@pytest.mark.parametrize("hidden", ["observation", "row"])
+@pytest.mark.filterwarnings("ignore:The inplace keyword")
+def test_masked_rows_are_left_out_of_loo(hidden: str) -> None:
+    """Against the program of the other rows alone."""
+    x = torch.cat([torch.randn(12, generator=seeded(0), dtype=torch.float64) + shift for shift in (-2, 2)])
+    known = torch.arange(24) % 4 > 0
+    masks = {"observation": True, "row": True}
+
+    def program(x: Tensor, masks: dict[str, Any]) -> None:
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2).double(), 3.0).to_event(1))
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(2).double()))
+        with pyro.plate("data", len(x)), poutine.mask(mask=masks["row"]):
+            z = pyro.sample("z", dist.Categorical(shares), infer={"enumerate": "parallel"})
+            with poutine.mask(mask=masks["observation"]):
+                pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+    some, few = LogPosterior(program, x, masks | {hidden: known}), LogPosterior(program, x[known], masks)
+    noise = torch.randn(2, 200, 3, generator=seeded(1), dtype=torch.float64)
+    draws = Draws(few.constrain(0.1 * noise + torch.tensor([-2.0, 2.0, 0.0]).double()), {}, {})
+    settings: Any = {"seed": 0, "num_predictive": 400, "num_prior": 0}
+    tree: Any = to_datatree(draws, some, **settings)
+    expected = to_datatree(draws, few, **settings)
+    assert tree["log_likelihood"]["obs_id"].values.tolist() == known.nonzero()[:, 0].tolist()
+    assert loo(tree).elpd == pytest.approx(loo(expected).elpd, rel=1e-12)
+    assert list(arviz_stats.compare({"some": loo(tree), "few": loo(expected)})["elpd_diff"]) == [0, 0]
+    assert arviz_stats.loo(tree, reff=1.0).elpd == pytest.approx(arviz_stats.loo(expected, reff=1.0).elpd, rel=1e-12)
+    counted: Any = tree.sel(obs_id=tree["log_likelihood"]["obs_id"])
+    assert arviz_stats.loo_pit(counted)["x"].shape == (18,)
+    none = LogPosterior(program, x, masks | {hidden: False})
+    with pytest.raises(ValueError, match="no group log_likelihood, as where all rows are masked"):
+        loo(to_datatree(draws, none, seed=0, num_predictive=0, num_prior=0))
+
+
 def test_draws_are_worth_what_the_densities_of_rows_repeat_one_another() -> None:
     """Of p = exp(1.5 z), z an autoregression of correlation 0.8^k: neither that of log p nor that of the ranks of p."""
     correlation, scale, shape = 0.8, 1.5, (4, 4000, 40)
@@ -292,6 +359,14 @@ def test_a_summary_of_components_that_do_not_agree_warns(draws: Draws, posterior
     agreed = summary(aligned, components=True, round_to="none")
     assert agreed.loc["weights[0]", "mean"] == pytest.approx(float(aligned["posterior"]["weights"][..., 0].mean()))
     assert not agreed.index.duplicated().any()
+    assert [name for name in both.index if not name.startswith("row_")] == list(agreed.index)
+    some = summary(aligned, components=True, var_names=["lp", "weights"], round_to="none")
+    assert list(some.index) == ["lp", "weights[0]", "weights[1]"]
+    assert some.loc["lp"].equals(summary(aligned, var_names="lp", round_to="none").loc["lp"])
+    with pytest.raises(ValueError, match=r"which has lp, .* components=True adds the parameters.*weights"):
+        summary(aligned, var_names=["weights"])
+    with pytest.raises(ValueError, match=r"which has lp, .*, weights, probs: .*weihgts"):
+        summary(aligned, components=True, var_names=["weihgts"])
 
 
 def test_a_parameter_and_a_moment_of_the_rows_are_two_rows_of_a_summary() -> None:
@@ -359,9 +434,12 @@ def test_summands_that_change_places_are_not_aligned_by_their_components() -> No
     settings: Any = {"num_chains": 2, "num_draws": 5, "num_warmup": 2}
     draws = gibbs(gaussian_sum, x, prior, num_components=(2, 2), generator=seeded(1), **settings)
     for latent in "kl":
+        tree = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
+        with pytest.warns(UserWarning, match=r"not aligned.*use align\(\)"):
+            summary(tree, components=True)
         draws = align(draws, posterior, latent=latent)
     tree = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
-    with pytest.warns(UserWarning, match="align"):
+    with pytest.warns(UserWarning, match=r"whole latents may change places.*align\(\) does not treat"):
         summary(tree, components=True)
 
 
@@ -400,12 +478,17 @@ def test_a_factor_is_no_observation() -> None:
     tree = to_datatree(draws, posterior, seed=0, num_predictive=3, num_prior=0)
     for group in ("observed_data", "posterior_predictive", "log_likelihood"):
         assert list(tree[group].data_vars) == ["x"]
+    with pytest.warns(UserWarning, match=r"density of extra, .* no groups prior and prior_predictive"):
+        assert "prior" not in to_datatree(draws, posterior, seed=0, num_predictive=0).children
 
 
 def test_names_of_axes_can_be_given(draws: Draws, posterior: LogPosterior) -> None:
     names = {"probs": ["type", "symptom"]}
     tree = to_datatree(draws, posterior, seed=1, num_predictive=0, num_prior=0, dims=names)
     assert tree["posterior"]["probs"].dims == ("chain", "draw", "type", "symptom")
+    assert tree["label_invariant"]["probs_sorted"].dims == ("chain", "draw", "rank", "symptom")
+    with pytest.raises(ValueError, match="dims names the axes of prbos, and the parameters are weights, probs"):
+        to_datatree(draws, posterior, seed=1, dims={"prbos": ["type", "symptom"]})
 
 
 def test_draws_of_another_program_are_refused(draws: Draws, exact: ExactPosterior) -> None:

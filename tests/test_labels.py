@@ -25,12 +25,14 @@ from mixproof.inference.at_draws import (
     log_likelihood_and_label_invariant,
     responsibilities,
 )
+from mixproof.inference.datatree import to_datatree
 from mixproof.inference.draws import Draws
 from mixproof.inference.exchangeability import component_axes, numbering, permute
 from mixproof.inference.labels import align
 from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.quantities import Quantities
 from mixproof.models import bernoulli, gaussian_full, gaussian_tied
-from tests.conftest import Case
+from tests.conftest import Case, seeded
 
 
 def with_equal_components(prior: Any) -> Any:
@@ -287,6 +289,29 @@ def test_rows_count_as_often_as_the_program_says(draws: Draws, posterior: LogPos
     assert torch.allclose(found["log_likelihood"], counted.sum(-1), rtol=1e-13)
 
 
+def test_the_density_of_the_parameters_of_a_row_is_no_likelihood() -> None:
+    """Against p(x_n | b_n) = sum_z p(z | b_n) p(x_n | b_n, z), where z enters the densities of both."""
+
+    def program(x: Tensor) -> None:
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.25, 0.75]).double()), infer={"enumerate": "parallel"})
+            b = pyro.sample("b", dist.Normal(2.0 * z, 1.0))
+            pyro.sample("x", dist.Normal(b + shift * z, 1.0), obs=x)
+
+    shift, b = (torch.randn(*shape, generator=seeded(1), dtype=torch.float64) for shape in [(2, 3), (2, 3, 6)])
+    draws = Draws({"shift": shift, "b": b}, {}, {})
+    rows, found = log_likelihood_and_label_invariant(draws, LogPosterior(program, X))
+    weights, z = torch.tensor([0.25, 0.75]).double(), torch.tensor([0.0, 1.0]).double()
+    before = weights * dist.Normal(2 * z, 1.0).log_prob(b[..., None]).exp()
+    given = dist.Normal(b[..., None] + shift[..., None, None] * z, 1.0).log_prob(X[:, None]).exp()
+    expected = ((before / before.sum(-1, keepdim=True)) * given).sum(-1).log()
+    assert torch.allclose(rows, expected, rtol=1e-12)
+    assert torch.allclose(found["log_likelihood"], expected.sum(-1), rtol=1e-12)
+    prior = dist.Normal(0.0, 1.0).log_prob(shift) + before.sum(-1).log().sum(-1)
+    assert torch.allclose(found["lp"], prior + expected.sum(-1), rtol=1e-12)
+
+
 def test_empty_components_are_counted_for_each_latent(all_families: list[Case]) -> None:
     case = next(case for case in all_families if case.name == "gaussian_sum")
     posterior = LogPosterior(case.program(3), case.data(0, 9))
@@ -322,6 +347,56 @@ def test_invariant_quantities_are_invariant(draws: Draws, posterior: LogPosterio
     for name, value in before.items():
         assert torch.allclose(after[name], value, rtol=1e-11), name
     assert torch.allclose(co_clustering(posterior, switched.params), co_clustering(posterior, draws.params), rtol=1e-12)
+
+
+def crossed(x: Tensor, concentration: Tensor) -> None:
+    """Two latents index the locations together, the second latent's components on the first axis."""
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(3, 2), 3.0).to_event(2))
+    shares = pyro.sample("shares", dist.Dirichlet(torch.ones(2)))
+    others = pyro.sample("others", dist.Dirichlet(concentration))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(shares), infer={"enumerate": "parallel"})
+        t = pyro.sample("t", dist.Categorical(others), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(locs[t, z], 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("concentration", "order", "classes", "dims"),
+    [
+        ([1.0, 1.0, 1.0], [1, 2, 0], [[0, 1, 2]], ["rank_z_t"]),
+        ([1.0, 4.0, 1.0], [2, 1, 0], [[0, 2], [1]], ["rank_z_t"]),
+        ([1.0, 2.0, 4.0], [0, 1, 2], [[0], [1], [2]], ["component_t", "rank_z"]),
+    ],
+)
+def test_a_parameter_of_two_latents_is_sorted_over_both(
+    concentration: list[float], order: list[int], classes: list[list[int]], dims: list[str]
+) -> None:
+    """Those of one class of the second latent's components together, where the first one's may all change places."""
+    model = partial(crossed, concentration=torch.tensor(concentration, dtype=torch.float64))
+    posterior = LogPosterior(model, X)
+    u = torch.randn(2, 20, posterior.size, generator=seeded(0), dtype=torch.float64)
+    draws = Draws(posterior.constrain(u), {}, {})
+    of_z = permute(draws.params, {"locs": 3, "shares": 2}, torch.tensor([1, 0]))
+    switched = draws._replace(params=permute(of_z, {"locs": 2, "others": 2}, torch.tensor(order)))
+    before, after = (label_invariant(each, posterior) for each in (draws, switched))
+    for name, value in before.items():
+        assert torch.allclose(after[name], value, rtol=1e-11), name
+    found = before["locs_sorted"]
+    by_z = found.unflatten(-1, (2, 3)) if found.ndim == 3 else found.mT
+    for members in classes:
+        alone = draws.params["locs"][..., members, :].flatten(2).sort(-1).values
+        assert torch.equal(by_z[..., members].flatten(2), alone)
+    tree: Any = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
+    assert tree["posterior"]["locs"].dims[2:] == ("component_t", "component_z")
+    assert list(tree["label_invariant"]["locs_sorted"].dims[2:]) == dims
+    quantities = Quantities(model, X, seed=0)
+    first, second = (quantities(each.params, X.expand(2, -1)) for each in (draws, switched))
+    if len(classes) == 1:
+        mean = torch.einsum("cstz,csz,cst->cs", *(draws.params[name] for name in ("locs", "shares", "others")))
+        assert torch.allclose(first["weighted mean locs"], mean, rtol=1e-11)
+        assert torch.equal(first["min locs"], draws.params["locs"].amin((2, 3)))
+    for name in first if len(classes) == 1 else {"log likelihood", "min shares"}:
+        assert torch.allclose(second[name], first[name], rtol=1e-11), name
 
 
 @pytest.mark.parametrize("name", ["lp", "log_likelihood", "num_empty_components", "locs_sorted"])
@@ -467,6 +542,7 @@ import resource, torch
 from functools import partial
 from mixproof.inference.at_draws import log_likelihood
 from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.quantities import Quantities
 from mixproof.models import bernoulli
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
