@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import LogJoint, log_joint_table
-from mixproof.inference.exchangeability import exchanges, latent_site, numbering
+from mixproof.inference.exchangeability import exchanges, latent_site, numberings
 from mixproof.inference.log_posterior import LogPosterior
 
 TABLE_ENTRIES = 1 << 22
@@ -172,11 +172,10 @@ def log_likelihood_and_label_invariant(
     found = at_draws(posterior, draws.params, of_rows)
     of_each_row = found.pop("rows")
     axes: dict[str, dict[int, tuple[int, ...]]] = {}
-    for latent in latents:
-        numbered = numbering(posterior, latent)
+    for numbered in numberings(posterior):
         if numbered.some_exchangeable:
-            for site, axis in (numbered.axes or {}).items():
-                axes.setdefault(site, {})[axis] = numbered.classes
+            for site, own in (numbered.axes or {}).items():
+                axes[site] = axes.get(site, {}) | dict.fromkeys(own, numbered.classes)
     partners: dict[str, set[str]] = {site: {site} for site in draws.params}
     for exchange in exchanges(posterior):
         for site, source in exchange.sources.items():

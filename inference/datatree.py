@@ -18,7 +18,7 @@ from torch import Tensor
 from mixproof.inference.at_draws import log_likelihood_and_label_invariant
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import bind, default_dtype_of
-from mixproof.inference.exchangeability import exchanges, numbering
+from mixproof.inference.exchangeability import exchanges, numberings
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 
@@ -291,20 +291,19 @@ def _draw_prior(posterior: LogPosterior, num_draws: int, seed: int) -> dict[str,
 def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, dict[int, str]], set[str], str]:
     """Return by site the names of its axes that number components, those of the names under which some of them may
     change places, and whether the draws agree on labels."""
-    latents = posterior.program.latents
+    is_only = len(posterior.program.latents) == 1
     found: dict[str, dict[int, str]] = {}
-    exchangeable = set()
+    exchangeable: set[str] = set()
     labels = NAMED
-    for latent, size in zip(latents, posterior.program.latent_sizes, strict=True):
-        if size == 1 and len(latents) > 1:  # any axis of length 1 would do
+    for numbered in numberings(posterior):
+        if len(numbered.classes) == 1 and not is_only:  # any axis of length 1 would do
             continue
-        numbered = numbering(posterior, latent)
-        name = "component" if len(latents) == 1 else f"component_{latent}"
-        for site, axis in (numbered.axes or {}).items():
-            found.setdefault(site, {})[axis] = name
+        names = ["component"] if is_only else [f"component_{latent}" for latent in numbered.latents]
+        for site, own in (numbered.axes or {}).items():
+            found[site] = found.get(site, {}) | dict(zip(own, names, strict=False))
         if numbered.some_exchangeable:
-            exchangeable.add(name)
-            aligned = f"relabelled_{latent}" in draws.attributes
+            exchangeable.update(names)
+            aligned = f"relabelled_{numbered.latents[0]}" in draws.attributes
             labels = ALIGNED if aligned and labels != EXCHANGEABLE else EXCHANGEABLE
     if labels != EXCHANGEABLE and len(exchanges(posterior)) > 1:
         labels = SUMMANDS

@@ -26,8 +26,10 @@ ROUNDINGS = 1000
 class Numbering(NamedTuple):
     """Which axes number the components of a program, and whether another numbering is as good."""
 
-    axes: dict[str, int] | None
-    """By site, the axis of its value, of length K, that numbers the components; sites that have none are left out. None
+    latents: tuple[str, ...]
+    """The latents that count these components: one, or those of a chain, which share its states."""
+    axes: dict[str, tuple[int, ...]] | None
+    """By site, the axes of its value, of length K, that number the components; sites that have none are left out. None
     where no choice of axes permutes the components in the likelihood."""
     classes: tuple[int, ...]
     """By component, the least number of those with which it may change places in the likelihood and the prior."""
@@ -43,35 +45,45 @@ class Numbering(NamedTuple):
         return self.axes is not None and len(set(self.classes)) < len(self.classes)
 
 
-def component_axes(posterior: LogPosterior, latent: str | None = None) -> dict[str, int]:
-    """Return which axis of each parameter numbers the exchangeable components of a program, measured by ``numbering``.
+def component_axes(posterior: LogPosterior, latent: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Return which axes of each parameter number the exchangeable components of a program, measured by ``numbering``.
 
     Args:
         posterior: the program with its data.
         latent: the enumerated site that says which component a row is from; None is the only one.
 
     Returns:
-        By site, the axis of its value, of length K, that numbers the components. Sites without one, such as a
-        covariance that all components share, are left out.
+        By site, the axes of its value, of length K, that number the components: one, or both of a transition matrix.
+        Sites without one, such as a covariance that all components share, are left out.
 
     Raises:
         ValueError: the components are not exchangeable; or the program has several latents and none is named, or none
             of that name.
     """
-    axes, classes = found = numbering(posterior, latent)
-    if axes is not None and found.exchangeable:
-        return axes
+    found = numbering(posterior, latent)
+    if found.axes is not None and found.exchangeable:
+        return found.axes
     latent = latent_site(posterior, latent)
     reason = (
         "no choice of axes of their number permutes them in the log joint density of the rows"
-        if axes is None
+        if found.axes is None
         else "the prior or a support tells them apart, so that each has a name of its own"
-        if len(set(classes)) == len(classes)
+        if not found.some_exchangeable
         else "the prior or a support tells some of them apart, though not all"
     )
     raise ValueError(
         f"the {num_values(posterior, latent)} components that {latent} counts are not exchangeable: {reason}"
     )
+
+
+def numberings(posterior: LogPosterior) -> list[Numbering]:
+    """Return the ``numbering`` of each latent of a program, once of those that count the same components."""
+    found: dict[tuple[str, ...], Numbering] = {}
+    for latent in posterior.program.latents:
+        if not any(latent in latents for latents in found):
+            own = numbering(posterior, latent)
+            found[own.latents] = own
+    return list(found.values())
 
 
 def numbering(posterior: LogPosterior, latent: str | None = None) -> Numbering:
@@ -82,7 +94,8 @@ def numbering(posterior: LogPosterior, latent: str | None = None) -> Numbering:
     cycle and a transposition, which generate all K! permutations. Of several choices an exchangeable one is taken; if
     there is none, the transpositions that leave both as they are say which components may change places. The points are
     draws of the prior, where it is proper: far from them the rounding of large log densities would hide small
-    differences between components.
+    differences between components. Where no choice permutes the values of this latent alone, all latents of as many
+    values are permuted together, which may count the same components, as the states of a chain.
 
     Args:
         posterior: the program with its data.
@@ -95,34 +108,48 @@ def numbering(posterior: LogPosterior, latent: str | None = None) -> Numbering:
     latent = latent_site(posterior, latent)
     size = num_values(posterior, latent)
     points = _generic_points(posterior, latent)
+    found = _numbering_of(posterior, (latent,), size, points)
+    together = tuple(each for each in posterior.program.latents if num_values(posterior, each) == size)
+    if found.axes is None and len(together) > 1:
+        of_all = _numbering_of(posterior, together, size, points)
+        found = found if of_all.axes is None else of_all
+    return found
+
+
+def _numbering_of(
+    posterior: LogPosterior, latents: tuple[str, ...], size: int, points: list[tuple[dict[str, Tensor], LogJoint]]
+) -> Numbering:
+    """Return the numbering of the components that latents count together."""
     sites = {site: value.shape for site, value in points[0][0].items()}
-    options = [_candidates(posterior.program.supports[site], shape, size) for site, shape in sites.items()]
+    options = [
+        _candidates(posterior.program.supports[site], shape, size, len(latents)) for site, shape in sites.items()
+    ]
     numbers = torch.arange(size, device=posterior.device)
     permutations = [numbers.roll(1), torch.cat([numbers[:2].flip(0), numbers[2:]])]
     of_likelihood = None
     for choice in itertools.product(*options):
-        axes = {site: axis for site, axis in zip(sites, choice, strict=True) if axis is not None}
+        axes = {site: own for site, own in zip(sites, choice, strict=True) if own}
         exchangeable = True
         for (params, before), permutation in itertools.product(points, permutations):
-            table_agrees, prior_agrees = _symmetries(posterior, latent, params, before, axes, permutation)
+            table_agrees, prior_agrees = _symmetries(posterior, latents, params, before, axes, permutation)
             exchangeable &= prior_agrees
             if not table_agrees:
                 break
         else:
             if exchangeable:
-                return Numbering(axes, (0,) * size)
+                return Numbering(latents, axes, (0,) * size)
             of_likelihood = of_likelihood or axes
     classes = list(range(size))
     if of_likelihood is None or size == 2:
-        return Numbering(of_likelihood, tuple(classes))
+        return Numbering(latents, of_likelihood, tuple(classes))
     for i, j in itertools.combinations(range(size), 2):
         swap = numbers.clone()
         swap[i], swap[j] = j, i
         if classes[j] == j and all(
-            all(_symmetries(posterior, latent, params, before, of_likelihood, swap)) for params, before in points
+            all(_symmetries(posterior, latents, params, before, of_likelihood, swap)) for params, before in points
         ):
             classes[j] = classes[i]
-    return Numbering(of_likelihood, tuple(classes))
+    return Numbering(latents, of_likelihood, tuple(classes))
 
 
 class Exchange(NamedTuple):
@@ -196,21 +223,26 @@ def num_values(posterior: LogPosterior, latent: str) -> int:
     return posterior.program.latent_sizes[posterior.program.latents.index(latent)]
 
 
-def permute(params: Mapping[str, Tensor], axes: Mapping[str, int], permutation: Tensor) -> dict[str, Tensor]:
+def permute(
+    params: Mapping[str, Tensor], axes: Mapping[str, tuple[int, ...]], permutation: Tensor
+) -> dict[str, Tensor]:
     """Return parameters, a value a site, renumbered: component j is the one that was number permutation[j], (K,)."""
-    return {
-        site: value.index_select(axes[site], permutation) if site in axes else value for site, value in params.items()
-    }
+    found = dict(params)
+    for site, own in axes.items():
+        for axis in own:
+            found[site] = found[site].index_select(axis, permutation)
+    return found
 
 
-def _candidates(support: constraints.Constraint, shape: torch.Size, size: int) -> list[int | None]:
-    """Return the axes of a value that may number the components, the first the likeliest, and None for no axis.
+def _candidates(support: constraints.Constraint, shape: torch.Size, size: int, most: int) -> list[tuple[int, ...]]:
+    """Return the axes of a value, ``most`` of them or fewer, that may number the components, the likeliest first.
 
     Rows and columns of a matrix are one index, and permuting one of the two leaves a symmetric matrix not symmetric.
     """
     size_of_event = base_of(support).event_dim
     num_axes = len(shape) - (size_of_event if size_of_event > 1 else 0)
-    return [*(axis for axis in range(num_axes) if shape[axis] == size), None]
+    axes = [axis for axis in range(num_axes) if shape[axis] == size]
+    return [own for number in range(most, -1, -1) for own in itertools.combinations(axes, number)]
 
 
 def _generic_points(posterior: LogPosterior, latent: str) -> list[tuple[dict[str, Tensor], LogJoint]]:
@@ -244,18 +276,19 @@ def _generic_points(posterior: LogPosterior, latent: str) -> list[tuple[dict[str
 
 def _symmetries(
     posterior: LogPosterior,
-    latent: str,
+    latents: tuple[str, ...],
     params: Mapping[str, Tensor],
     before: LogJoint,
-    axes: Mapping[str, int],
+    axes: Mapping[str, tuple[int, ...]],
     permutation: Tensor,
 ) -> tuple[bool, bool]:
-    """Return whether renumbering the axes renumbers the latent in the table, and leaves the prior as it is."""
+    """Return whether renumbering the axes renumbers the latents in the table, and leaves the prior as it is."""
     renumbered = permute(params, axes, permutation)
     after = posterior.log_joint(renumbered)
-    sizes = posterior.program.latent_sizes
-    place = posterior.program.latents.index(latent) + 1
-    table = before.rows.reshape(-1, *sizes).index_select(place, permutation).reshape(before.rows.shape)
+    table = before.rows.reshape(-1, *posterior.program.latent_sizes)
+    for latent in latents:
+        table = table.index_select(posterior.program.latents.index(latent) + 1, permutation)
+    table = table.reshape(before.rows.shape)
     supported = all(bool(posterior.program.supports[site].check(renumbered[site]).all()) for site in axes)
     return _equal(after.rows, table), supported and _equal(after.log_prior, before.log_prior)
 

@@ -72,11 +72,11 @@ def align(
     permutations = permutations[:, values[counts.argmax()].argsort()]  # the numbering of most draws is the one kept
     moved = (permutations != torch.arange(permutations.shape[1], device=permutations.device)).any(1)
     by_chain = permutations.unflatten(0, lp.shape)
-    params = {
-        site: renumber(value, by_chain, axes[site]) if site in axes else value for site, value in draws.params.items()
-    }
+    params = {site: renumber(value, by_chain, axes.get(site, ())) for site, value in draws.params.items()}
     report = {"": method, "_share": float(moved.double().mean()), "_iterations": iterations}
-    attributes = draws.attributes | {f"relabelled_{latent}{name}": value for name, value in report.items()}
+    attributes = draws.attributes | {
+        f"relabelled_{each}{name}": value for each in found.latents for name, value in report.items()
+    }
     return Draws(params, draws.sample_stats, attributes)
 
 
@@ -89,11 +89,13 @@ def assign(agreement: Tensor) -> Tensor:
     return torch.as_tensor(np.stack(found), device=agreement.device)
 
 
-def renumber(value: Tensor, permutations: Tensor, axis: int) -> Tensor:
-    """Return draws (C, S, *shape) with an axis of the shape renumbered by permutations (C, S, K)."""
-    shape = [1] * (value.ndim - 2)
-    shape[axis] = permutations.shape[-1]
-    return value.take_along_dim(permutations.reshape(*permutations.shape[:2], *shape), dim=axis + 2)
+def renumber(value: Tensor, permutations: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return draws (C, S, *shape) with axes of the shape renumbered by permutations (C, S, K)."""
+    for axis in axes:
+        shape = [1] * (value.ndim - 2)
+        shape[axis] = permutations.shape[-1]
+        value = value.take_along_dim(permutations.reshape(*permutations.shape[:2], *shape), dim=axis + 2)
+    return value
 
 
 def _agree(resp: Tensor, classes: Tensor, pivot: int, method: str, max_iterations: int) -> tuple[Tensor, int]:

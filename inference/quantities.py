@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.inference.enumeration import default_dtype_of, inspect, log_joint_table
-from mixproof.inference.exchangeability import numbering
+from mixproof.inference.exchangeability import numberings
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 from mixproof.inference.supports import base_of
@@ -162,11 +162,11 @@ class Quantities:
 def _exchangeable(posterior: LogPosterior) -> dict[str, dict[int, int]]:
     """Return, by site, which of its axes count exchangeable components, and the number of the latent of each."""
     found: dict[str, dict[int, int]] = {}
-    for which, (latent, size) in enumerate(zip(posterior.program.latents, posterior.program.latent_sizes, strict=True)):
-        numbered = numbering(posterior, latent)
-        if numbered.exchangeable and size > 1:
-            for name, axis in (numbered.axes or {}).items():
-                found.setdefault(name, {})[axis] = which
+    for numbered in numberings(posterior):
+        if numbered.exchangeable and len(numbered.classes) > 1:
+            numbers = [posterior.program.latents.index(latent) for latent in numbered.latents]
+            for name, own in (numbered.axes or {}).items():
+                found[name] = found.get(name, {}) | dict(zip(own, numbers, strict=False))
     return found
 
 

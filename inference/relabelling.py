@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mixproof.inference.exchangeability import Exchange, exchanges, numbering
+from mixproof.inference.exchangeability import Exchange, exchanges, numberings
 from mixproof.inference.log_posterior import LogPosterior
 
 MAX_ROUNDS = 50
@@ -47,14 +47,14 @@ class Relabelling:
 
     def __init__(self, posterior: LogPosterior):
         self.posterior = posterior
-        self.axes: list[tuple[Mapping[str, int], int]] = []
-        """For each latent of which some components are exchangeable, the axis of each site that numbers them, and K."""
+        self.axes: list[tuple[Mapping[str, tuple[int, ...]], int]] = []
+        """For latents of which some components are exchangeable, the axes of each site that number them, and K."""
         self.classes: list[Tensor] = []
         """For each of these, (K,), by component, the least number of those with which it may change places."""
         self.exchanges = exchanges(posterior)
         """The orders of these latents; where there is more than one, they are all latents of the program."""
-        for latent, size in zip(posterior.program.latents, posterior.program.latent_sizes, strict=True):
-            found = numbering(posterior, latent)
+        for found in numberings(posterior):
+            size = len(found.classes)
             if found.axes and (found.some_exchangeable or (size == 1 and len(self.exchanges) > 1)):
                 self.axes.append((found.axes, size))
                 self.classes.append(torch.tensor(found.classes, device=posterior.device))
@@ -89,7 +89,7 @@ class Relabelling:
                 chosen = (orders == number).reshape(-1, *[1] * (params[site].ndim - 1))
                 params[site] = torch.where(chosen, before[source], params[site])
         for (axes, size), permutation in zip(self.axes, permutations, strict=True):
-            for site, axis in axes.items():
+            for site, axis in ((site, axis) for site, own in axes.items() for axis in own):
                 value = params[site]
                 index = permutation.reshape(len(u), *[1] * axis, size, *[1] * (value.ndim - axis - 2))
                 params[site] = value.gather(axis + 1, index.expand_as(value))
@@ -170,18 +170,21 @@ class Relabelling:
         """Return what tells components apart at points u (M, P), (M, K, F) for each latent.
 
         These are the parameters of each component without bounds; of a simplex, whose coordinates do not belong to
-        single components, the logarithms.
+        single components, the logarithms; and of a matrix of all pairs of components, its diagonal.
         """
         params = self.posterior.constrain(u)
         features = []
-        for axes, size in self.axes:
+        for axes, _ in self.axes:
             parts = []
-            for site, axis in axes.items():
+            for site, own in axes.items():
                 value = params[site]
-                free = self.posterior.coordinates.transforms[site].inv(value)
-                logs = value.clamp_min(torch.finfo(value.dtype).tiny).log
-                part = free if free.ndim > axis + 1 and free.shape[axis + 1] == size else logs()
-                parts.append(part.movedim(axis + 1, 1).flatten(2) if part.ndim > 2 else part[..., None])
+                part = self.posterior.coordinates.transforms[site].inv(value)
+                if part.shape[1:][: own[-1] + 1] != value.shape[1:][: own[-1] + 1]:
+                    part = value.clamp_min(torch.finfo(value.dtype).tiny).log()
+                part = part.movedim(own[0] + 1, 1)
+                for other in reversed(own[1:]):
+                    part = part.diagonal(dim1=1, dim2=other + 1).movedim(-1, 1)
+                parts.append(part.flatten(2) if part.ndim > 2 else part[..., None])
             features.append(torch.cat(parts, 2))
         return features
 

@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from mixproof.inference.at_draws import log_likelihood, responsibilities
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import log_joint_table
-from mixproof.inference.exchangeability import numbering
+from mixproof.inference.exchangeability import numberings
 from mixproof.inference.labels import assign, renumber
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.supports import at_edge, base_of
@@ -225,13 +225,12 @@ def bootstrap(
     posterior = LogPosterior(partial(family.model, num_components=num_components(params)), x)
     draws = {site: getattr(fits, site)[converged][None] for site in posterior.program.supports}
     fit = {site: getattr(params, site)[None, None] for site in posterior.program.supports}
-    for latent in posterior.program.latents:
-        found = numbering(posterior, latent)
+    for found in numberings(posterior):
         if not found.exchangeable:
             continue
-        target = responsibilities(posterior, fit, latent)[0, 0]
-        permutations = assign(target.mT @ responsibilities(posterior, draws, latent)[0])[None]
-        draws |= {site: renumber(draws[site], permutations, axis) for site, axis in (found.axes or {}).items()}
+        target = responsibilities(posterior, fit, found.latents[0])[0, 0]
+        permutations = assign(target.mT @ responsibilities(posterior, draws, found.latents[0])[0])[None]
+        draws |= {site: renumber(draws[site], permutations, axes) for site, axes in (found.axes or {}).items()}
     attributes = {"engine": f"{method} bootstrap", "num_replicates": num_replicates, "num_failed": num_failed}
     attributes |= {f"relabelled_{latent}": "bootstrap" for latent in posterior.program.latents}
     return Draws(draws, {"lp": log_likelihood(posterior, draws).sum(-1)}, attributes)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from mixproof.inference.at_draws import label_invariant
+from mixproof.inference.datatree import to_datatree
 from mixproof.inference.draws import Draws
 from mixproof.inference.evidence import log_evidence
 from mixproof.inference.exact_evidence import exact_log_evidence
-from mixproof.inference.exchangeability import component_axes, numbering
+from mixproof.inference.exchangeability import Numbering, component_axes, numbering, numberings
 from mixproof.inference.gibbs import gibbs
 from mixproof.inference.hmc import hmc
 from mixproof.inference.labels import align
@@ -161,3 +162,56 @@ def test_draws_in_single_precision_serve_a_program_in_double() -> None:
     assert abs(found.log_evidence - exact_log_evidence(bernoulli, rows, prior, num_components=2)) < 4 * (
         found.standard_error + 1e-3
     )
+
+
+def chain_of_two(x: Tensor) -> None:
+    """Each row holds two steps of a hidden Markov chain: both latents count the same two states."""
+    start = pyro.sample("start", dist.Dirichlet(torch.ones(2)))
+    moves = pyro.sample("moves", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
+    locs = pyro.sample("locs", dist.Normal(0.0, 5.0).expand([2]).to_event(1))
+    with pyro.plate("rows", len(x)):
+        first = pyro.sample("first", dist.Categorical(start), infer={"enumerate": "parallel"})
+        second = pyro.sample("second", dist.Categorical(moves[first]), infer={"enumerate": "parallel"})
+        pyro.sample("x1", dist.Normal(locs[first], 1.0), obs=x[:, 0])
+        pyro.sample("x2", dist.Normal(locs[second], 1.0), obs=x[:, 1])
+
+
+def evidence_of_chain(x: Tensor) -> float:
+    """By the sum over all paths, Dirichlet-multinomial in the starts and moves, normal in the entries of each state."""
+    paths = torch.tensor(list(itertools.product(range(2), repeat=2 * len(x)))).reshape(-1, len(x), 2)
+    visits = torch.nn.functional.one_hot(paths, 2).double()  # (A, N, 2, K)
+    starts = visits[:, :, 0].sum(1)
+    moves = torch.einsum("ani,anj->aij", visits[:, :, 0], visits[:, :, 1])
+    log_joint = dirichlet_multinomial(starts) + dirichlet_multinomial(moves).sum(1)
+    counts, sums = visits.sum((1, 2)), torch.einsum("antk,nt->ak", visits, x)
+    variance = 25.0
+    precision = counts + 1 / variance
+    log_joint += ((sums.square() / precision - precision.log()) / 2 - math.log(variance) / 2).sum(1)
+    return float(log_joint.logsumexp(0) - x.square().sum() / 2 - x.numel() / 2 * math.log(2 * math.pi))
+
+
+def dirichlet_multinomial(counts: Tensor) -> Tensor:
+    """Return the log probability of a sequence with counts (..., 2) under shares that are uniform."""
+    return torch.lgamma(counts + 1).sum(-1) - torch.lgamma(counts.sum(-1) + 2)
+
+
+def test_states_that_two_latents_share_change_places_together() -> None:
+    """Draws of one numbering of the states tell the evidence of both."""
+    states = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 1], [0, 0], [1, 0]])
+    x = 4 * states.double() + torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    posterior = LogPosterior(chain_of_two, x)
+    together = {"start": (0,), "moves": (0, 1), "locs": (0,)}
+    assert numberings(posterior) == [Numbering(("first", "second"), together, (0, 0))]
+    assert Relabelling(posterior).log_count == pytest.approx(math.log(2))
+    draws = hmc(chain_of_two, x, num_chains=8, num_draws=200, num_warmup=200, seed=0)
+    aligned = align(draws, posterior, latent="second")
+    assert {"relabelled_first", "relabelled_second"} <= set(aligned.attributes)
+    trees: Any = [to_datatree(each, posterior, seed=0, num_predictive=0, num_prior=0) for each in (draws, aligned)]
+    assert [tree["posterior"].attrs["component_labels"] for tree in trees] == ["exchangeable", "aligned"]
+    assert trees[0]["posterior"]["moves"].dims[2:] == ("component_first", "component_second")
+    for name in ("start_sorted", "moves_sorted", "locs_sorted"):
+        assert torch.equal(*(torch.as_tensor(tree["label_invariant"][name].values) for tree in trees))
+    exact = evidence_of_chain(x)
+    for found in (log_evidence(chain_of_two, x, seed=0, draws=aligned), log_evidence(chain_of_two, x, seed=0)):
+        assert found.standard_error < 0.1 < math.log(2) / 4
+        assert abs(found.log_evidence - exact) < 4 * found.standard_error

@@ -48,11 +48,11 @@ def with_equal_components(prior: Any) -> Any:
     return prior._replace(**values)
 
 
-def expected_axes(case: Case, latent: str) -> dict[str, int]:
+def expected_axes(case: Case, latent: str) -> dict[str, tuple[int, ...]]:
     """Return the first axis of each parameter whose shape comment in the source starts with K."""
     part = {"k": "x_", "l": "y_"}.get(latent, "") if case.num_weights > 1 else ""
     shared = {"covariance"}
-    return {name: 0 for name in case.free if name.startswith(part) and name not in shared}
+    return {name: (0,) for name in case.free if name.startswith(part) and name not in shared}
 
 
 def test_axes_are_those_of_the_families(case: Case, kind: str) -> None:
@@ -87,7 +87,7 @@ def test_an_asymmetric_prior_is_seen(case: Case) -> None:
     posterior = LogPosterior(case.program(3, prior), case.data(0, 12))
     latent = posterior.program.latents[0]
     if "weights" not in case.free and "x_weights" not in case.free:
-        assert component_axes(posterior, latent) == {"probs": 0}
+        assert component_axes(posterior, latent) == {"probs": (0,)}
         return
     with pytest.raises(ValueError, match="the prior or a support tells them apart"):
         component_axes(posterior, latent)
@@ -183,12 +183,12 @@ def hierarchical(x: Tensor) -> None:
 
 
 def test_axes_need_not_be_first_nor_seen_by_the_rows() -> None:
-    assert component_axes(LogPosterior(hierarchical, X)) == {"prior_scales": 0, "locs": 1}
+    assert component_axes(LogPosterior(hierarchical, X)) == {"prior_scales": (0,), "locs": (1,)}
 
 
 def test_one_component_has_one_name() -> None:
     posterior = LogPosterior(partial(gaussian_tied.model, num_components=1), X[:, None])
-    assert component_axes(posterior) == {"weights": 0, "locs": 0}
+    assert component_axes(posterior) == {"weights": (0,), "locs": (0,)}
 
 
 class ExactPosterior:
@@ -376,8 +376,8 @@ def test_a_parameter_of_two_latents_is_sorted_over_both(
     posterior = LogPosterior(model, X)
     u = torch.randn(2, 20, posterior.size, generator=seeded(0), dtype=torch.float64)
     draws = Draws(posterior.constrain(u), {}, {})
-    of_z = permute(draws.params, {"locs": 3, "shares": 2}, torch.tensor([1, 0]))
-    switched = draws._replace(params=permute(of_z, {"locs": 2, "others": 2}, torch.tensor(order)))
+    of_z = permute(draws.params, {"locs": (3,), "shares": (2,)}, torch.tensor([1, 0]))
+    switched = draws._replace(params=permute(of_z, {"locs": (2,), "others": (2,)}, torch.tensor(order)))
     before, after = (label_invariant(each, posterior) for each in (draws, switched))
     for name, value in before.items():
         assert torch.allclose(after[name], value, rtol=1e-11), name
@@ -412,7 +412,9 @@ def test_a_site_with_the_name_of_another_quantity_is_refused(name: str) -> None:
         label_invariant(Draws(params, {}, {}), posterior)
 
 
-def permuted_at_random(params: dict[str, Tensor], axes: dict[str, int], size: int, seed: int) -> dict[str, Tensor]:
+def permuted_at_random(
+    params: dict[str, Tensor], axes: dict[str, tuple[int, ...]], size: int, seed: int
+) -> dict[str, Tensor]:
     """Renumber the components of each draw on its own, one draw at a time."""
     generator = torch.Generator().manual_seed(seed)
     shape = next(iter(params.values())).shape[:2]
@@ -452,10 +454,7 @@ def test_planted_numberings_are_undone(method: Any) -> None:
     switched = draws._replace(params=permuted_at_random(draws.params, axes, 3, seed=6))
     aligned = align(switched, posterior, method=method)
     for permutation in map(torch.tensor, itertools.permutations(range(3))):
-        named = {
-            site: value.index_select(axes[site] + 2, permutation) if site in axes else value
-            for site, value in aligned.params.items()
-        }
+        named = permute(aligned.params, {site: (axis + 2,) for site, (axis,) in axes.items()}, permutation)
         if all(torch.equal(named[site], value) for site, value in draws.params.items()):
             break
     else:
