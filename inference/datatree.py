@@ -64,6 +64,8 @@ def to_datatree(
         seed: seeds the draws of predictions and of the prior.
         family: the family of the contract whose program it is, for its moments; None leaves them out.
         num_predictive: for about how many draws, evenly spaced in each chain, to predict the data; 0 for none.
+            ``arviz_stats.loo_pit`` and ``plot_loo_pit`` need all: the number of chains times that of draws, each of
+            which takes a few milliseconds and the memory of one data set.
         num_prior: how many draws of the prior and of its predictions; 0 for none. There are none of an improper prior,
             nor, after a warning, of one that includes a density which the program does not draw from.
         dims: names of the axes of a parameter that are to be others, by site.

@@ -170,22 +170,33 @@ def random_effects(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(loc + 3.0 * z + effect, 1.0), obs=x)
 
 
-def test_loo_is_leaving_one_out_where_rows_have_parameters_of_their_own() -> None:
-    """Exact draws on a grid of the location, the effects integrated out, and of the effects given it."""
+@pytest.fixture(scope="module")
+def effects() -> tuple[Any, Tensor, Tensor]:
+    """Return the tree of exact draws of ``random_effects``, log p(x_i | x_-i) and Pr(y_i <= x_i | x_-i) of each row i.
+
+    The location is on a grid, with the effects integrated out, and these are drawn given it.
+    """
     x = torch.linspace(-1, 4, 20, dtype=torch.float64)
     grid = torch.linspace(-4, 4, 4001, dtype=torch.float64)
     shares, shifts = torch.tensor([0.4, 0.6]).double(), torch.tensor([0.0, 3.0]).double()
-    table = shares.log() + dist.Normal(grid[:, None, None] + shifts, 1.01**0.5).log_prob(x[:, None])
+    law = dist.Normal(grid[:, None, None] + shifts, 1.01**0.5)
+    table = shares.log() + law.log_prob(x[:, None])
     of_rows = table.logsumexp(2)
     log_joint = dist.Normal(0.0, 2.0).log_prob(grid) + of_rows.sum(1)
-    truth = log_joint.logsumexp(0) - (log_joint[:, None] - of_rows).logsumexp(0)
-    at = log_joint.softmax(0).multinomial(4000, replacement=True, generator=seeded(1))
-    allocations = table[at].softmax(2).flatten(0, 1).multinomial(1, generator=seeded(2)).reshape(4000, len(x))
+    without = log_joint[:, None] - of_rows
+    below = (without.softmax(0) * (law.cdf(x[:, None]) @ shares)).sum(0)
+    at = log_joint.softmax(0).multinomial(2000, replacement=True, generator=seeded(1))
+    allocations = table[at].softmax(2).flatten(0, 1).multinomial(1, generator=seeded(2)).reshape(2000, len(x))
     residuals = x - grid[at, None] - shifts[allocations]
-    noise = torch.randn(4000, len(x), generator=seeded(3), dtype=torch.float64)
-    effects = 0.01 / 1.01 * residuals + (0.01 / 1.01) ** 0.5 * noise
-    draws = Draws({"loc": grid[at].reshape(4, 1000), "effect": effects.reshape(4, 1000, -1)}, {}, {})
-    tree: Any = to_datatree(draws, LogPosterior(random_effects, x), seed=0, num_predictive=0)
+    noise = torch.randn(2000, len(x), generator=seeded(3), dtype=torch.float64)
+    values = 0.01 / 1.01 * residuals + (0.01 / 1.01) ** 0.5 * noise
+    draws = Draws({"loc": grid[at].reshape(4, 500), "effect": values.reshape(4, 500, -1)}, {}, {})
+    tree = to_datatree(draws, LogPosterior(random_effects, x), seed=0, num_predictive=2000)
+    return tree, log_joint.logsumexp(0) - without.logsumexp(0), below
+
+
+def test_loo_is_leaving_one_out_where_rows_have_parameters_of_their_own(effects: tuple[Any, Tensor, Tensor]) -> None:
+    tree, truth, _ = effects
     with pytest.warns(UserWarning, match="given the row's own parameters effect, which have seen x_n in every draw"):
         found = loo(tree)
     _, total = importance_error(tree["log_likelihood"]["x"].values)
@@ -193,6 +204,13 @@ def test_loo_is_leaving_one_out_where_rows_have_parameters_of_their_own() -> Non
     assert total < 0.1  # the densities of the effects, left in, would add 25 to the sum of 20 rows
     of_prior = tree["prior"]["effect"].values
     assert of_prior.std() == pytest.approx(0.1, rel=5 / (2 * of_prior.size) ** 0.5)
+
+
+def test_predictions_of_all_draws_are_those_of_leaving_one_out(effects: tuple[Any, Tensor, Tensor]) -> None:
+    """A share of 2,000 independent draws has a standard error of at most 0.011, and the weights are close to equal."""
+    tree, _, below = effects
+    found = arviz_stats.loo_pit(tree, random_state=1)["x"].values
+    assert np.abs(found - below.numpy()).max() < 5 * 0.012
 
 
 @pytest.mark.parametrize("hidden", ["observation", "row"])
