@@ -498,7 +498,7 @@ def _errors() -> Iterator[None]:
     """Turn bad input into one sentence on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError, ImportError) as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" in process {rank}"
         Console(stderr=True).print(

@@ -107,7 +107,8 @@ def check_row_weights(weights: Any, x: Tensor, *, first_row: int | None = None) 
 
     Raises:
         TypeError: they are not numbers.
-        ValueError: there is not one for each row, one is negative or not finite, or all of all the data are 0.
+        ValueError: there is not one for each row, one is negative or not finite, their sum overflows, or all of all the
+            data are 0.
     """
     if weights is None:
         return None
@@ -124,6 +125,8 @@ def check_row_weights(weights: Any, x: Tensor, *, first_row: int | None = None) 
         row = int(bad.nonzero()[0])
         value = weights[row].item()
         raise ValueError(f"weights[{first_row + row}] is {value}: a weight must be finite and not negative")
+    if not weights.sum().isfinite():
+        raise ValueError(f"the weights add up to more than {weights.dtype} holds: give them in a larger unit")
     if is_whole and not weights.sum() > 0:
         raise ValueError("all weights are 0: at least one row must count")
     return weights
