@@ -821,7 +821,10 @@ def test_without_arviz_the_command_says_how_to_get_it(eruptions: Path, monkeypat
 
 def test_an_overflow_is_an_error_in_words(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
-    for weight, words in (("1e308", "the weights add up to more than torch.float64 holds"), ("1.4e307", "the log likelihood overflows")):
+    for weight, words in (
+        ("1e308", "the weights add up to more than torch.float64 holds"),
+        ("1.4e307", "the log likelihood overflows"),
+    ):
         rows.write_text("a,b,count\n" + "".join(f"{i / 10},{i % 3},{weight}\n" for i in range(12)))
         result = run("fit", rows, "--family", "gaussian_full", "-k", 1, "--weights", "count", "--starts", 1)
         assert result.exit_code == 2
