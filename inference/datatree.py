@@ -76,7 +76,8 @@ def to_datatree(
         that no numbering of components enters; ``sample_stats``; ``observed_data``; ``posterior_predictive``; ``prior``
         and ``prior_predictive``. The attributes of ``posterior`` say which engine, seed and versions it is from, and in
         ``component_labels`` whether draws agree on them. ``tree.sel(obs_id=tree["log_likelihood"].obs_id)`` leaves
-        masked rows out of the data and predictions too, as ``arviz_stats.loo_pit`` needs it.
+        masked rows out of the data and predictions too, as ``arviz_stats.loo_pit`` needs it. There are no predictions,
+        after a warning, where latents enter both the densities of the rows' own parameters and those of the data.
 
     Raises:
         ImportError: ArviZ is not installed.
@@ -134,7 +135,8 @@ def to_datatree(
         of_rows = {OWN_PARAMETERS: ", ".join(posterior.in_rows)} if posterior.in_rows else {}
         coords = {"obs_id": kept.cpu().numpy()}
         groups["log_likelihood"] = dataset({outcome: rows[..., kept]}, {outcome: ["obs_id"]}, of_rows, coords=coords)
-    if num_predictive > 0:
+    predictable = max(num_predictive, num_prior) > 0 and _predictable(posterior, point)
+    if num_predictive > 0 and predictable:
         num_chains, num_draws = rows.shape[:2]
         step = max(num_draws * num_chains // num_predictive, 1)
         chosen = {site: value[:, ::step] for site, value in draws.params.items()}
@@ -143,8 +145,9 @@ def to_datatree(
         groups["posterior_predictive"] = dataset(predicted, data_dims, {"seed": seed}, coords=coords)
     if num_prior > 0 and (of_prior := _draw_prior(posterior, num_prior, seed)) is not None:
         groups["prior"] = dataset(of_prior, param_dims, {"seed": seed})
-        predicted = _predict(posterior, of_prior, observed, seed + 1)
-        groups["prior_predictive"] = dataset(predicted, data_dims, {"seed": seed + 1})
+        if predictable:
+            predicted = _predict(posterior, of_prior, observed, seed + 1)
+            groups["prior_predictive"] = dataset(predicted, data_dims, {"seed": seed + 1})
     return DataTree.from_dict(groups)
 
 
@@ -255,6 +258,27 @@ def _run(posterior: LogPosterior, model: Any, point: Mapping[str, Tensor]) -> An
     """Return the sites of the program, run at given parameters."""
     with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*posterior.args):
         return poutine.trace(bind(model, point)).get_trace(*posterior.args).nodes
+
+
+def _predictable(posterior: LogPosterior, point: Mapping[str, Tensor]) -> bool:
+    """Return whether the program, run at given parameters, draws data from their law, and warn where it does not.
+
+    It draws latents before the parameters of the rows that depend on them, as if these were not known.
+    """
+    if not posterior.in_rows:
+        return True
+    joint = posterior.log_joint(point)
+    parts = (joint.unobserved - joint.latent, joint.rows - joint.unobserved)  # of the rows' parameters, and of the data
+    if any(torch.allclose(part, part[:, :1].expand_as(part)) for part in parts):
+        return True
+    warnings.warn(
+        f"the rows' own parameters {', '.join(posterior.in_rows)} depend on the latents, and so do the data given "
+        "them: the program run at such parameters draws other latents than theirs, and the tree has no predictions; "
+        "integrate them out of the program",
+        UserWarning,
+        stacklevel=3,
+    )
+    return False
 
 
 def _predict(

@@ -213,6 +213,29 @@ def test_predictions_of_all_draws_are_those_of_leaving_one_out(effects: tuple[An
     assert np.abs(found - below.numpy()).max() < 5 * 0.012
 
 
+@pytest.mark.parametrize("direct", [0.0, 100.0])
+def test_data_are_not_predicted_by_latents_that_the_parameters_of_a_row_contradict(direct: float) -> None:
+    """At effects of 10, which are of the second component, data have the mean 10 + direct; run forwards, 10 + half."""
+
+    def program(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2), infer={"enumerate": "parallel"})
+            effect = pyro.sample("effect", dist.Normal(10.0 * z, 0.1))
+            pyro.sample("x", dist.Normal(loc + effect + direct * z, 1.0), obs=x)
+
+    posterior = LogPosterior(program, torch.randn(4, generator=seeded(0), dtype=torch.float64))
+    values = {"loc": torch.zeros(2, 50).double(), "effect": torch.full((2, 50, 4), 10.0).double()}
+    if direct == 0:
+        tree: Any = to_datatree(Draws(values, {}, {}), posterior, seed=0, num_prior=0)
+        assert float(tree["posterior_predictive"]["x"].mean()) == pytest.approx(10, abs=5 / 400**0.5)
+        return
+    with pytest.warns(UserWarning, match="own parameters effect depend on the latents, .* has no predictions"):
+        tree = to_datatree(Draws(values, {}, {}), posterior, seed=0)
+    assert "prior" in tree.children
+    assert not {"posterior_predictive", "prior_predictive"} & set(tree.children)
+
+
 @pytest.mark.parametrize("hidden", ["observation", "row"])
 @pytest.mark.filterwarnings("ignore:The inplace keyword")
 def test_masked_rows_are_left_out_of_loo(hidden: str) -> None:
