@@ -275,7 +275,8 @@ def log_joint_table(
         if not plates <= own.keys():
             log_prior = log_prior + site["log_prob"].sum()
             continue
-        log_prob = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
+        mask = None if name in program.latents else site["mask"]  # else a masked row would add log K
+        log_prob = scale_and_mask(site["unscaled_log_prob"], 1.0, mask)
         inner = [dim for plate, dim in own.items() if plate not in plates]
         log_prob = log_prob.sum(inner, keepdim=True) if inner else log_prob
         table = table + log_prob

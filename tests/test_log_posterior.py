@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mixproof.inference import captured_graph, log_posterior
 from mixproof.inference.captured_graph import capture
-from mixproof.inference.enumeration import log_joint_table
+from mixproof.inference.enumeration import inspect, log_density, log_joint_table
 from mixproof.inference.evidence import log_evidence
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.models.positive_definite import InverseWishart
@@ -255,6 +255,29 @@ def test_row_weights_count_rows_repeatedly() -> None:
     u = points(weighted, 3)
     for mine, other in zip(weighted(u, powers(3)), repeated(u, powers(3)), strict=True):
         assert_close(mine, other)
+
+
+@pytest.mark.parametrize("mask", [[True, True, False], [False, True, False], [False, False, False]])
+def test_a_masked_row_adds_nothing_to_the_density(mask: list[bool]) -> None:
+    """Its latent has K values of mass 1 together; by Pyro's own sum, and by the program of the other rows."""
+
+    def program(x: Tensor, known: Tensor) -> None:
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2).double(), 3.0).to_event(1))
+        with pyro.plate("data", len(x)), poutine.mask(mask=known):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7]).double()), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+    x, known = torch.tensor([0.0, 1.0, 5.0]).double(), torch.tensor(mask)
+    u = points(LogPosterior(program, x, known), 3)
+    found = LogPosterior(program, x, known)(u, u.new_ones(3))
+    for i, locs in enumerate(u):
+        params = {"locs": locs}
+        expected: Any = dist.Normal(torch.zeros(2).double(), 3.0).log_prob(locs).sum()
+        if known.any():
+            few = x[known], known[known]
+            expected = log_density(program, inspect(program, params, *few), params, *few)
+        assert torch.allclose(found.log_prior[i] + found.log_likelihood[i], expected, rtol=1e-13)
+        assert torch.allclose(log_density(program, inspect(program, params, x, known), params, x, known), expected)
 
 
 @pytest.mark.parametrize("program", [intervals, matrices, shifted_branch], ids=lambda program: program.__name__)
