@@ -61,7 +61,8 @@ def load(path: Path, run: dict[str, Any]) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("run", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            # copies begin where memory of torch's does: products of matrices round by where their numbers lie
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not a checkpoint: {error}. Delete it, or give another file") from error
     expected = json.loads(_as_json(run))

@@ -192,6 +192,15 @@ def test_every_family_resumes_to_the_identical_trace(case: Case, kind: str, tmp_
 # Files that are none, or of another run
 
 
+def test_tensors_come_back_where_products_round_as_before(tmp_path: Path) -> None:
+    """In the file they follow one another; a matrix at an odd address is multiplied in another order."""
+    kept = {"a": torch.zeros(3), "matrix": torch.eye(9, dtype=torch.float64), "odd": torch.zeros(5, dtype=torch.uint8)}
+    checkpoint.save(tmp_path / "state", {}, kept)
+    found = checkpoint.load(tmp_path / "state", {})
+    assert found is not None
+    assert {value.data_ptr() % 64 for value in found.values()} == {kept["matrix"].data_ptr() % 64} == {0}
+
+
 def test_a_start_that_another_machine_rounds_otherwise_is_the_same_start(tmp_path: Path) -> None:
     x, file = rows(), tmp_path / "state"
     interrupted(x, file, 5)

@@ -261,7 +261,7 @@ def test_row_weights_count_rows_repeatedly() -> None:
 def test_a_masked_row_adds_nothing_to_the_density(mask: list[bool]) -> None:
     """Its latent has K values of mass 1 together; by Pyro's own sum, and by the program of the other rows."""
 
-    def program(x: Tensor, known: Tensor) -> None:
+    def program(x: Tensor, known: Any) -> None:
         locs = pyro.sample("locs", dist.Normal(torch.zeros(2).double(), 3.0).to_event(1))
         with pyro.plate("data", len(x)), poutine.mask(mask=known):
             z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7]).double()), infer={"enumerate": "parallel"})
