@@ -71,13 +71,14 @@ class Means:
     def _decide(self, found: Tensor, rows: Tensor, centers: Tensor) -> None:
         """Find by differences the labels of rows (n,) that have none."""
         k = len(centers)
-        doubtful = places((found < 0) | (found >= k))
+        doubtful = places(found != found.clamp(0, k - 1))
         if len(doubtful) > len(self.x) // 8 and self.columns.dtype == torch.float32:
             self._lay_out(torch.float64)
         if len(doubtful):
-            rows = rows[doubtful]
-            found[doubtful] = labels = assign(self.x.index_select(0, rows), centers, 2)
-            self.codes[rows] = (labels + k).to(self.codes)
+            rows = rows.index_select(0, doubtful)
+            labels = assign(self.x.index_select(0, rows), centers, 2)
+            found.index_copy_(0, doubtful, labels)
+            self.codes.index_copy_(0, rows, (labels + k).to(self.codes))
 
     def _products(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (K, D + 1), whose products with columns are squared distances but for the norms of the columns; by how

@@ -39,16 +39,11 @@ def deviations(x: Tensor, labels: Tensor, centers: Tensor, power: int) -> Tensor
     memory = x.new_empty(min(size, len(x)), x.shape[1])
     distances = torch.empty_like(x[:, 0])
     for rows, own, some in zip(x.split(size), labels.split(size), distances.split(size), strict=True):
-        differences = _differences(rows, own, centers, memory)
+        near = torch.index_select(centers, 0, own, out=memory[: len(rows)])
+        differences = torch.sub(rows, near, out=near)
         powers = differences.square_() if power == 2 else differences.abs_()
         some.copy_(powers.double() @ ones)  # a product is much faster than a sum over few features
     return distances
-
-
-def _differences(x: Tensor, labels: Tensor, centers: Tensor, memory: Tensor) -> Tensor:
-    """Return the differences (n, D) of rows from the centres of their clusters, in memory (m, D) for m >= n of them."""
-    own = torch.index_select(centers, 0, labels, out=memory[: len(x)])
-    return torch.sub(x, own, out=own)
 
 
 class Margins:
