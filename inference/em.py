@@ -112,7 +112,6 @@ def em(
         data = _Data(family, x, init, prior, weights, settings, missing=missing, device=device, group=group, bar=bar)
         state = _State(family, data.init, accelerate)
         if file is not None:
-            state.content = data.content()
             state.load(file, data)
             state.save(file, data)  # a disk that takes no file is found before the first pass, not after
         state.begin(data, file)
@@ -150,6 +149,8 @@ class _Sums(NamedTuple):
     num_rows: Tensor
     weight: Tensor
     """Of all rows."""
+    content: Tensor
+    """What tells data from others, in a first pass that a checkpoint asks for it; else nothing, (0,)."""
 
 
 class _Data:
@@ -193,6 +194,10 @@ class _Data:
                 "columns of x": num_features,
                 "type of x": str(self.like.dtype),
             }
+        self._told_apart = bool(settings["checkpoint"])
+        self.content: Tensor | None = None
+        """What tells the data from others where the log likelihood, in float32, is rounded too much to: the number of
+        rows, their weight, and by column the weighted sum of absolute entries, (2 + D,); known after a pass."""
         self.noise = 0.0
         """The relative error of the objective by roundings of the rows' densities that fall independently."""
         self._agree({**self.identity, **settings, "shape of init": [list(value.shape) for value in self.init]})
@@ -217,7 +222,8 @@ class _Data:
             own = self._own_rows(params)
             if not (tentative or torch.isfinite(own.expectation.log_lik)):
                 self._explain(params, step)
-        found, num_rows, weight = all_sum(self.group, own)
+        found, num_rows, weight, content = all_sum(self.group, own)
+        self.content = content if len(content) else self.content
         if not weight > 0:
             raise ValueError("all weights are 0: at least one row must count")
         if step == 0:
@@ -246,25 +252,22 @@ class _Data:
         for block in self._rows:
             num_rows = torch.tensor(len(block.x), dtype=torch.float64, device=self.like.device)
             weight = num_rows if block.weights is None else block.weights.sum(dtype=torch.float64)
-            part = _Sums(expectation(self._observed, params, block.x, block.weights), num_rows, weight)
+            content = self._content_of(block) if self._told_apart and self.content is None else weight.new_zeros(0)
+            part = _Sums(expectation(self._observed, params, block.x, block.weights), num_rows, weight, content)
             total = part if total is None else tree_map(torch.add, total, part)
             self._bar.advance(len(block.x))
         assert total is not None
         return total
 
-    def content(self) -> Tensor:
-        """Return how many rows there are, their weight, and by column the weighted sum of absolute entries, (2 + D,).
-
-        These tell data from others where the log likelihood, in float32, is rounded too much to.
-        """
+    def _content_of(self, block: Block) -> Tensor:
+        """Return the number of rows, their weight and by column the weighted sum of absolute entries, (2 + D,)."""
         total = torch.zeros(2 + self.like.shape[1], dtype=torch.float64, device=self.like.device)
-        with self.together():
-            for piece in self._pieces():
-                x = piece.x.double().abs()
-                weights = torch.ones_like(x[:, 0]) if piece.weights is None else piece.weights.double()
-                numbers = torch.stack([torch.ones_like(weights), weights])
-                total += torch.cat([numbers.sum(1), weights @ x.nan_to_num(0)])
-        return all_sum(self.group, total)
+        for start in range(0, len(block.x), ROWS_AT_ONCE):
+            piece = block.rows(start, start + ROWS_AT_ONCE)
+            weights = torch.ones_like(piece.x[:, 0]) if piece.weights is None else piece.weights
+            numbers = torch.stack([torch.ones_like(weights), weights]).double()
+            total += torch.cat([numbers.sum(1), weights.double() @ piece.x.double().abs().nan_to_num(0)])
+        return total
 
     def falls(self, before: float, after: float) -> bool:
         """Return whether an objective is below another by more than rounding."""
@@ -350,8 +353,8 @@ class _State:
         self.last_change = math.inf
         """Of the objective, by EM's own step; infinite after any other."""
         self._own_step_next = False
-        self.content: Tensor | None = None
-        """Of the data, where the state is kept in a file."""
+        self._content: Tensor | None = None
+        """Of the data of the run that goes on, as its file has it."""
 
     def has_converged(self, data: _Data, rtol: float) -> bool:
         """Return whether EM's own step was the last and changed the objective by no more than a relative ``rtol``.
@@ -389,6 +392,14 @@ class _State:
             CheckpointError: they are not.
         """
         again = data.evaluate(self.point.params, len(self.trace))
+        if self._content is not None and data.content is not None:
+            same = torch.isclose(self._content.to(data.content), data.content, rtol=1e-9, atol=0)
+            names = ["the number of rows", "their weight", *(f"column {d}" for d in range(len(same) - 2))]
+            if different := [name for name, is_same in zip(names, same.tolist(), strict=True) if not is_same]:
+                raise ValueError(
+                    f"{file} belongs to other data or weights, which differ in {', '.join(different[:4])}: delete it, "
+                    "or give another file"
+                )
         if not self.trace:
             self.point = again
         elif data.falls(again.objective, self.point.objective) or data.falls(self.point.objective, again.objective):
@@ -401,7 +412,9 @@ class _State:
         """Write what the next steps depend on."""
         with data.together():
             if is_first(data.group):
-                checkpoints.save(file, self._identity(data), self._tensors())
+                content = self._content if data.content is None else data.content
+                of_data = {} if content is None else {"content": content}
+                checkpoints.save(file, self._identity(data), self._tensors() | of_data)
 
     def _tensors(self) -> dict[str, Tensor]:
         numbers: dict[str, Any] = {
@@ -410,8 +423,6 @@ class _State:
             "last_change": self.last_change,
             "own_step_next": self._own_step_next,
         }
-        if self.content is not None:
-            numbers["content"] = self.content
         if self._accelerator is not None:
             numbers |= {f"accelerator.{name}": value for name, value in self._accelerator.state_dict().items()}
         tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in numbers.items()}
@@ -434,14 +445,7 @@ class _State:
         found = object_of_first(data.group, found)
         if found is None:
             return
-        if self.content is not None:
-            same = torch.isclose(found["content"].to(self.content), self.content, rtol=1e-9, atol=0)
-            names = ["the number of rows", "their weight", *(f"column {d}" for d in range(len(same) - 2))]
-            if different := [name for name, is_same in zip(names, same.tolist(), strict=True) if not is_same]:
-                raise ValueError(
-                    f"{file} belongs to other data or weights, which differ in {', '.join(different[:4])}: delete it, "
-                    "or give another file"
-                )
+        self._content = found.get("content")
         params, image = (
             data.family.Params(*(found[f"{part}.{i}"].to(data.like) for i in range(len(data.init))))
             for part in ("params", "image")
