@@ -293,7 +293,7 @@ def test_log_prior_vanishes_under_mask_and_flat_priors(case: Case) -> None:
     assert_equal_to_rounding(table.logsumexp(-1).sum(), log_likelihood)
     table, log_prior = tabulate(poutine.mask(case.program(prior=prior), mask=False))
     assert log_prior == 0
-    assert (table == 0).all()
+    assert table.logsumexp(-1).abs().max() < 1e-14  # the latents keep their law, of mass 1
 
 
 def test_log_joint_is_the_enumerated_table(case: Case, kind: str) -> None:
