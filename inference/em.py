@@ -396,7 +396,7 @@ class _State:
             same = torch.isclose(self._content.to(data.content), data.content, rtol=1e-9, atol=0)
             names = ["the number of rows", "their weight", *(f"column {d}" for d in range(len(same) - 2))]
             if different := [name for name, is_same in zip(names, same.tolist(), strict=True) if not is_same]:
-                raise ValueError(
+                raise checkpoints.CheckpointError(
                     f"{file} belongs to other data or weights, which differ in {', '.join(different[:4])}: delete it, "
                     "or give another file"
                 )

@@ -238,7 +238,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(what: str, tmp_pa
     options = {"family": gaussian_full, "x": x, "init": start(x), **change}
     if options["init"] is None:
         options["init"] = gaussian_diagonal.init_params(x, 2, torch.Generator().manual_seed(1))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(checkpoint.CheckpointError, match=words):
         em(options.pop("family"), options.pop("x"), options.pop("init"), checkpoint=file, **options)
     after = checkpoint.load(file, {})
     assert content is not None
@@ -261,7 +261,7 @@ def test_float32_data_are_told_apart_below_the_rounding_of_their_likelihood(
     init, file = gaussian_full.init_params(x, 2, seeded(1)), tmp_path / "state"
     em(gaussian_full, x, init, checkpoint=file, rtol=1e-2)
     changed, weights = change(x)
-    with pytest.raises(ValueError, match=f"belongs to other data or weights, which differ in {what}"):
+    with pytest.raises(checkpoint.CheckpointError, match=f"belongs to other data or weights, which differ in {what}"):
         em(gaussian_full, changed, init, weights=weights, checkpoint=file, rtol=1e-2)
 
 
