@@ -23,7 +23,7 @@ from torch import Tensor
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.draws import Draws
 from mixproof.inference.quantities import Quantities, Quantity, simulate
-from mixproof.inference.validation import check_integer
+from mixproof.inference.validation import check_integer, check_probability
 from mixproof.inference.verification.report import Check, Report, conclude
 from mixproof.inference.verification.uniformity import simultaneous_band, uniform
 
@@ -159,8 +159,7 @@ def calibrate(
         check_integer(number, name, 1)
     if num_ranks is not None:
         check_integer(num_ranks, "num_ranks", 2)
-    if not 0 < false_alarm < 1:
-        raise ValueError(f"false_alarm is a probability between 0 and 1, not {false_alarm}: 0.01 is usual")
+    check_probability(false_alarm, "false_alarm")
     generator = torch.Generator().manual_seed(seed)
     simulation_seeds, engine_seeds = torch.randint(2**31, (2, num_simulations), generator=generator).tolist()
     compared = Quantities(model, x, seed=seed, further=quantities)

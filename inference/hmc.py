@@ -29,7 +29,7 @@ from torch import Tensor
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.draws import Draws
 from mixproof.inference.log_posterior import Evaluation, LogPosterior
-from mixproof.inference.validation import as_floating, check_integer
+from mixproof.inference.validation import as_floating, check_integer, check_probability
 
 TARGET_ACCEPTANCE = 0.8
 DIVERGENCE = 1000.0
@@ -206,8 +206,7 @@ def hmc(
     least = {"num_chains": (num_chains, 1), "num_draws": (num_draws, 1), "num_warmup": (num_warmup, 20)}
     for name, (value, bound) in {**least, "checkpoint_every": (checkpoint_every, 1)}.items():
         check_integer(value, name, bound)
-    if not 0 < target_acceptance < 1:
-        raise ValueError(f"target_acceptance must lie between 0 and 1, not {target_acceptance}")
+    check_probability(target_acceptance, "target_acceptance")
     posterior = LogPosterior(model, *args, batched=batched)
     u = None if init is None else coordinates_of(posterior, init, num_chains)
     file = None if checkpoint is None else Path(checkpoint)

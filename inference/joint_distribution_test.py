@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from mixproof.inference.quantities import Quantities, Quantity, Simulation, simulate
+from mixproof.inference.validation import check_integer, check_probability
 from mixproof.inference.verification.report import Check, Report, conclude
 
 Transition = Callable[[dict[str, Tensor], Tensor, torch.Generator], Mapping[str, Tensor]]
@@ -60,12 +61,14 @@ def joint_distribution_test(
         A report of two checks for each quantity of ``Quantities``: the mean share and its spread, with their p-values.
 
     Raises:
-        ValueError: a prior is improper, there are too few chains or steps, the program is not as above, or the
-            transition returns numbers that are not finite.
+        TypeError: a number of chains, steps or draws is not an integer.
+        ValueError: a prior is improper, there are too few chains or steps, ``false_alarm`` is no probability, the
+            program is not as above, or the transition returns numbers that are not finite.
     """
-    if num_chains < 20 or num_steps < 1 or num_reference < 1:
-        sizes = f"{num_chains} chains, {num_steps} steps and {num_reference} reference draws"
-        raise ValueError(f"the test needs at least 20 chains, 1 step and 1 reference draw, and has {sizes}")
+    check_integer(num_chains, "num_chains", 20)
+    check_integer(num_steps, "num_steps", 1)
+    check_integer(num_reference, "num_reference", 1)
+    check_probability(false_alarm, "false_alarm")
     generator = torch.Generator().manual_seed(seed)
     compared = Quantities(model, x, seed=seed, further=quantities)
 

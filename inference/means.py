@@ -10,6 +10,8 @@ from mixproof.inference.nearest import Margins, assign, chunk_size, places, rela
 
 FEW = 1 / 32
 """The share of rows that change at a step below which margins pay: they cost twice what a look does."""
+FEW_FEATURES = 16
+"""Below so many, an operation on rows is faster on one feature after another: torch's loops run over the features."""
 
 
 class Means:
@@ -26,24 +28,33 @@ class Means:
         self.margins, self.settled = Margins(x, 2), False
         self._lay_out(torch.float32)
         self.rows = Workspace(x)
-        self.codes, self.last = self.columns.new_empty(2, self.columns.shape[1])
+        self.codes, self.last = self.centred.new_empty(2, len(self.centred))
 
     def _lay_out(self, dtype: torch.dtype) -> None:
-        """Copy the centred rows, features first, below them ones: operations then run over neighbouring numbers.
+        """Copy the centred rows, beside them ones, and find their squared norms.
 
-        Each core has a lane, (D + 1, M), of rows that follow one another, so that what it writes it reads again.
+        Each core has a lane, (M, D + 1), of rows that follow one another, so that what it writes it reads again.
         """
         num_rows, num_features = self.x.shape
         num_lanes = torch.get_num_threads() if self.x.device.type == "cpu" else 1
-        shape = (num_features + 1, num_lanes, -(-num_rows // num_lanes))
-        lanes = torch.ones(shape, dtype=dtype, device=self.x.device)
-        self.lanes, self.columns = lanes.transpose(0, 1), lanes.flatten(1)
-        self.reach = lanes.new_zeros(())  # the squared norm of the longest column
+        shape = (num_lanes, -(-num_rows // num_lanes), num_features + 1)
+        self.lanes = torch.empty(shape, dtype=dtype, device=self.x.device)
+        self.centred, self.norms = self.lanes.flatten(0, 1), self.lanes.new_empty(num_rows)
+        self.centred[num_rows:] = 0
+        features = self.lanes.new_ones(num_features + 1)
+        features[-1] = 0
         size = max(1, 2**16 // num_features)
-        for columns, rows in zip(self.columns[:-1, :num_rows].split(size, 1), self.x.split(size), strict=True):
-            columns.copy_((rows - self.origin).to(dtype).mT)
-            self.reach = torch.maximum(self.reach, columns.square().sum(0).amax())
-        self.space = Workspace(lanes)
+        parts = (values.split(size) for values in (self.x, self.centred[:num_rows], self.norms))
+        for x, rows, norms in zip(*parts, strict=True):
+            if num_features < FEW_FEATURES:
+                for column, entries, center in zip(rows.unbind(1), x.unbind(1), self.origin, strict=False):
+                    torch.sub(entries, center, out=column)
+            else:
+                rows[:, :-1] = x - self.origin
+            rows[:, -1] = 1
+            torch.mv(rows.square(), features, out=norms)
+        self.reach = self.norms.amax()
+        self.space = Workspace(self.lanes)
 
     def assign(self, centers: Tensor) -> Tensor:
         self.settled = False
@@ -72,7 +83,7 @@ class Means:
         """Find by differences the labels of rows (n,) that have none."""
         k = len(centers)
         doubtful = places(found != found.clamp(0, k - 1))
-        if len(doubtful) > len(self.x) // 8 and self.columns.dtype == torch.float32:
+        if len(doubtful) > len(self.x) // 8 and self.centred.dtype == torch.float32:
             self._lay_out(torch.float64)
         if len(doubtful):
             rows = rows.index_select(0, doubtful)
@@ -81,9 +92,9 @@ class Means:
             self.codes.index_copy_(0, rows, (labels + k).to(self.codes))
 
     def _products(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (K, D + 1), whose products with columns are squared distances but for the norms of the columns; by how
-        much rounding may put one of them off; and numbers (1, K), k and more, of which two exceed any single one."""
-        k, dtype = len(centers), self.columns.dtype
+        """Return (K, D + 1), whose products with rows are squared distances but for the norms of the rows; by how much
+        rounding may put one of them off; and numbers (1, K), k and more, of which two exceed any single one."""
+        k, dtype = len(centers), self.centred.dtype
         location = centers - self.origin
         squares = location.square().sum(1, keepdim=True)
         eps = max(torch.finfo(dtype).eps, torch.finfo(self.x.dtype).eps)
@@ -99,9 +110,9 @@ class Means:
         factors, slack, numbers = self._products(centers)
         factors, numbers = factors.expand(num_lanes, -1, -1), numbers.expand(num_lanes, 1, -1)
         codes = self.codes.view(num_lanes, 1, -1)
-        for columns, some in zip(self.lanes.split(size, 2), codes.split(size, 2), strict=True):
+        for rows, some in zip(self.lanes.split(size, 1), codes.split(size, 2), strict=True):
             n = some.shape[2]
-            table = torch.bmm(factors, columns, out=self.space("table", num_lanes, k, n))
+            table = torch.bmm(factors, rows.mT, out=self.space("table", num_lanes, k, n))
             least = torch.amin(table, 1, keepdim=True, out=self.space("least", num_lanes, 1, n))
             nearest = table.le_(least.add_(slack))
             some.copy_(torch.bmm(numbers, nearest, out=least))
@@ -111,20 +122,18 @@ class Means:
         k, size = len(centers), chunk_size(centers)
         factors, slack, numbers = self._products(centers)
         far = torch.finfo(factors.dtype).max / 4
-        others = torch.ones_like(factors[:1])
-        others[0, -1] = 0  # the row of ones is no feature
         found = torch.empty_like(rows)
         for some, own in zip(rows.split(size), found.split(size), strict=True):
             n = len(some)
-            columns = torch.index_select(self.columns, 1, some, out=self.space("columns", len(self.columns), n))
-            table = torch.mm(factors, columns, out=self.space("table", k, n))
+            centred = torch.index_select(self.centred, 0, some, out=self.space("centred", n, factors.shape[1]))
+            norms = torch.index_select(self.norms, 0, some, out=self.space("norms", n))
+            table = torch.mm(factors, centred.mT, out=self.space("table", k, n))
             least = torch.amin(table, 0, keepdim=True, out=self.space("least", 1, n))
             bound = torch.add(least, slack, out=self.space("bound", 1, n))
             nearest = self.space("nearest", k, n).copy_(table).le_(bound)
             other = torch.amin(table.add_(nearest, alpha=far), 0, keepdim=True, out=self.space("other", 1, n))
             code = torch.mm(numbers, nearest, out=self.space("code", 1, n))
             own.copy_(code[0]).sub_(k)
-            norms = torch.mm(others, columns.square_(), out=self.space("norms", 1, n))
             other = other.add_(norms).sub_(slack).clamp_min_(0).sqrt_()
             self.margins.set(some, bound.add_(norms).sqrt_()[0], other.mul_(code.lt_(2 * k))[0])
         return found
@@ -187,6 +196,8 @@ class Means:
 
 def _sums_by_label(values: Tensor, labels: Tensor, k: int) -> Tensor:
     """Return the sums (K, D) of the values (n, D) of each label (n,)."""
+    if values.device.type == "cpu" and values.shape[1] < FEW_FEATURES:
+        return torch.stack([values.new_zeros(k).index_add_(0, labels, column) for column in values.unbind(1)], 1)
     if values.device.type == "cpu":
         return values.new_zeros(k, values.shape[1]).index_add_(0, labels, values)
     # unlike additions in any order, a product with indicators is the same on every run of a GPU

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 2**17
+CHUNK = 2**18
 """How many numbers a core works on at a time: they fit its cache."""
 
 

@@ -18,7 +18,7 @@ from mixproof.inference.enumeration import default_dtype_of
 from mixproof.inference.hmc import coordinates_of, initial_points
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
-from mixproof.inference.validation import check_integer
+from mixproof.inference.validation import check_integer, check_probability
 
 
 def nuts(
@@ -65,8 +65,7 @@ def nuts(
     sizes = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
     for name, value in {**sizes, "max_tree_depth": max_tree_depth}.items():
         check_integer(value, name, 1)
-    if not 0 < target_acceptance < 1:
-        raise ValueError(f"target_acceptance must lie between 0 and 1, not {target_acceptance}")
+    check_probability(target_acceptance, "target_acceptance")
     posterior = LogPosterior(model, *args)
     if posterior.param_sites:
         raise ValueError(f"Pyro's NUTS takes the param sites {', '.join(posterior.param_sites)} as fixed: use hmc")

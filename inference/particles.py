@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixproof.inference.validation import check_integer
+from mixproof.inference.validation import check_integer, check_probability
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def check_settings(
     for name, (value, smallest) in least.items():
         if value is not None:
             check_integer(value, name, smallest)
-    if efficiency is not None and not 0 < efficiency < 1:
-        raise ValueError(f"efficiency must lie between 0 and 1, not {efficiency}")
+    if efficiency is not None:
+        check_probability(efficiency, "efficiency")
 
 
 def systematic(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:

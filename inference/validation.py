@@ -33,6 +33,16 @@ def check_integer(value: Any, name: str, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
+def check_probability(value: float, name: str) -> None:
+    """Say what is wrong with a setting that must lie between 0 and 1, neither of them included.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+
+
 def check_data(
     x: Any, support: constraints.Constraint | None = None, *, first_row: int = 0, missing: bool = False
 ) -> Tensor:

@@ -419,7 +419,7 @@ def test_programs_and_settings_that_do_not_fit_are_told() -> None:
     with pytest.raises(ValueError, match="num_ranks must be at least 2, not 1"):
         location_calibration(num_simulations=5, num_ranks=1)
     for false_alarm in (0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=f"false_alarm is a probability between 0 and 1, not {false_alarm}"):
+        with pytest.raises(ValueError, match=f"false_alarm must lie between 0 and 1, not {false_alarm}"):
             location_calibration(num_simulations=5, false_alarm=false_alarm)
     with pytest.raises(ValueError, match="from 2 to 100, one more than the draws, not 101"):
         location_calibration(num_simulations=5, num_ranks=101)

@@ -99,8 +99,13 @@ def test_a_transition_that_ignores_the_data_is_refuted() -> None:
 
 
 def test_wrong_settings_and_transitions_are_told() -> None:
-    with pytest.raises(ValueError, match="at least 20 chains"):
+    with pytest.raises(ValueError, match="num_chains must be at least 20, not 19"):
         verdict(sweep, num_chains=19)
+    with pytest.raises(TypeError, match="num_steps must be an integer"):
+        verdict(sweep, num_steps=1.5)
+    for false_alarm in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="false_alarm must lie between 0 and 1"):
+            verdict(sweep, false_alarm=false_alarm)
     with pytest.raises(ValueError, match="values of weights that are not finite"):
         verdict(lambda params, x, generator: {name: value * torch.nan for name, value in params.items()})
 

@@ -323,6 +323,12 @@ def test_columns_that_do_not_fit_raise(columns: Any, match: str) -> None:
         verify_density(normal_density, normal_sample, columns=columns, seed=SEED)
 
 
+def test_a_false_alarm_that_is_no_probability_raises() -> None:
+    for false_alarm in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="false_alarm must lie between 0 and 1"):
+            verify_density(normal_density, normal_sample, false_alarm=false_alarm, seed=SEED)
+
+
 def test_columns_and_support_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="without a support"):
         verify_density(coin_density, coin_sample, support=CUBE, columns=["discrete"] * 4, seed=SEED)

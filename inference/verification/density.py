@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid as log_sigmoid
 
+from mixproof.inference.validation import check_probability
 from mixproof.inference.verification.goodness_of_fit import (
     bridge,
     distribution_function_agrees,
@@ -79,11 +80,12 @@ def verify_density(
         proposal covers too little of the law.
 
     Raises:
-        ValueError: the support has repeated points or is given beside ``columns``, the sampler does not return (N, D),
-            or ``columns`` does not fit its draws.
+        ValueError: the support has repeated points or is given beside ``columns``, ``false_alarm`` is no probability,
+            the sampler does not return (N, D), or ``columns`` does not fit its draws.
     """
     if support is not None and columns is not None:
         raise ValueError("a finite support is discrete: give columns only without a support")
+    check_probability(false_alarm, "false_alarm")
     subject = subject or "the density"
     generator = torch.Generator().manual_seed(seed)
     pilot = draw(sample, NUM_PILOT, generator)  # apart, so that what is fitted to it is independent of the draws

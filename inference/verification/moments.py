@@ -17,6 +17,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from mixproof.inference.validation import check_probability
 from mixproof.inference.verification.report import Check, Report, asserting, conclude
 
 Sampler = Callable[[int, torch.Generator], Tensor]
@@ -81,8 +82,8 @@ def verify_moments(
     Raises:
         ValueError: ``smallest`` or ``false_alarm`` is not in (0, 1), or the sampler does not return (N, D).
     """
-    if not (0 < smallest < 1 and 0 < false_alarm < 1):
-        raise ValueError(f"smallest and false_alarm lie between 0 and 1, got {smallest} and {false_alarm}")
+    check_probability(smallest, "smallest")
+    check_probability(false_alarm, "false_alarm")
     subject = subject or "the moments of the law"
     generator = torch.Generator().manual_seed(seed)
     pilot = draw(sample, NUM_PILOT, generator)

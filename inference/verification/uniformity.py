@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from mixproof.inference.validation import check_probability
 from mixproof.inference.verification.report import Check
 
 BISECTIONS = 40
@@ -39,8 +40,7 @@ def simultaneous_level(num_values: int, num_points: int | None = None, *, probab
     Raises:
         ValueError: the probability is not in (0, 1), or there is no value or evaluation point.
     """
-    if not 0 < probability < 1:
-        raise ValueError(f"the probability lies between 0 and 1, got {probability}")
+    check_probability(probability, "probability")
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
