@@ -27,29 +27,17 @@ from torch import Tensor
 
 from mixproof.inference.means import Means
 from mixproof.inference.medians import Medians
-from mixproof.inference.nearest import deviations
+from mixproof.inference.nearest import Nearest, deviations
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
 from mixproof.inference.validation import as_floating, check_data, check_row_weights
 from mixproof.models.initial import check_num_components
 
 
-class Clusters(Protocol):
-    """Both half-steps on fixed rows, from one to the next."""
+class Centroids(Protocol):
+    """The second half-step on fixed rows, from one to the next."""
 
     objective: Tensor
     """(), J of the labels and centres of the last ``update``."""
-
-    def assign(self, centers: Tensor) -> Tensor:
-        """Return the labels (N,) of the centres (K, D) nearest to the rows."""
-        ...
-
-    def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring up to date the labels of the last call; return which rows (n,) changed, and their labels before."""
-        ...
-
-    def doubt(self, row: int) -> None:
-        """Have the next call ask again for the label of a row, which has been changed from outside."""
-        ...
 
     def update(self, labels: Tensor, centers: Tensor) -> Tensor:
         """Return the centres (K, D) of all rows by their labels (N,); a cluster without weight keeps its centre."""
@@ -65,7 +53,7 @@ class Metric(NamedTuple):
 
     power: int
     """p: the distance of a row from a centre is the sum over d of abs(x_d - mu_d)^p."""
-    clusters: Callable[[Tensor, Tensor], Clusters]
+    centroids: Callable[[Tensor, Tensor], Centroids]
     """What finds the centres, given the rows (N, D) and their weights (N,)."""
     seeds: Callable[[Tensor, int, torch.Generator, Tensor], Tensor]
     """Centres (K, D) to start from, given the rows, K, the source of randomness and the weights."""
@@ -98,7 +86,7 @@ def update(x: Tensor, labels: Tensor, centers: Tensor, metric: Metric, weights: 
         metric: ``SQUARED_EUCLIDEAN`` or ``MANHATTAN``.
         weights: (N,), how often each row counts; None counts each once.
     """
-    return metric.clusters(x, torch.ones_like(x[:, 0]) if weights is None else weights).update(labels, centers)
+    return metric.centroids(x, torch.ones_like(x[:, 0]) if weights is None else weights).update(labels, centers)
 
 
 def lloyd(
@@ -134,7 +122,7 @@ def lloyd(
         k, d = (~centers.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"centers[{k}, {d}] is {centers[k, d].item()}: every starting centre must be finite")
     weights = _check_weights(weights, x, len(centers))
-    clustering = _lloyd(x, weights, centers, metric, metric.clusters(x, weights), max_steps)
+    clustering = _lloyd(x, weights, centers, metric, Nearest(x, metric.power), metric.centroids(x, weights), max_steps)
     _warn_unless_converged(clustering)
     return clustering
 
@@ -227,9 +215,9 @@ def _best_start(
     weights = _check_weights(weights, x, k)
     if num_starts < 1:
         raise ValueError(f"num_starts must be at least 1, not {num_starts}")
-    clusters = metric.clusters(x, weights)
+    nearest, centroids = Nearest(x, metric.power), metric.centroids(x, weights)
     starts = (
-        _lloyd(x, weights, metric.seeds(x, k, generator, weights), metric, clusters, max_steps)
+        _lloyd(x, weights, metric.seeds(x, k, generator, weights), metric, nearest, centroids, max_steps)
         for _ in range(num_starts)
     )
     return min(starts, key=lambda clustering: clustering.objective[-1].item())
@@ -245,24 +233,30 @@ def _check_weights(weights: Tensor | None, x: Tensor, k: int) -> Tensor:
 
 
 def _lloyd(
-    x: Tensor, weights: Tensor, centers: Tensor, metric: Metric, clusters: Clusters, max_steps: int
+    x: Tensor,
+    weights: Tensor,
+    centers: Tensor,
+    metric: Metric,
+    nearest: Nearest,
+    centroids: Centroids,
+    max_steps: int,
 ) -> Clustering:
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, not {max_steps}")
-    k, labels = len(centers), clusters.assign(centers)
+    k, labels = len(centers), nearest.assign(centers)
     weighed = bool((weights > 0).all())
 
     def reassign(centers: Tensor) -> tuple[Tensor, Tensor]:
-        rows, before = clusters.reassign(labels, centers)
+        rows, before = nearest.reassign(labels, centers)
         if weighed:
             return rows, before
         count = weights[rows] > 0  # the others move nothing
         return rows[count], before[count]
 
-    _fill_empty_clusters(x, weights, labels, centers, metric, clusters, 1)
-    centers = clusters.update(labels, centers)
+    _fill_empty_clusters(x, weights, labels, centers, metric, nearest, centroids, 1)
+    centers = centroids.update(labels, centers)
     counts = _counts(labels, weights, k)
-    first, size = clusters.objective, centers.abs().amax(0)
+    first, size = centroids.objective, centers.abs().amax(0)
     if not first.isfinite():
         raise ValueError(f"the objective overflows {x.dtype}: rescale x, whose largest entry is {x.abs().max():.3g}")
     if metric.power == 2 and first < weights.sum() * x.shape[1] * torch.finfo(x.dtype).tiny:
@@ -271,25 +265,25 @@ def _lloyd(
     for step in range(2, max_steps + 2):
         rows, before = reassign(centers)
         if not len(rows):  # clear the rounding that the moves have gathered before the last word
-            centers = clusters.update(labels, centers)
+            centers = centroids.update(labels, centers)
             rows, before = reassign(centers)
         if not len(rows) or step > max_steps:
             break
         counts += labels.index_select(0, rows).bincount(minlength=k) - before.bincount(minlength=k)
         if counts.all():
-            centers, fall = clusters.move(rows, before, labels, centers)
+            centers, fall = centroids.move(rows, before, labels, centers)
         else:
             objective = weights @ deviations(x, labels.index_copy(0, rows, before), centers, metric.power)
-            _fill_empty_clusters(x, weights, labels, centers, metric, clusters, step)
-            centers = clusters.update(labels, centers)
+            _fill_empty_clusters(x, weights, labels, centers, metric, nearest, centroids, step)
+            centers = centroids.update(labels, centers)
             counts = _counts(labels, weights, k)
-            fall = objective - clusters.objective
+            fall = objective - centroids.objective
         falls.append(fall)
         size = torch.maximum(size, centers.abs().amax(0))
     converged = not len(rows)
     if not converged:
         labels[rows] = before
-        centers = clusters.update(labels, centers)
+        centers = centroids.update(labels, centers)
     last = (weights * deviations(x, labels, centers, metric.power)).sum()
     later = torch.stack([*falls, torch.zeros_like(last)]).flip(0).cumsum(0).flip(0)  # from each step to the last
     _raise_unless_sum(x, weights, metric, size, first, later[0], last, len(falls) + 1)
@@ -337,7 +331,14 @@ def _counts(labels: Tensor, weights: Tensor, k: int) -> Tensor:
 
 
 def _fill_empty_clusters(
-    x: Tensor, weights: Tensor, labels: Tensor, centers: Tensor, metric: Metric, clusters: Clusters, step: int
+    x: Tensor,
+    weights: Tensor,
+    labels: Tensor,
+    centers: Tensor,
+    metric: Metric,
+    nearest: Nearest,
+    centroids: Centroids,
+    step: int,
 ) -> None:
     """Leave no cluster empty: each empty one takes the row farthest from its own centre.
 
@@ -346,7 +347,7 @@ def _fill_empty_clusters(
     """
     k = len(centers)
     while len(empty := (_counts(labels, weights, k) == 0).nonzero()):
-        centers = clusters.update(labels, centers)
+        centers = centroids.update(labels, centers)
         distances = deviations(x, labels, centers, metric.power).where(weights > 0, 0)
         farthest = int(distances.argmax())
         if distances[farthest] == 0:
@@ -361,7 +362,7 @@ def _fill_empty_clusters(
             stacklevel=4,
         )
         labels[farthest] = cluster
-        clusters.doubt(farthest)
+        nearest.doubt(farthest)
 
 
 def _warn_unless_converged(clustering: Clustering) -> None:

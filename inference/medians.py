@@ -1,4 +1,4 @@
-"""The medians of clusters: both half-steps of K-medians on fixed rows."""
+"""The medians of clusters: the second half-step of K-medians on fixed rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixproof.inference.nearest import Margins, chunk_size, deviations, places, relabel
+from mixproof.inference.nearest import deviations, places
 
 
 class Medians:
@@ -33,32 +33,6 @@ class Medians:
         self.unit = 2.0 ** -(exponent // 2), 2.0 ** -(exponent - exponent // 2)
         scaled = weights.double() * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)  # 2^1133 overflows
         self.mass = torch.where(weights > 0, scaled.round().clamp_min(1), 0).long()
-        self.margins = Margins(x, 1)
-
-    def assign(self, centers: Tensor) -> Tensor:
-        self.margins.start(centers)
-        labels = torch.zeros_like(self.mass)
-        self.reassign(labels, centers)
-        return labels
-
-    def reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        k, size, rows = len(centers), chunk_size(centers), self.margins.used_up(centers)
-        rounding = 4 * (centers.shape[1] + 8) * torch.finfo(centers.dtype).eps
-        far = torch.finfo(centers.dtype).max / 4
-        rank = torch.arange(k, 0, -1, dtype=centers.dtype, device=centers.device)[:, None]  # the highest is the first's
-        ones = torch.ones_like(rank.mT)
-        found = torch.empty_like(rows)
-        for some, own in zip(rows.split(size), found.split(size), strict=True):
-            table = torch.cdist(centers, self.x.index_select(0, some), p=1)
-            least = table.amin(0, keepdim=True)
-            nearest = table.clone().le_(least)
-            other = table.add_(nearest, alpha=far).amin(0).where((ones @ nearest)[0] == 1, 0)
-            own.copy_(nearest.mul_(rank).amax(0)).neg_().add_(k)
-            self.margins.set(some, least[0], other.double() * (1 - rounding))
-        return relabel(labels, rows, found)
-
-    def doubt(self, row: int) -> None:
-        self.margins.doubt(row)
 
     def update(self, labels: Tensor, centers: Tensor) -> Tensor:
         self.table = labels.new_zeros(*centers.shape, self.num_blocks)  # mass
@@ -104,9 +78,9 @@ class Medians:
         return torch.where(total[..., 0] > 0, found.sum(-1).view_as(centers) / 2, centers)
 
     def _fall(self, labels: Tensor, centers: Tensor, medians: Tensor) -> Tensor | None:
-        """Return by how much J falls on the way from centres (K, D) to the medians; None if a pass over all rows is less.
+        """Return by how much J falls from centres (K, D) to the medians, or None where a pass over all rows is less.
 
-        A row on one side of both comes closer by the length of the way, or goes as far away; those between are asked.
+        A row that is not between an old and a new entry comes closer by what lies between, or moves away by it.
         """
         num_rows, k = len(labels), len(centers)
         old, new = (values.mT.contiguous() for values in (centers, medians))  # (D, K)
@@ -119,7 +93,9 @@ class Medians:
             return None
         cells = torch.arange(len(lengths), device=labels.device).repeat_interleave(lengths, output_size=total)
         ends = lengths.cumsum(0)
-        positions = torch.arange(total, device=labels.device) + (first.flatten() - ends + lengths).index_select(0, cells)
+        positions = torch.arange(total, device=labels.device) + (first.flatten() - ends + lengths).index_select(
+            0, cells
+        )
         positions += cells // k * num_rows
         rows = self.order.view(-1).index_select(0, positions)
         mine = places(labels.index_select(0, rows) == cells % k)

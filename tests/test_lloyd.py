@@ -28,7 +28,7 @@ from mixproof.inference.lloyd import (
 )
 from mixproof.inference.means import Means
 from mixproof.inference.medians import Medians
-from mixproof.inference.nearest import assign, deviations
+from mixproof.inference.nearest import Nearest, assign, deviations
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
 from tests.conftest import seeded
 
@@ -511,11 +511,8 @@ def plain_lloyd(x: Tensor, centers: Tensor, metric: Metric) -> tuple[Tensor, Ten
 FEW = pytest.mark.parametrize("few", [0.0, 1 / 32, 2.0], ids=["never by margins", "late by margins", "by margins"])
 
 
-@pytest.mark.parametrize(
-    ("metric", "few"),
-    [(SQUARED_EUCLIDEAN, 0.0), (SQUARED_EUCLIDEAN, 1 / 32), (SQUARED_EUCLIDEAN, 2.0), (MANHATTAN, 0.0)],
-    ids=["means, never by margins", "means, late by margins", "means, by margins", "medians"],
-)
+@METRICS
+@FEW
 @pytest.mark.parametrize("chunk", [1, 7, 2**18])
 @pytest.mark.parametrize(("offset", "dtype"), [(0.0, torch.float64), (1e8, torch.float64), (0.0, torch.float32)])
 @pytest.mark.parametrize("num_features", [1, 2, 9])
@@ -529,7 +526,7 @@ def test_steps_over_few_rows_are_those_over_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mixproof.inference.nearest.CHUNK", chunk)
-    monkeypatch.setattr("mixproof.inference.means.FEW", few)
+    monkeypatch.setattr("mixproof.inference.nearest.FEW", few)
     x = blobs(5, 240, num_features, 3)
     x[::3] = x[::3] * 0.5 + 1  # wide and overlapping
     x = (torch.cat([x, x[:40]]) + offset).to(dtype)
@@ -554,36 +551,37 @@ def test_labels_are_those_of_all_distances_wherever_the_centres_go(
 ) -> None:
     """Also at ties, which the rule breaks in favour of the first centre, and between equal rows and equal centres."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mixproof.inference.means.FEW", few)
+        patch.setattr("mixproof.inference.nearest.FEW", few)
         _follow_the_centres(metric, *problem, seed)
 
 
 def _follow_the_centres(metric: Metric, x: Tensor, centers: Tensor, seed: int) -> None:
-    clusters, generator = metric.clusters(x, torch.ones_like(x[:, 0])), seeded(seed)
-    labels = clusters.assign(centers)
+    nearest, generator = Nearest(x, metric.power), seeded(seed)
+    labels = nearest.assign(centers)
     assert torch.equal(labels, assign(x, centers, metric.power))
     for scale in (0.0, 1e-16, 1e-3, 1.0, 1.0, 0.1):
         before = labels.clone()
         centers = centers + scale * torch.randn(centers.shape, generator=generator, dtype=torch.float64).round(
             decimals=1
         )
-        rows, old = clusters.reassign(labels, centers)
+        rows, old = nearest.reassign(labels, centers)
         assert torch.equal(labels, assign(x, centers, metric.power))
         assert torch.equal(rows, (labels != before).nonzero()[:, 0])
         assert torch.equal(old, before[rows])
 
 
+@METRICS
 @pytest.mark.parametrize(("num_rows", "num_threads"), [(1001, 2), (1001, 3), (5, 4), (5, 8)])
-def test_every_row_has_its_label_on_several_cores(num_rows: int, num_threads: int) -> None:
+def test_every_row_has_its_label_on_several_cores(metric: Metric, num_rows: int, num_threads: int) -> None:
     """Each core has a lane of rows, the last of which is not full, or is empty."""
     x, before = blobs(5, 1002, 3, 3)[-num_rows:], torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        clusters = Means(x, torch.ones_like(x[:, 0]))
-        labels = clusters.assign(x[:3])
-        assert torch.equal(labels, assign(x, x[:3], SQUARED_EUCLIDEAN.power))
-        rows, _ = clusters.reassign(labels, x[-3:])
-        assert torch.equal(labels, assign(x, x[-3:], SQUARED_EUCLIDEAN.power))
+        nearest = Nearest(x, metric.power)
+        labels = nearest.assign(x[:3])
+        assert torch.equal(labels, assign(x, x[:3], metric.power))
+        rows, _ = nearest.reassign(labels, x[-3:])
+        assert torch.equal(labels, assign(x, x[-3:], metric.power))
         assert 0 <= rows.min() <= rows.max() < num_rows
     finally:
         torch.set_num_threads(before)
@@ -594,43 +592,46 @@ def test_means_are_exact_wherever_the_centres_were(far: float) -> None:
     """The rows are multiples of 2^-20 about 0, so that their sums are exact; the centres come from far off."""
     x = (torch.randn(1000, 2, generator=seeded(0), dtype=torch.float64) * 2**20).round() / 2**20
     labels = torch.arange(1000) % 3
-    clusters = Means(x, torch.ones_like(x[:, 0]))
-    found = clusters.update(labels, torch.full((3, 2), far, dtype=torch.float64))
+    means_of = Means(x, torch.ones_like(x[:, 0]))
+    found = means_of.update(labels, torch.full((3, 2), far, dtype=torch.float64))
     means = torch.stack([x[labels == k].sum(0) / (labels == k).sum() for k in range(3)])
     torch.testing.assert_close(found, means, rtol=1e-13, atol=1e-15)
-    torch.testing.assert_close(clusters.objective, (x - means[labels]).square().sum(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(means_of.objective, (x - means[labels]).square().sum(), rtol=1e-13, atol=0)
 
 
 def test_labels_that_nothing_vouches_for_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted faults that the test above would see: no second look where rounding decides, and gaps too wide."""
     x = torch.arange(10, dtype=torch.float64)[:, None]
-    monkeypatch.setattr("mixproof.inference.means.FEW", 2.0)
-    for clusters in (Means(x, torch.ones(10)), Medians(x, torch.ones(10))):
-        labels = clusters.assign(x[[0, 9]])
+    monkeypatch.setattr("mixproof.inference.nearest.FEW", 2.0)
+    for power in (1, 2):
+        nearest = Nearest(x, power)
+        labels = nearest.assign(x[[0, 9]])
         for _ in range(2):
-            clusters.reassign(labels, x[[0, 9]])
-        clusters.margins.safe_until += 10
-        clusters.reassign(labels, x[[0, 5]])
-        assert not torch.equal(labels, assign(x, x[[0, 5]], clusters.margins.power))
-    monkeypatch.setattr(Means, "_decide", lambda *args: None)
-    assert not torch.equal(Means(x, torch.ones(10)).assign(x[[0, 8]]), assign(x, x[[0, 8]], SQUARED_EUCLIDEAN.power))
+            nearest.reassign(labels, x[[0, 9]])
+        nearest.margins.safe_until += 10
+        nearest.reassign(labels, x[[0, 5]])
+        assert not torch.equal(labels, assign(x, x[[0, 5]], power))
+    monkeypatch.setattr(Nearest, "_decide", lambda *args: None)
+    for power in (1, 2):
+        assert not torch.equal(Nearest(x, power).assign(x[[0, 8]]), assign(x, x[[0, 8]], power))
 
 
+@METRICS
 @FEW
 @pytest.mark.parametrize("outlier", [1e2, 1e5, 1e20, 1e150])
-def test_an_outlier_blurs_no_label(outlier: float, few: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outlier_blurs_no_label(metric: Metric, outlier: float, few: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what single precision is relative to: the rows that it can tell apart become none."""
-    monkeypatch.setattr("mixproof.inference.means.FEW", few)
+    monkeypatch.setattr("mixproof.inference.nearest.FEW", few)
     x = torch.randn(1000, 3, generator=seeded(0), dtype=torch.float64)
     x[0] = outlier
-    clusters, labels = Means(x, torch.ones_like(x[:, 0])), torch.full((1000,), -1)
+    nearest, labels = Nearest(x, metric.power), torch.full((1000,), -1)
     for seed in range(5):
         centers = torch.randn(5, 3, generator=seeded(seed), dtype=torch.float64)
         if seed == 0:
-            labels = clusters.assign(centers)
+            labels = nearest.assign(centers)
         else:
-            clusters.reassign(labels, centers)
-        assert torch.equal(labels, assign(x, centers, SQUARED_EUCLIDEAN.power))
+            nearest.reassign(labels, centers)
+        assert torch.equal(labels, assign(x, centers, metric.power))
 
 
 # Row weights
