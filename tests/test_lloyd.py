@@ -587,6 +587,35 @@ def test_every_row_has_its_label_on_several_cores(metric: Metric, num_rows: int,
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("decimals", [1, 12])
+def test_the_objective_about_medians_follows_from_the_rows_between_them(
+    decimals: int, weighted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where many rows lie on a median, and where it lies between two."""
+    x = (100 + torch.randn(4000, 3, generator=seeded(0), dtype=torch.float64)).round(decimals=decimals).to(dtype)
+    weights = torch.rand(4000, generator=seeded(1), dtype=torch.float64).sub(0.2).clamp_min(0).to(dtype)
+    medians = Medians(x, weights := weights if weighted else torch.ones_like(weights))
+    labels = torch.randint(3, (4000,), generator=seeded(2))
+    centers, looks = medians.update(labels, x[:3]), []
+
+    def counted(rows: Tensor, labels: Tensor, centers: Tensor, power: int) -> Tensor:
+        looks.append(len(rows))
+        return deviations(rows, labels, centers, power)
+
+    monkeypatch.setattr("mixproof.inference.medians.deviations", counted)
+    for step in range(20):
+        rows = torch.arange(step, 4000, 97)
+        before = labels[rows]
+        labels[rows] = (before + 1 + step % 2) % 3
+        centers = medians.move(rows, before, labels, centers)[0]
+        expected = weights.double() @ deviations(x.double(), labels, centers.double(), 1)
+        tolerance = 64 * torch.finfo(dtype).eps
+        torch.testing.assert_close(medians.objective.double(), expected, rtol=tolerance, atol=0)
+    assert max(looks) < 100
+
+
 @pytest.mark.parametrize("far", [0.0, 1e3, 1e12])
 def test_means_are_exact_wherever_the_centres_were(far: float) -> None:
     """The rows are multiples of 2^-20 about 0, so that their sums are exact; the centres come from far off."""
