@@ -179,15 +179,9 @@ FRONT_DOORS: dict[str, Callable[[Tensor, Any, Any], Any]] = {
     ),
     "tempered gibbs": lambda x, start, prior: few_draws(x, prior, temperatures=(1.0, 0.5)).params,
     "relabelled gibbs": lambda x, start, prior: few_draws(x, prior, relabel=True).params,
-    "hmc": lambda x, start, prior: hmc(model_under(prior), x, num_chains=4, num_draws=2, num_warmup=20, seed=0).params,
     "nuts": lambda x, start, prior: nuts(model_under(prior), x, num_chains=1, num_draws=2, num_warmup=3, seed=0).params,
     "exact evidence": lambda x, start, prior: exact_log_evidence(gaussian_full, x[:6], prior, num_components=2),
-    "smc": lambda x, start, prior: log_evidence(
-        model_under(prior), x[:8], method="smc", seed=0, num_replicates=4, num_chains=4, num_moves=4
-    )[:2],
-    "bridge": lambda x, start, prior: log_evidence(
-        model_under(prior), x[:8], seed=0, num_replicates=4, num_chains=4, num_moves=4
-    )[:2],
+    "bridge": lambda x, start, prior: log_evidence(model_under(prior), x[:8], seed=0, **FEW_PARTICLES)[:2],
     "resumed hmc": lambda x, start, prior: (
         resumed(partial(hmc, model_under(prior), x, num_chains=4, num_draws=2, num_warmup=20, seed=0)).params
     ),

@@ -21,6 +21,8 @@ from tests.conftest import load_script
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(path.with_suffix(".py") for path in FOLDER.glob("*.ipynb"))
 NOTEBOOKS = pytest.mark.parametrize("source", SOURCES, ids=[source.stem for source in SOURCES])
+LONG = {"galaxies", "compare_models", "mend_a_printed_formula"}
+"""Notebooks that take half a minute or more."""
 MAX_BYTES = 1_500_000
 
 MIXTURE = (
@@ -82,10 +84,7 @@ def test_committed_outputs(source: Path) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    [
-        pytest.param(source, id=source.stem, marks=pytest.mark.slow if source.stem == "galaxies" else ())
-        for source in SOURCES
-    ],
+    [pytest.param(source, id=source.stem, marks=pytest.mark.slow if source.stem in LONG else ()) for source in SOURCES],
 )
 def test_fresh_run(source: Path) -> None:
     """Run all cells; what comes out is of the committed kinds, and nothing goes to stderr."""

@@ -362,6 +362,7 @@ def test_finite_support() -> None:
         verify_density(coin_density, coin_sample, support=torch.cat([CUBE, CUBE]), seed=SEED)
 
 
+@pytest.mark.slow
 def test_p_values_are_uniform_if_the_claim_holds() -> None:
     found: dict[str, list[float]] = {}
     for seed in range(200):
