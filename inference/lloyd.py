@@ -122,7 +122,7 @@ def lloyd(
         k, d = (~centers.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"centers[{k}, {d}] is {centers[k, d].item()}: every starting centre must be finite")
     weights = _check_weights(weights, x, len(centers))
-    clustering = _lloyd(x, weights, centers, metric, Nearest(x, metric.power), metric.centroids(x, weights), max_steps)
+    clustering = _Descent(x, weights, metric).run(centers, max_steps)
     _warn_unless_converged(clustering)
     return clustering
 
@@ -215,11 +215,8 @@ def _best_start(
     weights = _check_weights(weights, x, k)
     if num_starts < 1:
         raise ValueError(f"num_starts must be at least 1, not {num_starts}")
-    nearest, centroids = Nearest(x, metric.power), metric.centroids(x, weights)
-    starts = (
-        _lloyd(x, weights, metric.seeds(x, k, generator, weights), metric, nearest, centroids, max_steps)
-        for _ in range(num_starts)
-    )
+    descent = _Descent(x, weights, metric)
+    starts = (descent.run(metric.seeds(x, k, generator, weights), max_steps) for _ in range(num_starts))
     return min(starts, key=lambda clustering: clustering.objective[-1].item())
 
 
@@ -232,137 +229,131 @@ def _check_weights(weights: Tensor | None, x: Tensor, k: int) -> Tensor:
     return weights.detach()
 
 
-def _lloyd(
-    x: Tensor,
-    weights: Tensor,
-    centers: Tensor,
-    metric: Metric,
-    nearest: Nearest,
-    centroids: Centroids,
-    max_steps: int,
-) -> Clustering:
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, not {max_steps}")
-    k, labels = len(centers), nearest.assign(centers)
-    weighed = bool((weights > 0).all())
+class _Descent:
+    """Lloyd's algorithm on fixed rows, from any start."""
 
-    def reassign(centers: Tensor) -> tuple[Tensor, Tensor]:
-        rows, before = nearest.reassign(labels, centers)
-        if weighed:
+    def __init__(self, x: Tensor, weights: Tensor, metric: Metric) -> None:
+        self.x, self.weights, self.metric = x, weights, metric
+        self.counted = weights > 0
+        self.all_counted = bool(self.counted.all())
+        self.nearest, self.centroids = Nearest(x, metric.power), metric.centroids(x, weights)
+
+    def run(self, centers: Tensor, max_steps: int) -> Clustering:
+        if max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, not {max_steps}")
+        centroids, k = self.centroids, len(centers)
+        labels = self.nearest.assign(centers)
+        self._fill_empty_clusters(labels, centers, 1)
+        centers = centroids.update(labels, centers)
+        counts = self._counts(labels, k)
+        first, size = centroids.objective, centers.abs().amax(0)
+        self._raise_unless_in_range(first, labels, centers)
+        falls: list[Tensor] = []  # by how much each later step lowers J
+        for step in range(2, max_steps + 2):
+            rows, before = self._reassign(labels, centers)
+            if not len(rows):  # clear the rounding that the moves have gathered before the last word
+                centers = centroids.update(labels, centers)
+                rows, before = self._reassign(labels, centers)
+            if not len(rows) or step > max_steps:
+                break
+            counts += labels.index_select(0, rows).bincount(minlength=k) - before.bincount(minlength=k)
+            if counts.all():
+                centers, fall = centroids.move(rows, before, labels, centers)
+            else:
+                objective = self.weights @ self._deviations(labels.index_copy(0, rows, before), centers)
+                self._fill_empty_clusters(labels, centers, step)
+                centers = centroids.update(labels, centers)
+                counts = self._counts(labels, k)
+                fall = objective - centroids.objective
+            falls.append(fall)
+            size = torch.maximum(size, centers.abs().amax(0))
+        converged = not len(rows)
+        if not converged:
+            labels[rows] = before
+            centers = centroids.update(labels, centers)
+        last = (self.weights * self._deviations(labels, centers)).sum()
+        later = torch.stack([*falls, torch.zeros_like(last)]).flip(0).cumsum(0).flip(0)  # from each step to the last
+        self._raise_unless_sum(size, first, later[0], last, len(falls) + 1)
+        return Clustering(centers, labels, last + later, converged)
+
+    def _reassign(self, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        rows, before = self.nearest.reassign(labels, centers)
+        if self.all_counted:
             return rows, before
-        count = weights[rows] > 0  # the others move nothing
-        return rows[count], before[count]
+        counted = self.counted[rows]  # the others move nothing
+        return rows[counted], before[counted]
 
-    _fill_empty_clusters(x, weights, labels, centers, metric, nearest, centroids, 1)
-    centers = centroids.update(labels, centers)
-    counts = _counts(labels, weights, k)
-    first, size = centroids.objective, centers.abs().amax(0)
-    if not first.isfinite():
-        raise ValueError(f"the objective overflows {x.dtype}: rescale x, whose largest entry is {x.abs().max():.3g}")
-    if metric.power == 2 and first < weights.sum() * x.shape[1] * torch.finfo(x.dtype).tiny:
-        _raise_if_vanished(x, weights, labels, centers)
-    falls: list[Tensor] = []  # by how much each later step lowers J
-    for step in range(2, max_steps + 2):
-        rows, before = reassign(centers)
-        if not len(rows):  # clear the rounding that the moves have gathered before the last word
-            centers = centroids.update(labels, centers)
-            rows, before = reassign(centers)
-        if not len(rows) or step > max_steps:
-            break
-        counts += labels.index_select(0, rows).bincount(minlength=k) - before.bincount(minlength=k)
-        if counts.all():
-            centers, fall = centroids.move(rows, before, labels, centers)
-        else:
-            objective = weights @ deviations(x, labels.index_copy(0, rows, before), centers, metric.power)
-            _fill_empty_clusters(x, weights, labels, centers, metric, nearest, centroids, step)
-            centers = centroids.update(labels, centers)
-            counts = _counts(labels, weights, k)
-            fall = objective - centroids.objective
-        falls.append(fall)
-        size = torch.maximum(size, centers.abs().amax(0))
-    converged = not len(rows)
-    if not converged:
-        labels[rows] = before
-        centers = centroids.update(labels, centers)
-    last = (weights * deviations(x, labels, centers, metric.power)).sum()
-    later = torch.stack([*falls, torch.zeros_like(last)]).flip(0).cumsum(0).flip(0)  # from each step to the last
-    _raise_unless_sum(x, weights, metric, size, first, later[0], last, len(falls) + 1)
-    return Clustering(centers, labels, last + later, converged)
+    def _deviations(self, labels: Tensor, centers: Tensor) -> Tensor:
+        return deviations(self.x, labels, centers, self.metric.power)
 
+    def _counts(self, labels: Tensor, k: int) -> Tensor:
+        """Return the numbers (K,) of rows with weight in each cluster, by the labels (N,)."""
+        return torch.zeros(k, dtype=torch.long, device=labels.device).index_add_(0, labels, self.counted.long())
 
-def _raise_unless_sum(
-    x: Tensor, weights: Tensor, metric: Metric, size: Tensor, first: Tensor, fall: Tensor, last: Tensor, num_steps: int
-) -> None:
-    """Raise unless J fell by what the steps lowered it, to rounding: it then fell at each of them.
+    def _fill_empty_clusters(self, labels: Tensor, centers: Tensor, step: int) -> None:
+        """Leave no cluster empty: each empty one takes the row farthest from its own centre.
 
-    No entry of a centre was larger than ``size`` (D,).
-    """
-    eps = torch.finfo(x.dtype).eps
-    total = weights.sum()
-    # A centre is rounded to eps times its size, at each move anew, and the sums are rounded to eps times theirs.
-    drift = 2 * eps * num_steps * size
-    rounding = 8 * eps * num_steps * (x.shape[1] + len(x).bit_length()) * first
-    rounding = rounding + total * drift.pow(metric.power).sum() + 2 * num_steps * drift.sum() * (total * first).sqrt()
-    if not (first - fall - last).abs() <= rounding:
-        if first < len(x) * torch.finfo(x.dtype).tiny:
-            raise _underflow(x)
-        raise RuntimeError(
-            f"the objective went from {first.item()} to {last.item()} in {num_steps} steps that lowered it by "
-            f"{fall.item()}, which Lloyd's algorithm cannot do: please report this as a bug of mixproof"
-        )
-
-
-def _raise_if_vanished(x: Tensor, weights: Tensor, labels: Tensor, centers: Tensor) -> None:
-    """Raise if a row that counts is off its centre by more than rounding: its distance, close to 0, has underflowed."""
-    off = (x - centers[labels]).abs() > 8 * torch.finfo(x.dtype).eps * centers.abs().amax(0)
-    if (off & (weights > 0)[:, None]).any():
-        raise _underflow(x)
-
-
-def _underflow(x: Tensor) -> ValueError:
-    return ValueError(
-        f"the objective underflows {x.dtype}: rescale the weights or x, whose largest entry is {x.abs().max():.3g}"
-    )
-
-
-def _counts(labels: Tensor, weights: Tensor, k: int) -> Tensor:
-    """Return the numbers (K,) of rows with weight, by the labels (n,) and the weights (n,) of rows."""
-    return torch.zeros(k, dtype=torch.long, device=labels.device).index_add_(0, labels, (weights > 0).long())
-
-
-def _fill_empty_clusters(
-    x: Tensor,
-    weights: Tensor,
-    labels: Tensor,
-    centers: Tensor,
-    metric: Metric,
-    nearest: Nearest,
-    centroids: Centroids,
-    step: int,
-) -> None:
-    """Leave no cluster empty: each empty one takes the row farthest from its own centre.
-
-    One at a time, about centres brought up to date: the row then gives up a positive distance, so that J falls, and it
-    leaves other rows behind in its old cluster, since a row alone lies on its centre. Rows without weight stay.
-    """
-    k = len(centers)
-    while len(empty := (_counts(labels, weights, k) == 0).nonzero()):
-        centers = centroids.update(labels, centers)
-        distances = deviations(x, labels, centers, metric.power).where(weights > 0, 0)
-        farthest = int(distances.argmax())
-        if distances[farthest] == 0:
-            _raise_if_vanished(x, weights, labels, centers)
-            raise ValueError(
-                f"every row lies on one of {k - len(empty)} centres: x has too few distinct rows for {k} clusters"
+        One at a time, about centres brought up to date: the row then gives up a positive distance, so that J falls, and
+        it leaves other rows behind in its old cluster, since a row alone lies on its centre. Rows without weight stay.
+        """
+        k = len(centers)
+        while len(empty := (self._counts(labels, k) == 0).nonzero()):
+            centers = self.centroids.update(labels, centers)
+            distances = self._deviations(labels, centers).where(self.counted, 0)
+            farthest = int(distances.argmax())
+            if distances[farthest] == 0:
+                self._raise_if_vanished(labels, centers)
+                raise ValueError(
+                    f"every row lies on one of {k - len(empty)} centres: x has too few distinct rows for {k} clusters"
+                )
+            cluster = int(empty[0])
+            warnings.warn(
+                f"cluster {cluster} is empty at step {step}: it takes row {farthest}, the farthest from its own centre",
+                RuntimeWarning,
+                stacklevel=4,
             )
-        cluster = int(empty[0])
-        warnings.warn(
-            f"cluster {cluster} is empty at step {step}: it takes row {farthest}, the farthest from its own centre",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        labels[farthest] = cluster
-        nearest.doubt(farthest)
+            labels[farthest] = cluster
+            self.nearest.doubt(farthest)
+
+    def _raise_unless_in_range(self, objective: Tensor, labels: Tensor, centers: Tensor) -> None:
+        """Raise if J over- or underflows."""
+        if not objective.isfinite():
+            largest = self.x.abs().max()
+            raise ValueError(f"the objective overflows {self.x.dtype}: rescale x, whose largest entry is {largest:.3g}")
+        smallest = self.weights.sum() * self.x.shape[1] * torch.finfo(self.x.dtype).tiny
+        if self.metric.power == 2 and objective < smallest:
+            self._raise_if_vanished(labels, centers)
+
+    def _raise_if_vanished(self, labels: Tensor, centers: Tensor) -> None:
+        """Raise if a row that counts is off its centre by more than rounding: its distance, near 0, has underflowed."""
+        rounding = 8 * torch.finfo(self.x.dtype).eps * centers.abs().amax(0)
+        off = (self.x - centers[labels]).abs() > rounding
+        if (off & self.counted[:, None]).any():
+            raise self._underflow()
+
+    def _underflow(self) -> ValueError:
+        largest = f"whose largest entry is {self.x.abs().max():.3g}"
+        return ValueError(f"the objective underflows {self.x.dtype}: rescale the weights or x, {largest}")
+
+    def _raise_unless_sum(self, size: Tensor, first: Tensor, fall: Tensor, last: Tensor, num_steps: int) -> None:
+        """Raise unless J fell by what the steps lowered it, to rounding: it then fell at each of them.
+
+        No entry of a centre was larger than ``size`` (D,).
+        """
+        num_rows, num_features = self.x.shape
+        eps, total = torch.finfo(self.x.dtype).eps, self.weights.sum()
+        # A centre is rounded to eps times its size, at each move anew, and the sums are rounded to eps times theirs.
+        drift = 2 * eps * num_steps * size
+        rounding = 8 * eps * num_steps * (num_features + num_rows.bit_length()) * first
+        rounding = rounding + total * drift.pow(self.metric.power).sum()
+        rounding = rounding + 2 * num_steps * drift.sum() * (total * first).sqrt()
+        if not (first - fall - last).abs() <= rounding:
+            if first < num_rows * torch.finfo(self.x.dtype).tiny:
+                raise self._underflow()
+            raise RuntimeError(
+                f"the objective went from {first.item()} to {last.item()} in {num_steps} steps that lowered it by "
+                f"{fall.item()}, which Lloyd's algorithm cannot do: please report this as a bug of mixproof"
+            )
 
 
 def _warn_unless_converged(clustering: Clustering) -> None:
