@@ -277,7 +277,7 @@ class _Data:
         """Raise if EM's own step led down by more than rounding."""
         if not self.falls(before.objective, point.objective):
             return
-        self.raise_for_collapse(point.params, step)
+        self.raise_for_collapse(point.params, step, lost=True)
         what = f"step {step} lowered the objective from {before.objective!r} to {point.objective!r}"
         fall = before.objective - point.objective
         if abs(self._gain_in_double(before.params) + fall) > fall / 8:  # a wrong step is as wrong in any precision
@@ -311,13 +311,13 @@ class _Data:
             params = tree_to(self.family.m_step(found.stats, prior), torch.float64)
         return float(objectives[1] - objectives[0])
 
-    def raise_for_collapse(self, params: Any, step: int) -> None:
+    def raise_for_collapse(self, params: Any, step: int, *, lost: bool = False) -> None:
         """Raise if a component is so narrow that its density at its own rows changes with the rounding of the data."""
         if not has_spread(self.family, self.like.shape[1]):
             return
         with self.together():
             for piece in self._pieces():
-                raise_for_collapse(self._observed, params, piece, step)
+                raise_for_collapse(self._observed, params, piece, _when(step), lost=lost)
 
     def _explain(self, params: Any, step: int) -> None:
         """Say which row or component makes the log likelihood not finite."""
@@ -535,21 +535,56 @@ def has_spread(family: Any, num_features: int) -> bool:
     return base_of(data_support(family, num_features)) is constraints.real
 
 
-def raise_for_collapse(family: Any, params: Any, block: Block, step: int) -> None:
-    """Raise if at the row where a component is most probable its density changes with the rounding of the data."""
+def raise_for_collapse(family: Any, params: Any, block: Block, when: str, *, lost: bool = False) -> None:
+    """Raise if at the row where a component is most probable its density changes with a rounding.
+
+    That of the data, or that of a covariance: ``expectation`` permits itself errors of eps^0.7 of the variances, so
+    that a smaller variance of one feature given the others is nothing but rounding. What happens at a row of another
+    component does not count, unless the component may have ``lost`` its rows by becoming narrower than its location is
+    exact.
+    """
     x = block.x if block.weights is None else block.x[block.weights > 0]
     if len(x) == 0:
         return
     table = family.log_joint(params, x)
-    rows = table.argmax(0)
-    nudged = x[rows] + torch.finfo(x.dtype).eps * x.nan_to_num().abs().amax(0)
-    moved = table[rows].softmax(-1) * (family.log_joint(params, nudged) - table[rows]).abs()
-    k = int(moved.amax(0).argmax())
-    if not moved[:, k].amax() < 0.5:  # what a standard deviation from the location costs
+    rows, eps = table.argmax(0), torch.finfo(x.dtype).eps
+    responsibilities, known = table.softmax(-1), (~x.isnan()).to(x)
+    nudged = x[rows] + eps * x.nan_to_num().abs().amax(0)
+    moved = (family.log_joint(params, nudged) - table[rows]).abs()
+    moved = moved.diagonal() if lost else (responsibilities[rows] * moved).amax(0)
+    k = int(moved.argmax())
+    if not moved[k] < 0.5:  # what a standard deviation from the location costs
         raise ValueError(
-            f"component {k} has collapsed at step {step}: its spread is below the rounding of x, so that its density "
-            "means nothing. Give a prior, use fewer components, or start elsewhere"
+            f"component {k} has collapsed {when}: its spread is below the rounding of x, so that its density means "
+            "nothing. Give a prior, use fewer components, or start elsewhere"
         )
+    if x.shape[1] == 1:
+        return
+    mass = (responsibilities.mT @ known).clamp_min(torch.finfo(x.dtype).tiny)
+    centred = x.nan_to_num() - known * (x.nan_to_num().sum(0) / known.sum(0).clamp_min(1))
+    means, squares = (responsibilities.mT @ values / mass for values in (centred, centred.square()))
+    spreads = (squares - means.square()).clamp_min(0).sqrt()  # (K, D)
+    nudges = torch.diag_embed(eps**0.35 * spreads)  # one feature after another
+    of_nudged = family.log_joint(params, (x[rows][:, None] + nudges).flatten(0, 1)).unflatten(0, spreads.shape)
+    component = torch.arange(len(rows), device=x.device)
+    change = (of_nudged[component, :, component] - table[rows, component][:, None]).abs()
+    moved = responsibilities[rows, component] * change.amax(1)
+    k = int(moved.argmax())
+    if not moved[k] < 0.5:
+        raise ValueError(
+            f"component {k} has collapsed {when}: along some direction its spread is below the rounding of its "
+            f"covariance in {str(x.dtype).removeprefix('torch.')}, so that its density means nothing. Drop one of two "
+            "features that are nearly the same, give a prior, use fewer components, or start elsewhere"
+        )
+
+
+def has_collapsed(family: Any, params: Any, block: Block) -> bool:
+    """Return whether ``raise_for_collapse`` would raise."""
+    try:
+        raise_for_collapse(family, params, block, "")
+    except ValueError:
+        return True
+    return False
 
 
 def raise_for_lost_component(params: Any, when: str) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mixproof.inference.dataset import stream
-from mixproof.inference.em import raise_for_impossible, raise_for_lost_component
+from mixproof.inference.em import has_spread, raise_for_collapse, raise_for_impossible, raise_for_lost_component
 from mixproof.inference.expectation import expectation
 from mixproof.inference.trees import tree_map, tree_to
 from mixproof.inference.validation import check_params, check_prior
@@ -116,6 +116,8 @@ def online_em(
     if num_rows < warm_up:
         raise ValueError(f"the stream ended after {num_rows} rows, before the {warm_up} of warm_up")
     raise_for_impossible(family.log_joint(params, block.x), block, "after the last chunk")
+    if has_spread(family, block.x.shape[1]):
+        raise_for_collapse(family, params, block, "after the last chunk", lost=True)
     if average_from is not None and averaged is None:
         warnings.warn(
             f"the stream ended after {t} chunks, before average_from = {average_from}: begin sooner; averaged is None",

@@ -13,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.dataset import Block, Dataset
-from mixproof.inference.em import Fit, em, has_spread, raise_for_collapse
+from mixproof.inference.em import Fit, em, has_collapsed, has_spread
 from mixproof.inference.trees import tree_at, tree_map
 from mixproof.inference.validation import check_params, check_prior
 
@@ -233,7 +233,7 @@ def _run_as_batch(
         for i, value in enumerate(objective.tolist()):
             if step > 0:
                 traces[numbers[i]].append(value)
-            if ending[i] and not (spread and _has_collapsed(family, tree_at(points, i), block, step)):
+            if ending[i] and not (spread and has_collapsed(family, tree_at(points, i), block)):
                 ends[numbers[i]] = _End(tree_at(before, i), traces[numbers[i]])
         if not all(staying):
             numbers = [number for number, stays in zip(numbers, staying, strict=True) if stays]
@@ -243,11 +243,3 @@ def _run_as_batch(
             break
         before, points, last = points, images, objective
     return ends
-
-
-def _has_collapsed(family: Any, params: Any, block: Block, step: int) -> bool:
-    try:
-        raise_for_collapse(family, params, block, step)
-    except ValueError:
-        return True
-    return False

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from mixproof.inference.at_draws import log_likelihood, responsibilities
+from mixproof.inference.dataset import Block
 from mixproof.inference.draws import Draws
+from mixproof.inference.em import has_collapsed, has_spread
 from mixproof.inference.enumeration import log_joint_table
 from mixproof.inference.exchangeability import numberings
 from mixproof.inference.labels import assign, renumber
@@ -212,12 +214,16 @@ def bootstrap(
         counts = torch.zeros_like(drawn, dtype=x.dtype).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=x.dtype))
         rows = x.expand(num_replicates, *x.shape)
     fits, converged = _em_of_all(family, rows, counts, params, max_steps, rtol)
+    if has_spread(family, x.shape[1]):
+        for i in converged.nonzero()[:, 0].tolist():
+            converged[i] = not has_collapsed(family, tree_at(fits, i), Block(0, rows[i], counts[i]))
     num_failed = num_replicates - int(converged.sum())
     if num_failed == num_replicates:
         raise ValueError(f"none of {num_replicates} replicates converged in {max_steps} steps: take fewer components")
     if num_failed > 0:
         warnings.warn(
-            f"{num_failed} of {num_replicates} replicates lost a component or did not converge in {max_steps} steps: "
+            f"{num_failed} of {num_replicates} replicates lost a component, by its rows or its spread, or did not "
+            f"converge in {max_steps} steps: "
             "without them the spread looks too small. Take fewer components or more steps",
             ConvergenceWarning,
             stacklevel=2,

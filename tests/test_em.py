@@ -258,19 +258,23 @@ def test_wrong_log_prior_is_caught_when_it_falls(real_data: dict[str, Tensor], a
 
 
 @pytest.mark.parametrize(
-    ("noise", "dtype", "advice"),
+    ("noise", "dtype", "message"),
     [
-        (0.01, torch.float32, "give x in float64"),
-        (3e-7, torch.float64, "drop one of two features that are nearly the same, or give a prior"),
+        (0.01, torch.float32, "lowered the objective .* by rounding: .* nearly singular .*; give x in float64"),
+        (
+            3e-7,
+            torch.float64,
+            "along some direction .* Drop one of two features that are nearly the same",
+        ),
     ],
 )
-def test_a_fall_by_rounding_is_not_laid_at_the_m_step(noise: float, dtype: torch.dtype, advice: str) -> None:
+def test_a_fall_by_rounding_is_not_laid_at_the_m_step(noise: float, dtype: torch.dtype, message: str) -> None:
     """Two features that differ by noise: the sums of the step round more than the narrow direction is wide."""
     common = (
         torch.randn(2000, 1, generator=seeded(0), dtype=torch.float64) * 3 + 15 + 10 * (torch.arange(2000) % 2)[:, None]
     )
     x = (common + noise * torch.randn(2000, 2, generator=seeded(1), dtype=torch.float64)).to(dtype)
-    with pytest.raises(ValueError, match=f"lowered the objective .* by rounding: .* nearly singular .*; {advice}"):
+    with pytest.raises(ValueError, match=message):
         em(gaussian_full, x, gaussian_full.init_params(x, 2, seeded(0)))
 
 
