@@ -190,12 +190,13 @@ def fit(
         sample = _without_gaps(drawn, counts)
         generator = torch.Generator().manual_seed(seed)
         num_components = _num_components(components, len(sample))
-        best, failures = None, []
+        best, failures, told = None, [], []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for start in range(starts):
                 if starts > 1 and is_first(group):
                     Console(stderr=True).print(f"start {start + 1} of {starts}", highlight=False)
+                caught.clear()
                 try:
                     found = em(
                         chosen,
@@ -218,7 +219,7 @@ def fit(
                     failures.append(str(error))
                     continue
                 if best is None or found.log_lik[-1] > best.log_lik[-1]:
-                    best = found
+                    best, told = found, [str(warning.message) for warning in caught]
         if best is None:
             raise ValueError(f"none of {starts} starts survived; the last: {failures[-1]}")
         if not is_first(group):
@@ -232,8 +233,8 @@ def fit(
             "num_steps": best.num_steps,
             "failed_starts": len(failures),
         }
-    if not best.converged and caught:
-        Console(stderr=True).print(f"warning: {caught[-1].message}", style="yellow", highlight=False, soft_wrap=True)
+    for message in told:
+        Console(stderr=True).print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
     if failures:
         Console(stderr=True).print(
             f"warning: {len(failures)} of {starts} starts failed: {failures[-1]}", style="yellow"

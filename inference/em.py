@@ -23,7 +23,7 @@ from mixproof.inference.expectation import Expectation, expectation
 from mixproof.inference.progress import EMProgress
 from mixproof.inference.supports import base_of
 from mixproof.inference.trees import tree_map, tree_to
-from mixproof.inference.validation import check_params, check_prior, check_rows, data_support
+from mixproof.inference.validation import check_integer, check_params, check_prior, check_rows, data_support
 from mixproof.models.initial import check_num_components
 
 ROWS_AT_ONCE = 1 << 14
@@ -97,8 +97,7 @@ def em(
         RuntimeError: another process of the group died, or failed with an error of no other kind; all processes raise
             an error of the kind that one of them met.
     """
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, not {max_steps}")
+    check_integer(max_steps, "max_steps", 1)
     if not 0 <= rtol < math.inf:
         raise ValueError(f"rtol must be finite and not negative, and is {rtol}")
     if accelerate not in (None, "anderson"):
@@ -482,7 +481,7 @@ def responsibilities(family: Any, params: Any, x: Any, *, missing: bool = False)
     x = check_rows(family, x, missing=missing)
     params = tree_to(check_params(family, params, x.shape[1]), x)
     table = (_observed(family) if missing else family).log_joint(params, x)
-    raise_for_impossible(table, Block(0, x, None), _when(0))
+    raise_for_impossible(table, Block(0, x, None), "in these parameters", advice="drop it, or take others")
     return table.softmax(-1)
 
 
@@ -511,7 +510,13 @@ def _when(step: int) -> str:
     return "at the start" if step == 0 else f"at step {step}"
 
 
-def raise_for_impossible(table: Tensor, block: Block, when: str) -> None:
+def raise_for_impossible(
+    table: Tensor,
+    block: Block,
+    when: str,
+    *,
+    advice: str = "start from parameters under which each row has positive density, as init_params gives",
+) -> None:
     """Say which component has collapsed, or which row that counts is impossible, by the table (n, K) of log joints."""
     counts = torch.ones_like(table[:, 0], dtype=torch.bool) if block.weights is None else block.weights > 0
     impossible = (torch.isnan(table) | (table == torch.inf)) & counts[:, None]
@@ -525,8 +530,8 @@ def raise_for_impossible(table: Tensor, block: Block, when: str) -> None:
     if excluded.any():
         row = int(excluded.nonzero()[0])
         raise ValueError(
-            f"row {block.first_row + row} is impossible under every component {when}: its density underflows to 0. "
-            "Start from parameters under which each row has positive density, as init_params gives"
+            f"row {block.first_row + row} is impossible under every component {when}: its density underflows to 0; "
+            f"{advice}"
         )
 
 

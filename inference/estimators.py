@@ -25,7 +25,7 @@ from torch import Tensor
 from mixproof.inference.em import responsibilities
 from mixproof.inference.restarts import em_restarts
 from mixproof.inference.sampling import sample
-from mixproof.inference.validation import check_prior, check_row_weights, check_rows, check_unmasked
+from mixproof.inference.validation import as_floating, check_prior, check_row_weights, check_rows, check_unmasked
 from mixproof.models import bernoulli, gaussian_diagonal, gaussian_full, gaussian_spherical, gaussian_tied, laplace
 from mixproof.models.initial import check_num_components, partition
 
@@ -90,7 +90,7 @@ class _Mixture(DensityMixin, BaseEstimator, ABC):
         family = self._family
         self._check_settings()
         x = self._rows(X, reset=True)
-        weights = None if sample_weight is None else np.array(sample_weight, np.float64)
+        weights = None if sample_weight is None else as_floating(sample_weight, "sample_weight").double()
         if weights is not None and not weights.any():
             raise ValueError("sample_weight is zero in every row: at least one row must count")
         row_weights = check_row_weights(weights, x)

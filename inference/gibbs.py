@@ -27,7 +27,7 @@ from torch import Tensor
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.draws import Draws
 from mixproof.inference.gibbs_sweep import Chains
-from mixproof.inference.validation import check_integer, check_rows
+from mixproof.inference.validation import check_generator, check_integer, check_rows
 
 
 def gibbs(
@@ -91,8 +91,7 @@ def gibbs(
     sizes = {"num_chains": (num_chains, 1), "num_draws": (num_draws, 1), "num_warmup": (num_warmup, 0)}
     for name, (value, least) in {**sizes, "checkpoint_every": (checkpoint_every, 1)}.items():
         check_integer(value, name, least)
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, as torch.Generator().manual_seed(0), not {generator!r}")
+    check_generator(generator)
     x = check_rows(family, x)
     if generator.device.type != x.device.type:
         raise ValueError(f"the generator is on {generator.device} and x on {x.device}: put both on one device")

@@ -29,7 +29,7 @@ from mixproof.inference.means import Means
 from mixproof.inference.medians import Medians
 from mixproof.inference.nearest import Nearest, deviations
 from mixproof.inference.seeding import kmeans_plusplus, kmedians_plusplus
-from mixproof.inference.validation import as_floating, check_data, check_row_weights
+from mixproof.inference.validation import as_floating, check_data, check_generator, check_integer, check_row_weights
 from mixproof.models.initial import check_num_components
 
 
@@ -213,8 +213,8 @@ def _best_start(
     x = check_data(x).detach()
     k = check_num_components(k, len(x))
     weights = _check_weights(weights, x, k)
-    if num_starts < 1:
-        raise ValueError(f"num_starts must be at least 1, not {num_starts}")
+    check_integer(num_starts, "num_starts", 1)
+    check_generator(generator)
     descent = _Descent(x, weights, metric)
     starts = (descent.run(metric.seeds(x, k, generator, weights), max_steps) for _ in range(num_starts))
     return min(starts, key=lambda clustering: clustering.objective[-1].item())
@@ -225,7 +225,10 @@ def _check_weights(weights: Tensor | None, x: Tensor, k: int) -> Tensor:
     weights = check_row_weights(weights, x)
     if weights is None:
         weights = torch.ones_like(x[:, 0])
-    check_num_components(k, int((weights > 0).sum()))
+    check_num_components(k, len(x))
+    counted = int((weights > 0).sum())
+    if counted < k:
+        raise ValueError(f"{k} clusters need at least as many rows that count, and {counted} have weight above 0")
     return weights.detach()
 
 
@@ -239,8 +242,7 @@ class _Descent:
         self.nearest, self.centroids = Nearest(x, metric.power), metric.centroids(x, weights)
 
     def run(self, centers: Tensor, max_steps: int) -> Clustering:
-        if max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, not {max_steps}")
+        check_integer(max_steps, "max_steps", 1)
         centroids, k = self.centroids, len(centers)
         labels = self.nearest.assign(centers)
         self._fill_empty_clusters(labels, centers, 1)

@@ -10,10 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+from torch.distributions import constraints
 
-from mixproof.inference.bfgs import minimise, with_gradient
+from mixproof.inference.bfgs import Minimum, Objective, minimise, with_gradient
 from mixproof.inference.enumeration import Coordinates, inspect, log_density
 from mixproof.inference.supports import at_edge
+
+STEP = 0.1
+"""How far, in unconstrained coordinates, to look for a higher density than at the mode."""
+LEAST_GAIN = 1e-8
+"""What share of the log density is a gain."""
 
 
 class Mode(NamedTuple):
@@ -42,7 +48,9 @@ def posterior_mode(
         rtol: stop when 10 steps together gain no more than this share of the log density.
 
     Returns:
-        The mode as density over the constrained parameters: no Jacobian of a change of variables enters.
+        The mode as density over the constrained parameters: no Jacobian of a change of variables enters. Where the
+        density still rises along a coordinate, or a site has run to its edge, the climb has not converged, and a
+        ConvergenceWarning names the site.
 
     Raises:
         TypeError: ``init`` names no sites.
@@ -68,9 +76,42 @@ def posterior_mode(
             raise ValueError(f"the start is at the edge of the support of {name}, which no step leaves: start inside")
     u = coordinates.inverse(start)
     found = minimise(objective, u, max_steps=max_steps, rtol=rtol)
-    if not found.converged:
-        warnings.warn(f"no mode within {max_steps} steps: raise max_steps", ConvergenceWarning, stacklevel=2)
     with torch.no_grad():
         params = coordinates(found.u)
+    rising = _rising(objective, coordinates, program.supports, found)
+    if not found.converged:
+        warnings.warn(f"no mode within {max_steps} steps: raise max_steps", ConvergenceWarning, stacklevel=2)
+    elif rising is not None:
+        warnings.warn(
+            f"no mode: the log density still rises along {rising}, as it does without end where a component closes in "
+            "on few rows. Give a prior, use fewer components, or start elsewhere",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
     mode = params if isinstance(init, Mapping) else type(init)(**params)
-    return Mode(mode, -found.value, found.converged, found.num_steps)
+    return Mode(mode, -found.value, found.converged and rising is None, found.num_steps)
+
+
+def _rising(
+    objective: Objective, coordinates: Coordinates, supports: Mapping[str, constraints.Constraint], found: Minimum
+) -> str | None:
+    """Return a site at its edge, or that of the coordinate along which the objective falls most; None if none falls.
+
+    Next to an infinity of the likelihood the quasi-Newton method sees walls: a location is off by more than its
+    component is wide, whichever way it moves with the other coordinates.
+    """
+    u, value = found.u, found.value
+    params = coordinates(u)
+    for site in coordinates.transforms:
+        if at_edge(params[site], supports[site]):
+            return site
+    gradient = objective(u)[1]
+    owners = [site for site, shape in coordinates.shapes.items() for _ in range(shape.numel())]
+    most, rising = LEAST_GAIN * abs(value), None
+    for i in (STEP * gradient.abs() > most).nonzero()[:, 0].tolist():
+        moved = u.clone()
+        moved[i] -= STEP * gradient[i].sign()
+        gain = value - objective(moved)[0]
+        if gain > most:
+            most, rising = gain, owners[i]
+    return rising

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixproof.inference.dataset import Block, Dataset
 from mixproof.inference.em import Fit, em, has_collapsed, has_spread
 from mixproof.inference.trees import tree_at, tree_map
-from mixproof.inference.validation import check_params, check_prior
+from mixproof.inference.validation import check_integer, check_params, check_prior
 
 TABLE_ENTRIES = 1 << 12
 DEVIATION_ENTRIES = 1 << 14
@@ -95,6 +95,7 @@ def em_restarts(
             message is that of the last.
         ArithmeticError: a step lowered the objective by more than rounding.
     """
+    check_integer(max_steps, "max_steps", 1)
     if len(inits) == 0:
         raise ValueError("inits is empty: give at least one start")
     rows = Dataset(family, x, weights, device=device, missing=missing)

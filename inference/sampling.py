@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixproof.inference.validation import check_params
+from mixproof.inference.validation import check_generator, check_params
 
 
 def sample(family: Any, params: Any, num_samples: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -32,6 +32,5 @@ def sample(family: Any, params: Any, num_samples: int, *, generator: torch.Gener
         raise TypeError(f"the number of samples must be an integer, not {num_samples!r}")
     if num_samples < 1:
         raise ValueError(f"the number of samples must be at least 1, not {num_samples}")
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, as torch.Generator().manual_seed(0), not {generator!r}")
+    check_generator(generator)
     return family.sample(check_params(family, params), int(num_samples), generator)

@@ -23,7 +23,14 @@ from mixproof.inference.labels import assign, renumber
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.supports import at_edge, base_of
 from mixproof.inference.trees import tree_at, tree_expand, tree_map
-from mixproof.inference.validation import as_floating, check_params, check_rows, num_components
+from mixproof.inference.validation import (
+    as_floating,
+    check_generator,
+    check_integer,
+    check_params,
+    check_rows,
+    num_components,
+)
 
 LOG_ERROR = 10.0
 """The standard error of a logarithm or a log odds above which its parameter may as well be at the edge."""
@@ -198,8 +205,11 @@ def bootstrap(
     Raises:
         TypeError, ValueError: the data, the fit or a setting is not what it must be, or no replicate converged.
     """
-    if num_replicates < 2:
-        raise ValueError(f"num_replicates must be at least 2, not {num_replicates}")
+    check_integer(num_replicates, "num_replicates", 2)
+    check_integer(max_steps, "max_steps", 1)
+    if not 0 <= rtol < math.inf:
+        raise ValueError(f"rtol must be finite and not negative, and is {rtol}")
+    check_generator(generator)
     if method not in ("parametric", "nonparametric"):
         raise ValueError(f'method must be "parametric" or "nonparametric", not {method!r}')
     x = check_rows(family, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -24,6 +25,15 @@ def ends(support: constraints.Constraint) -> tuple[float, float]:
 
 
 def at_edge(value: Tensor, support: constraints.Constraint) -> bool:
-    """Whether an entry lies on the boundary of its support, which unconstrained coordinates cannot reach or leave."""
+    """Whether an entry lies on the boundary of its support, which unconstrained coordinates cannot reach or leave.
+
+    So does a positive definite matrix (..., D, D) of which a variance given the others is below eps^0.7 of the variance
+    itself: what EM's sums may be off by.
+    """
+    if base_of(support) is constraints.positive_definite:
+        variances = value.diagonal(dim1=-2, dim2=-1)
+        factor, info = torch.linalg.cholesky_ex(value)
+        remaining = factor.diagonal(dim1=-2, dim2=-1).square()
+        return bool((info > 0).any() or (remaining <= torch.finfo(value.dtype).eps ** 0.7 * variances).any())
     low, high = ends(support)
     return bool(((value <= low) | (value >= high)).any())

@@ -42,7 +42,9 @@ class Variational(NamedTuple):
     """The fitted guide, q(params): an autoguide, whose ``median()`` and ``quantiles()`` read it, or a function bound to
     the values of its param sites."""
     losses: Tensor
-    """(num_steps,), the estimate of -ELBO before each step: an upper bound of -log p(data) in expectation."""
+    """(num_steps,), the estimate of -ELBO before each step: an upper bound of -log p(data) in expectation. Of
+    ``AutoLaplace``, which looks for the mode first, -log p(data, u) there, which bounds nothing: no two guides are to
+    be compared by it."""
 
 
 def svi(

@@ -43,6 +43,16 @@ def check_probability(value: float, name: str) -> None:
         raise ValueError(f"{name} must lie between 0 and 1, not {value}")
 
 
+def check_generator(generator: Any) -> None:
+    """Say what is wrong with a source of randomness that is none.
+
+    Raises:
+        TypeError: it is not a ``torch.Generator``.
+    """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, as torch.Generator().manual_seed(0), not {generator!r}")
+
+
 def check_data(
     x: Any, support: constraints.Constraint | None = None, *, first_row: int = 0, missing: bool = False
 ) -> Tensor:

@@ -130,6 +130,7 @@ def test_masked_arrays_are_refused_at_every_front_door_and_those_without_a_maske
         ("x", lambda x: kmeans(x, 2, generator=seeded(0))),
         ("x", lambda x: kmedians(x, 2, generator=seeded(0))),
         ("X", lambda x: GaussianMixture(2).fit(x)),
+        ("sample_weight", lambda x: GaussianMixture(2).fit(X, sample_weight=abs(x[:, 1]))),
         ("weights", lambda x: few_steps(gaussian_full, X, PARAMS, weights=abs(x[:, 1]))),
         ("weights", lambda x: few_steps(gaussian_full, [X], PARAMS, weights=abs(x[:, 1]))),
         ("locs", lambda x: check_params(gaussian_full, PARAMS._replace(locs=x[2:4]))),
@@ -635,10 +636,10 @@ def test_near_collapse_is_reported_as_collapse_and_not_as_a_wrong_m_step() -> No
 def test_impossible_row_is_named() -> None:
     start = bernoulli.Params(torch.tensor([0.5, 0.5]).double(), torch.tensor([[1.0, 0.5], [1.0, 0.2]]).double())
     x = torch.tensor([[1.0, 0], [1, 1], [0, 1]]).double()
-    words = says("row 2 is impossible under every component at the start: its density underflows to 0. Start from")
-    with pytest.raises(ValueError, match=words):
+    words = "row 2 is impossible under every component {}: its density underflows to 0; {}"
+    with pytest.raises(ValueError, match=says(words.format("at the start", "start from"))):
         em(bernoulli, x, start)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=says(words.format("in these parameters", "drop it, or take others"))):
         responsibilities(bernoulli, start, x)
 
 

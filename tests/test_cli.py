@@ -22,6 +22,7 @@ import torch
 import xarray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from sklearn.datasets import load_iris
 from typer.testing import CliRunner
 
 from mixproof.inference import checkpoint, cli, comparison_study, tables
@@ -386,6 +387,17 @@ def test_empty_entries_are_missing_if_one_says_so(tmp_path: Path) -> None:
     result = run(*command, "--missing", "--rtol", "1e-12")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["params"]["locs"][0][0] == pytest.approx(19.5, rel=1e-6)
+
+
+def test_a_warning_is_that_of_the_start_that_is_reported(tmp_path: Path) -> None:
+    rows = tmp_path / "iris.csv"
+    np.savetxt(rows, load_iris().data, delimiter=",", header="a,b,c,d", comments="")
+    command = ("fit", rows, "--family", "gaussian_full", "-k", 3, "--max-steps", 2, "--json")
+    few, many = (run(*command, "--starts", number) for number in (2, 4))
+    assert json.loads(few.stdout)["log_lik"] == json.loads(many.stdout)["log_lik"]
+    said = [[line for line in result.stderr.splitlines() if line.startswith("warning")] for result in (few, many)]
+    assert "EM made 2 steps and the last still changed the log likelihood by 6.6" in said[0][0]
+    assert said[0] == said[1]
 
 
 def test_a_second_run_goes_on_from_the_checkpoint(mixture: tuple[Path, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from torch import Tensor
 from mixproof.inference.dataset import Block
 from mixproof.inference.em import em, has_collapsed
 from mixproof.inference.estimators import GaussianMixture
+from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.online_em import online_em
+from mixproof.inference.posterior_mode import posterior_mode
 from mixproof.inference.restarts import em_restarts
-from mixproof.inference.standard_errors import bootstrap
-from mixproof.models import gaussian_full, gaussian_tied
+from mixproof.inference.standard_errors import bootstrap, standard_errors
+from mixproof.models import gaussian_diagonal, gaussian_full, gaussian_tied
 from tests.conftest import seeded
 
 
@@ -110,6 +113,34 @@ def test_replicates_that_collapse_are_no_fits() -> None:
     too_few = sum(len(rows[rows >= 25].unique()) <= 3 for rows in drawn)
     assert too_few > 20
     assert draws.attributes["num_failed"] >= too_few
+
+
+@pytest.mark.parametrize(
+    ("family", "few"),
+    [
+        (gaussian_diagonal, torch.full((5, 1), 6.3).double()),
+        (gaussian_full, torch.tensor([[6.3, 5.0], [7.0, 4.0]]).double()),
+    ],
+)
+def test_a_climb_into_an_infinity_finds_no_mode(family: Any, few: Tensor) -> None:
+    """Equal rows in one dimension, and as many rows as features in two: the density has no bound, and no maximum."""
+    x = torch.cat([normal(0, 30, few.shape[1]), few])
+    full = split(x, 30)
+    diagonal = gaussian_diagonal.Params(full.weights, full.locs, full.covariances.diagonal(dim1=-2, dim2=-1))
+    start = diagonal if family is gaussian_diagonal else full
+    with pytest.warns(ConvergenceWarning, match="no mode: the log density still rises along"):
+        mode = posterior_mode(partial(family.model, num_components=2), start, x)
+    assert not mode.converged
+
+
+def test_no_standard_errors_at_an_edge() -> None:
+    """Beside rounding there is no curvature to be had."""
+    x = torch.cat([normal(0, 40, 4), normal(1, 4, 4) + 6])
+    fit = split(x, 40)
+    singular = fit.covariances - 1e-3 * torch.eye(4).double() * (1 - 1e-12)
+    posterior = LogPosterior(partial(gaussian_full.model, num_components=2), x)
+    with pytest.raises(ValueError, match="covariances is at the edge of its support"):
+        standard_errors(posterior, fit._replace(covariances=singular))
 
 
 def test_a_reading_that_a_stream_repeats() -> None:

@@ -744,7 +744,7 @@ def test_weights_must_fit(algorithm: Algorithm, metric: Metric) -> None:
         algorithm(x, 2, generator=seeded(0), weights=torch.ones(3))
     with pytest.raises(ValueError, match=r"weights\[0\] is -1"):
         algorithm(x, 2, generator=seeded(0), weights=-torch.ones(90))
-    with pytest.raises(ValueError, match="2 components need"):
+    with pytest.raises(ValueError, match="2 clusters need at least as many rows that count, and 1 have weight above 0"):
         algorithm(x, 2, generator=seeded(0), weights=(torch.arange(90) == 3).double())
 
 
