@@ -553,10 +553,10 @@ def raise_for_collapse(family: Any, params: Any, block: Block, when: str, *, los
         return
     table = family.log_joint(params, x)
     rows, eps = table.argmax(0), torch.finfo(x.dtype).eps
-    responsibilities, known = table.softmax(-1), (~x.isnan()).to(x)
+    resp, known = table.softmax(-1), (~x.isnan()).to(x)
     nudged = x[rows] + eps * x.nan_to_num().abs().amax(0)
     moved = (family.log_joint(params, nudged) - table[rows]).abs()
-    moved = moved.diagonal() if lost else (responsibilities[rows] * moved).amax(0)
+    moved = moved.diagonal() if lost else (resp[rows] * moved).amax(0)
     k = int(moved.argmax())
     if not moved[k] < 0.5:  # what a standard deviation from the location costs
         raise ValueError(
@@ -565,15 +565,15 @@ def raise_for_collapse(family: Any, params: Any, block: Block, when: str, *, los
         )
     if x.shape[1] == 1:
         return
-    mass = (responsibilities.mT @ known).clamp_min(torch.finfo(x.dtype).tiny)
+    mass = (resp.mT @ known).clamp_min(torch.finfo(x.dtype).tiny)
     centred = x.nan_to_num() - known * (x.nan_to_num().sum(0) / known.sum(0).clamp_min(1))
-    means, squares = (responsibilities.mT @ values / mass for values in (centred, centred.square()))
+    means, squares = (resp.mT @ values / mass for values in (centred, centred.square()))
     spreads = (squares - means.square()).clamp_min(0).sqrt()  # (K, D)
     nudges = torch.diag_embed(eps**0.35 * spreads)  # one feature after another
     of_nudged = family.log_joint(params, (x[rows][:, None] + nudges).flatten(0, 1)).unflatten(0, spreads.shape)
     component = torch.arange(len(rows), device=x.device)
     change = (of_nudged[component, :, component] - table[rows, component][:, None]).abs()
-    moved = responsibilities[rows, component] * change.amax(1)
+    moved = resp[rows, component] * change.amax(1)
     k = int(moved.argmax())
     if not moved[k] < 0.5:
         raise ValueError(

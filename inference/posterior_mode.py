@@ -78,7 +78,7 @@ def posterior_mode(
     found = minimise(objective, u, max_steps=max_steps, rtol=rtol)
     with torch.no_grad():
         params = coordinates(found.u)
-    rising = _rising(objective, coordinates, program.supports, found)
+    rising = _rising(objective, coordinates, program.supports, found) if found.converged else None
     if not found.converged:
         warnings.warn(f"no mode within {max_steps} steps: raise max_steps", ConvergenceWarning, stacklevel=2)
     elif rising is not None:

@@ -27,8 +27,8 @@ def ends(support: constraints.Constraint) -> tuple[float, float]:
 def at_edge(value: Tensor, support: constraints.Constraint) -> bool:
     """Whether an entry lies on the boundary of its support, which unconstrained coordinates cannot reach or leave.
 
-    So does a positive definite matrix (..., D, D) of which a variance given the others is below eps^0.7 of the variance
-    itself: what EM's sums may be off by.
+    So does a positive definite matrix (..., D, D) of which a variance given the features before is below eps^0.7 of the
+    variance itself: what EM's sums may be off by.
     """
     if base_of(support) is constraints.positive_definite:
         variances = value.diagonal(dim1=-2, dim2=-1)
