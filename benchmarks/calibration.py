@@ -260,12 +260,12 @@ def hmc_engine(model: Callable[..., Any], **sizes: int) -> Engine:
 
 
 def nuts_engine(model: Callable[..., Any], **sizes: int) -> Engine:
-    settings: Any = {"num_chains": 1, "num_warmup": 40, "num_draws": 120} | sizes
+    settings: Any = {"num_warmup": 40, "num_draws": 120} | sizes
 
     def engine(x: Tensor, seed: int) -> Draws:
-        posterior = LogPosterior(model, x)
-        init = posterior.constrain(posterior.draw_prior(1, seed=seed))
-        return nuts(model, x, init=init, seed=seed, jit_compile=True, **settings)
+        posterior = LogPosterior(model, x, batched=True)
+        init = posterior.constrain(posterior.draw_prior(len(x), seed=seed))
+        return nuts(model, x, batched=True, num_chains=len(x), init=init, seed=seed, jit_compile=True, **settings)
 
     return engine
 
@@ -279,7 +279,7 @@ def guide_engine(name: str, model: Callable[..., Any], *, num_steps: int = 300) 
 
 
 GUIDES = ("AutoNormal", "AutoMultivariateNormal", "AutoLaplace")
-BATCH_SIZES = {"gibbs": None, "hmc": 1000, "nuts": None} | dict.fromkeys(GUIDES, 250)
+BATCH_SIZES = {"gibbs": None, "hmc": 1000, "nuts": 50} | dict.fromkeys(GUIDES, 250)
 """By engine: how many data sets it takes at once; None where it takes one."""
 MORE_DRAWS = {"gaussian_sum": {"num_draws": 400}}
 """Of gibbs, where 100 of each chain are worth fewer than 20 independent ones in too many data sets."""
@@ -349,6 +349,7 @@ def calibrate_engine(
         batch_size=BATCH_SIZES[engine],
         false_alarm=false_alarm,
         checkpoint=checkpoint,
+        checkpoint_every=20 if BATCH_SIZES[engine] is None else 1,
     )
 
 

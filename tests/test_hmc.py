@@ -366,63 +366,10 @@ def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:
         hmc(share_of_two, x, **{"num_chains": 2, "num_draws": 5, "num_warmup": 20, "seed": 0, **setting})
 
 
-@pytest.mark.parametrize("model", [conjugate, share_of_two], ids=lambda model: model.__name__)
-def test_pyros_sampler_draws_the_same_from_a_trace(model: Any) -> None:
-    """A few steps, before rounding grows; the latents summed out, and lp by another route. torch keeps no trace."""
-    settings: Any = {"num_chains": 1, "num_draws": 5, "num_warmup": 5, "seed": 3}
-    unit: Any = vars(torch.jit._state)["_python_cu"]
-    kept = len(unit.get_functions())
-    plain, traced = (nuts(model, X, **settings, jit_compile=jit_compile) for jit_compile in (False, True))
-    assert vars(torch.jit._state)["_python_cu"] is unit
-    assert len(unit.get_functions()) == kept
-    posterior = LogPosterior(model, X)
-    u = posterior.unconstrain({name: value[0] for name, value in traced.params.items()})
-    parts = posterior(u, torch.ones_like(u[:, 0]))
-    lp = parts.log_prior + parts.log_likelihood - posterior.log_jacobian(u)
-    assert (traced.sample_stats["lp"][0] - lp).abs().max() < 1e-10
-    for name, value in plain.params.items():
-        assert (traced.params[name] - value).abs().max() < 1e-8
-        assert len(value.unique()) > 1
-
-
 @pytest.mark.parametrize(("name", "value"), [("num_chains", 2.5), ("num_draws", True), ("checkpoint_every", "3")])
 def test_settings_that_are_no_integers_are_refused(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"{name} must be an integer, not {value!r}"):
         hmc(share_of_two, X, **{"num_chains": 2, "num_draws": 5, "num_warmup": 20, "seed": 0, name: value})
-
-
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
-        ({"num_draws": 0}, "num_draws must be at least 1, not 0"),
-        ({"max_tree_depth": 0}, "max_tree_depth must be at least 1, not 0"),
-        ({"target_acceptance": 2.0}, "target_acceptance must lie between 0 and 1, not 2.0"),
-    ],
-)
-def test_bad_settings_of_pyros_sampler_are_refused(setting: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        nuts(share_of_two, X, **{"num_draws": 5, "num_warmup": 5, "seed": 0, **setting})
-
-
-def test_pyros_sampler_says_what_it_did() -> None:
-    settings: dict[str, Any] = {"num_chains": 2, "num_draws": 10, "num_warmup": 10, "seed": 3}
-    init = {"share": torch.tensor([0.3, 0.6], dtype=torch.float64)}
-    draws = nuts(share_of_two, X, **settings, init=init)
-    again = nuts(share_of_two, X, **settings, init=init)
-    share = draws.params["share"]
-    assert share.shape == (2, 10)
-    assert torch.equal(again.params["share"], share)
-    assert not torch.equal(share[0], share[1])
-    rows = torch.stack([(1 - share).log()[..., None] - X.square() / 2, share.log()[..., None] - (X - 2).square() / 2])
-    prior = dist.Beta(torch.tensor(1.5).double(), torch.tensor(2.0).double()).log_prob(share)
-    by_hand = prior + rows.logsumexp(0).sum(-1) - len(X) / 2 * math.log(2 * math.pi)
-    assert (draws.sample_stats["lp"] - by_hand).abs().max() < 1e-12
-    rates = draws.sample_stats["acceptance_rate"]
-    assert ((rates > -1e-12) & (rates < 1 + 1e-12)).all()
-    assert draws.sample_stats["diverging"].sum() == draws.attributes["num_divergences"]
-    step_size = draws.sample_stats["step_size"]
-    assert torch.equal(step_size, step_size[:, :1].expand_as(step_size))
-    assert (step_size > 0).all()
 
 
 # What the warm-up adapts, each piece for itself

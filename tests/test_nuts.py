@@ -1,0 +1,133 @@
+"""Pyro's own No-U-Turn sampler behind ``nuts``: plain and compiled, on one data set and on one for each chain."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.nuts import nuts
+
+X = torch.tensor([-1.2, -0.4, 0.3, 1.9, 2.4, 3.0], dtype=torch.float64)
+
+
+def conjugate(x: Tensor) -> None:
+    """One component: mean and variance have a normal-inverse-gamma posterior."""
+    variance = pyro.sample("variance", dist.InverseGamma(3.0, 2.0))
+    loc = pyro.sample("loc", dist.Normal(0.5, (variance / 0.7).sqrt()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Categorical(torch.ones(1)), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(loc, variance.sqrt()), obs=x)
+
+
+def share_of_two(x: Tensor) -> None:
+    """Two known components: their share alone is unknown, and its posterior a quadrature in one dimension."""
+    share = pyro.sample("share", dist.Beta(1.5, 2.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "data_sets"),
+    [
+        pytest.param(conjugate, None, marks=pytest.mark.slow, id="chains on one data set"),
+        pytest.param(share_of_two, torch.stack([X, X.flip(0) + 1]), id="a data set for each chain"),
+    ],
+)
+def test_it_draws_the_same_when_compiled(model: Any, data_sets: Tensor | None) -> None:
+    """A few steps, before rounding grows; the latents summed out, and lp by another route."""
+    batched = data_sets is not None
+    settings: Any = {"num_chains": 2, "num_draws": 5, "num_warmup": 5, "seed": 3, "batched": batched}
+    x = X if data_sets is None else data_sets
+    plain, compiled = (nuts(model, x, **settings, jit_compile=jit_compile) for jit_compile in (False, True))
+    for chain in range(2):
+        posterior = LogPosterior(model, x[chain] if batched else x)
+        u = posterior.unconstrain({name: value[chain] for name, value in compiled.params.items()})
+        parts = posterior(u, torch.ones_like(u[:, 0]))
+        lp = parts.log_prior + parts.log_likelihood - posterior.log_jacobian(u)
+        assert (compiled.sample_stats["lp"][chain] - lp).abs().max() < 1e-10
+    for name, value in plain.params.items():
+        assert (compiled.params[name] - value).abs().max() < 1e-8
+        assert len(value.unique()) > 2
+
+
+def branching(x: Tensor) -> None:
+    share = pyro.sample("share", dist.Beta(x.new_tensor(1.5), x.new_tensor(2.0)))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(share + 0 if share > 0.5 else share), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(2 * z, x.new_ones(())), obs=x)
+
+
+def test_it_says_what_cannot_be_compiled() -> None:
+    settings: Any = {"num_chains": 1, "num_draws": 5, "num_warmup": 5, "seed": 3, "jit_compile": True}
+    init = {"share": torch.tensor([0.3], dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"cannot be compiled, by .item\(\) or an if: leave jit_compile out"):
+        nuts(branching, X, **settings, init=init)
+
+
+def test_it_says_that_there_is_no_compiler(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("""
+import pyro, pyro.distributions as dist, torch
+from mixproof.inference.nuts import nuts
+
+def model(x):
+    share = pyro.sample("share", dist.Beta(x.new_tensor(1.5), 2.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+
+nuts(model, torch.zeros(3), num_chains=1, num_draws=5, num_warmup=5, seed=0, jit_compile=True)
+""")
+    environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    ran = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "RuntimeError: torch.compile failed (InvalidCxxCompiler: No working C++ compiler found" in ran.stderr
+    assert "install a C++ compiler, or leave jit_compile out" in ran.stderr
+
+
+def test_it_says_what_it_did() -> None:
+    settings: dict[str, Any] = {"num_chains": 2, "num_draws": 10, "num_warmup": 10, "seed": 3}
+    init = {"share": torch.tensor([0.3, 0.6], dtype=torch.float64)}
+    draws = nuts(share_of_two, X, **settings, init=init)
+    again = nuts(share_of_two, X, **settings, init=init)
+    share = draws.params["share"]
+    assert share.shape == (2, 10)
+    assert torch.equal(again.params["share"], share)
+    assert not torch.equal(share[0], share[1])
+    rows = torch.stack([(1 - share).log()[..., None] - X.square() / 2, share.log()[..., None] - (X - 2).square() / 2])
+    prior = dist.Beta(torch.tensor(1.5).double(), torch.tensor(2.0).double()).log_prob(share)
+    by_hand = prior + rows.logsumexp(0).sum(-1) - len(X) / 2 * math.log(2 * math.pi)
+    assert (draws.sample_stats["lp"] - by_hand).abs().max() < 1e-12
+    rates = draws.sample_stats["acceptance_rate"]
+    assert ((rates > -1e-12) & (rates < 1 + 1e-12)).all()
+    assert draws.sample_stats["diverging"].sum() == draws.attributes["num_divergences"]
+    step_size = draws.sample_stats["step_size"]
+    assert torch.equal(step_size, step_size[:, :1].expand_as(step_size))
+    assert (step_size > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"num_draws": 0}, "num_draws must be at least 1, not 0"),
+        ({"max_tree_depth": 0}, "max_tree_depth must be at least 1, not 0"),
+        ({"target_acceptance": 2.0}, "target_acceptance must lie between 0 and 1, not 2.0"),
+        ({"batched": True}, rf"there are {len(X)} data sets, and 2 chains: one each"),
+    ],
+)
+def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:
+    x = X[:, None] if "batched" in setting else X
+    with pytest.raises(ValueError, match=words):
+        nuts(share_of_two, x, **{"num_draws": 5, "num_warmup": 5, "seed": 0, **setting})
