@@ -20,6 +20,7 @@ from torch.distributions import IndependentTransform, Transform, biject_to, cons
 import mixproof.models.positive_definite  # noqa: F401 - registers the coordinates of positive definite matrices
 from mixproof.inference.log_ratios import LogRatios
 from mixproof.inference.random_state import seeded
+from mixproof.inference.supports import base_of
 
 Model = Callable[..., Any]
 
@@ -51,6 +52,29 @@ class Bind(Messenger):
     def _pyro_param(self, message: Any) -> None:
         if message["name"] in self.params:
             message["value"], message["done"] = self.params[message["name"]], True
+
+
+class _Checked(Messenger):
+    """Says at which site a value is not one of the program's, before the program makes something else of it."""
+
+    def __init__(self, params: Mapping[str, Tensor]):
+        super().__init__()
+        self._params = params
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if message["name"] in self._params:
+            shape, expected = tuple(message["value"].shape), tuple(message["fn"].shape())
+            if shape != expected:
+                raise ValueError(f"{message['name']} has shape {shape}, and that of the program has {expected}")
+            self._check_support(message, message["fn"].support)
+
+    def _pyro_post_param(self, message: Any) -> None:
+        if message["name"] in self._params:
+            self._check_support(message, message["kwargs"].get("constraint", constraints.real))
+
+    def _check_support(self, message: Any, support: constraints.Constraint) -> None:
+        if not support.check(message["value"]).all():
+            raise ValueError(f"{message['name']} lies outside of its support, {base_of(support)}")
 
 
 def bind(model: Model, params: Mapping[str, Tensor]) -> Model:
@@ -85,12 +109,13 @@ def trace_of(model: Model, *args: Any, params: Mapping[str, Tensor] | None = Non
 
     Raises:
         TypeError: an observation is a NumPy array, for which Pyro has no density.
-        ValueError: a plate is empty, or an observation is NaN or infinite.
+        ValueError: a plate is empty, an observation is NaN or infinite, or a parameter has another shape than that of
+            the program or lies outside of its support.
     """
     known = params or {}
     with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*args, *known.values()), seeded(0):
         try:
-            trace: Any = poutine.trace(bind(model, known)).get_trace(*args)
+            trace: Any = poutine.trace(_Checked(known)(bind(model, known))).get_trace(*args)
         except ZeroDivisionError as error:
             if str(error) != "size cannot be zero":  # what Pyro says of a plate
                 raise
@@ -112,8 +137,7 @@ def inspect(model: Model, params: Mapping[str, Tensor], *args: Any) -> Program:
 
     Raises:
         ValueError: there is no enumerated site, a discrete site is not marked for enumeration, a continuous site has no
-            value in ``params``, ``params`` names a site that the program does not have, a plate is empty, or an
-            observation is NaN or infinite.
+            value in ``params``, ``params`` names a site that the program does not have, or as ``trace_of``.
     """
     trace = trace_of(model, *args, params=params)
     supports, latents, nesting = {}, {}, 0

@@ -24,7 +24,7 @@ from mixproof.inference.dataset import stream
 from mixproof.inference.em import has_spread, raise_for_collapse, raise_for_impossible, raise_for_lost_component
 from mixproof.inference.expectation import expectation
 from mixproof.inference.trees import tree_map, tree_to
-from mixproof.inference.validation import check_params, check_prior
+from mixproof.inference.validation import check_integer, check_params, check_prior
 
 
 class OnlineFit(NamedTuple):
@@ -83,8 +83,9 @@ def online_em(
         raise ValueError(f"step_size must be above 1/2 and at most 1, and is {step_size}")
     if not (delay >= 0 and math.isfinite(delay)):
         raise ValueError(f"delay must be finite and not negative, and is {delay}")
-    if average_from is not None and average_from < 1:
-        raise ValueError(f"average_from must be at least 1, and is {average_from}")
+    check_integer(warm_up, "warm_up", 0)
+    if average_from is not None:
+        check_integer(average_from, "average_from", 1)
     if not hasattr(family, "recentre"):
         raise ValueError("this family has no recentre, which moves its statistics to other parameters: use em")
     params = stats = averaged = None

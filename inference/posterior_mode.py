@@ -55,7 +55,7 @@ def posterior_mode(
     Raises:
         TypeError: ``init`` names no sites.
         ValueError: the program has no enumerated site or an unmarked one, a parameter has no value, or the start has
-            density 0.
+            density 0 or values of other shapes than the program's or outside of their supports.
     """
     if not (isinstance(init, Mapping) or hasattr(init, "_asdict")):
         raise TypeError(f"init must be a dict or a NamedTuple of values by site, not a {type(init).__name__}")

@@ -82,11 +82,11 @@ def check_data(
         raise ValueError(f"x has shape {tuple(x.shape)}: it needs at least one row and one column")
     x = x.detach() if x.is_floating_point() else x.to(torch.float64)
     if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x holds {x.dtype}, for which there is no Cholesky factor: convert it to float32 or float64")
+        raise TypeError(f"x holds {x.dtype}: convert it to float32 or float64, in which everything is computed")
     if missing:
         _raise_at_first(torch.isinf(x), x, "is {value}: only NaN marks a missing entry", first_row)
     elif not torch.isfinite(x.sum()):  # a sum tells it as surely, and ten times sooner, unless it overflows
-        advice = "drop or impute the row (em takes missing=True where NaN marks a missing entry)"
+        advice = "drop or impute the row (em takes missing=True, the command line --missing, where NaN marks a gap)"
         _raise_at_first(~torch.isfinite(x), x, f"is {{value}}: {advice}", first_row)
     if support is not None:
         elementwise = base_of(support)

@@ -711,6 +711,13 @@ def without_finite_support(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(loc[0] + count, 1.0), obs=x)
 
 
+def with_weights(x: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
+
+
 LOC = {"loc": torch.zeros(2)}
 BAD_PROGRAMS: list[tuple[Any, dict[str, Tensor], str]] = [
     (unmarked, LOC, 'site "z"'),
@@ -718,6 +725,9 @@ BAD_PROGRAMS: list[tuple[Any, dict[str, Tensor], str]] = [
     (with_a_continuous_latent, LOC, "site \"noise\" is continuous, unobserved and not among the parameters ['loc']"),
     (without_finite_support, LOC, 'site "count"'),
     (marked, {**LOC, "scale": torch.ones(1)}, "the program has no site scale; its parameter sites are loc"),
+    (marked, {"loc": torch.zeros(3)}, "loc has shape (3,), and that of the program has (2,)"),
+    (marked, {"loc": torch.tensor([0.0, torch.nan])}, "loc lies outside of its support, Real()"),
+    (with_weights, {"weights": torch.tensor([1.0, 3.0])}, "weights lies outside of its support, Simplex()"),
 ]
 
 
