@@ -19,7 +19,7 @@ from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.acceleration import Anderson
 from mixproof.inference.dataset import Block, Dataset
 from mixproof.inference.distributed import Group, all_sum, first_of, is_first, object_of_first, together
-from mixproof.inference.expectation import Expectation, expectation
+from mixproof.inference.expectation import MOMENTS_ERROR, Expectation, expectation
 from mixproof.inference.progress import EMProgress
 from mixproof.inference.supports import base_of
 from mixproof.inference.trees import tree_map, tree_to
@@ -541,41 +541,52 @@ def has_spread(family: Any, num_features: int) -> bool:
 
 
 def raise_for_collapse(family: Any, params: Any, block: Block, when: str, *, lost: bool = False) -> None:
-    """Raise if at the row where a component is most probable its density changes with a rounding.
+    """Raise if a component is narrower than the rounding of the rows, or of its own covariance.
 
-    That of the data, or that of a covariance: ``expectation`` permits itself errors of eps^0.7 of the variances, so
-    that a smaller variance of one feature given the others is nothing but rounding. What happens at a row of another
-    component does not count, unless the component may have ``lost`` its rows by becoming narrower than its location is
-    exact.
+    At the row where a component is most probable, its density then changes with such a rounding. What happens at a row
+    of another component does not count, unless the component may have ``lost`` its rows by becoming narrower than its
+    location is exact.
     """
     x = block.x if block.weights is None else block.x[block.weights > 0]
     if len(x) == 0:
         return
     table = family.log_joint(params, x)
-    rows, eps = table.argmax(0), torch.finfo(x.dtype).eps
-    resp, known = table.softmax(-1), (~x.isnan()).to(x)
-    nudged = x[rows] + eps * x.nan_to_num().abs().amax(0)
+    _raise_below_rounding_of_rows(family, params, x, table, when, lost)
+    if x.shape[1] > 1:
+        _raise_below_rounding_of_covariance(family, params, x, table, when)
+
+
+MOST_CHANGE = 0.5
+"""Of a log density by a rounding: what a standard deviation from the location costs."""
+
+
+def _raise_below_rounding_of_rows(family: Any, params: Any, x: Tensor, table: Tensor, when: str, lost: bool) -> None:
+    rows = table.argmax(0)
+    nudged = x[rows] + torch.finfo(x.dtype).eps * x.nan_to_num().abs().amax(0)
     moved = (family.log_joint(params, nudged) - table[rows]).abs()
-    moved = moved.diagonal() if lost else (resp[rows] * moved).amax(0)
+    moved = moved.diagonal() if lost else (table.softmax(-1)[rows] * moved).amax(0)
     k = int(moved.argmax())
-    if not moved[k] < 0.5:  # what a standard deviation from the location costs
+    if not moved[k] < MOST_CHANGE:
         raise ValueError(
             f"component {k} has collapsed {when}: its spread is below the rounding of x, so that its density means "
             "nothing. Give a prior, use fewer components, or start elsewhere"
         )
-    if x.shape[1] == 1:
-        return
+
+
+def _raise_below_rounding_of_covariance(family: Any, params: Any, x: Tensor, table: Tensor, when: str) -> None:
+    rows, resp, known = table.argmax(0), table.softmax(-1), (~x.isnan()).to(x)
     mass = (resp.mT @ known).clamp_min(torch.finfo(x.dtype).tiny)
     centred = x.nan_to_num() - known * (x.nan_to_num().sum(0) / known.sum(0).clamp_min(1))
     means, squares = (resp.mT @ values / mass for values in (centred, centred.square()))
     spreads = (squares - means.square()).clamp_min(0).sqrt()  # (K, D)
-    nudges = torch.diag_embed(eps**0.35 * spreads)  # one feature after another
+    error = torch.finfo(x.dtype).eps ** (MOMENTS_ERROR / 2)  # of a standard deviation
+    nudges = torch.diag_embed(error * spreads)  # one feature after another
     of_nudged = family.log_joint(params, (x[rows][:, None] + nudges).flatten(0, 1)).unflatten(0, spreads.shape)
     component = torch.arange(len(rows), device=x.device)
     change = (of_nudged[component, :, component] - table[rows, component][:, None]).abs()
     moved = resp[rows, component] * change.amax(1)
     k = int(moved.argmax())
-    if not moved[k] < 0.5:
+    if not moved[k] < MOST_CHANGE:
         raise ValueError(
             f"component {k} has collapsed {when}: along some direction its spread is below the rounding of its "
             f"covariance in {str(x.dtype).removeprefix('torch.')}, so that its density means nothing. Drop one of two "

@@ -53,6 +53,7 @@ from mixproof.inference.trees import tree_to
 SMALL = 2**14  # numbers in a table of rows, components and features, below which preparing costs more than it saves
 WIDE = 64  # features, from which on summing over all rows costs more than taking a component's own rows out
 MANY = 2**21  # numbers in rows taken out, from which on their products are as fast as larger ones
+MOMENTS_ERROR = 0.7  # the power of eps, relative to a variance, that sums of moments may be off by
 NOTHING = 3  # the power of eps that is less than what counts beside one
 
 
@@ -137,7 +138,7 @@ class Moments:
     @property
     def exact(self) -> bool:
         """Whether sums of these features lose less than three tenths of the digits of their type."""
-        return bool(self.growth.amax() <= torch.finfo(self.center.dtype).eps ** -0.3)
+        return bool(self.growth.amax() <= torch.finfo(self.center.dtype).eps ** (MOMENTS_ERROR - 1))
 
     def table(self, x: Tensor, space: Workspace) -> Tensor:
         num_lanes, num_rows, _ = x.shape

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.inference.expectation import MOMENTS_ERROR
+
 
 def base_of(support: constraints.Constraint) -> constraints.Constraint:
     """Return what a support asks of a single event of its base, without what makes several events one."""
@@ -27,13 +29,13 @@ def ends(support: constraints.Constraint) -> tuple[float, float]:
 def at_edge(value: Tensor, support: constraints.Constraint) -> bool:
     """Whether an entry lies on the boundary of its support, which unconstrained coordinates cannot reach or leave.
 
-    So does a positive definite matrix (..., D, D) of which a variance given the features before is below eps^0.7 of the
-    variance itself: what EM's sums may be off by.
+    So does a positive definite matrix (..., D, D) of which a variance given the features before is a share of it that
+    EM's sums may be off by.
     """
     if base_of(support) is constraints.positive_definite:
         variances = value.diagonal(dim1=-2, dim2=-1)
         factor, info = torch.linalg.cholesky_ex(value)
         remaining = factor.diagonal(dim1=-2, dim2=-1).square()
-        return bool((info > 0).any() or (remaining <= torch.finfo(value.dtype).eps ** 0.7 * variances).any())
+        return bool((info > 0).any() or (remaining <= torch.finfo(value.dtype).eps ** MOMENTS_ERROR * variances).any())
     low, high = ends(support)
     return bool(((value <= low) | (value >= high)).any())
