@@ -20,7 +20,7 @@ from torch.distributions import IndependentTransform, Transform, biject_to, cons
 import mixproof.models.positive_definite  # noqa: F401 - registers the coordinates of positive definite matrices
 from mixproof.inference.log_ratios import LogRatios
 from mixproof.inference.random_state import seeded
-from mixproof.inference.supports import base_of
+from mixproof.inference.supports import base_of, contains
 
 Model = Callable[..., Any]
 
@@ -73,7 +73,7 @@ class _Checked(Messenger):
             self._check_support(message, message["kwargs"].get("constraint", constraints.real))
 
     def _check_support(self, message: Any, support: constraints.Constraint) -> None:
-        if not support.check(message["value"]).all():
+        if not contains(support, message["value"]):
             raise ValueError(f"{message['name']} lies outside of its support, {base_of(support)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch.distributions import constraints
 from mixproof.inference.bfgs import Minimum, Objective, minimise, with_gradient
 from mixproof.inference.enumeration import Coordinates, inspect, log_density
 from mixproof.inference.supports import at_edge
+from mixproof.inference.validation import check_integer
 
 STEP = 0.1
 """How far, in unconstrained coordinates, to look for a higher density than at the mode."""
@@ -53,10 +55,13 @@ def posterior_mode(
         ConvergenceWarning names the site.
 
     Raises:
-        TypeError: ``init`` names no sites.
-        ValueError: the program has no enumerated site or an unmarked one, a parameter has no value, or the start has
-            density 0 or values of other shapes than the program's or outside of their supports.
+        TypeError: ``init`` names no sites, or ``max_steps`` is not an integer.
+        ValueError: a setting is out of range, the program has no enumerated site or an unmarked one, a parameter has no
+            value, or the start has density 0 or values of other shapes than the program's or outside of their supports.
     """
+    check_integer(max_steps, "max_steps", 1)
+    if not (rtol >= 0 and math.isfinite(rtol)):
+        raise ValueError(f"rtol must be finite and not negative, and is {rtol}")
     if not (isinstance(init, Mapping) or hasattr(init, "_asdict")):
         raise TypeError(f"init must be a dict or a NamedTuple of values by site, not a {type(init).__name__}")
     start: Mapping[str, Tensor] = init if isinstance(init, Mapping) else init._asdict()

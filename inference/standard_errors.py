@@ -21,7 +21,7 @@ from mixproof.inference.enumeration import log_joint_table
 from mixproof.inference.exchangeability import numberings
 from mixproof.inference.labels import assign, renumber
 from mixproof.inference.log_posterior import LogPosterior
-from mixproof.inference.supports import at_edge, base_of
+from mixproof.inference.supports import at_edge, base_of, contains
 from mixproof.inference.trees import tree_at, tree_expand, tree_map
 from mixproof.inference.validation import (
     as_floating,
@@ -122,6 +122,10 @@ def _coordinates_of(posterior: LogPosterior, params: Any) -> tuple[dict[str, Ten
     for site, value in sites.items():
         if fit[site].shape != value.shape:
             raise ValueError(f"{site} of the fit has shape {tuple(fit[site].shape)}, not {tuple(value.shape)}")
+        if not contains(posterior.program.supports[site], fit[site]):
+            raise ValueError(
+                f"{site} of the fit lies outside of its support, {base_of(posterior.program.supports[site])}"
+            )
     places = {site: transforms[site].inv(value).reshape(-1) for site, value in fit.items()}
     for site, value in fit.items():
         if not torch.isfinite(places[site]).all() or at_edge(value, posterior.program.supports[site]):

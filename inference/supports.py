@@ -26,6 +26,21 @@ def ends(support: constraints.Constraint) -> tuple[float, float]:
     return getattr(base, "lower_bound", -math.inf), getattr(base, "upper_bound", math.inf)
 
 
+def contains(support: constraints.Constraint, value: Tensor) -> bool:
+    """Whether all entries are finite and lie in a support.
+
+    A positive definite matrix is also symmetric to half of the digits of its own variances: torch allows 1e-6 in any
+    unit, and its Cholesky factor does not read the upper triangle.
+    """
+    if not (torch.isfinite(value).all() and support.check(value).all()):
+        return False
+    if base_of(support) is not constraints.positive_definite:
+        return True
+    scales = value.diagonal(dim1=-2, dim2=-1).sqrt()
+    allowed = math.sqrt(torch.finfo(value.dtype).eps) * scales[..., :, None] * scales[..., None, :]
+    return bool(((value - value.mT).abs() <= allowed).all())
+
+
 def at_edge(value: Tensor, support: constraints.Constraint) -> bool:
     """Whether an entry lies on the boundary of its support, which unconstrained coordinates cannot reach or leave.
 

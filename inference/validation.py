@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from torch.utils._pytree import tree_leaves
 
-from mixproof.inference.supports import base_of
+from mixproof.inference.supports import base_of, contains
 
 
 def check_integer(value: Any, name: str, least: int) -> None:
@@ -202,6 +202,8 @@ def check_params(family: Any, params: Any, num_features: int | None = None) -> A
             at = tuple((~valid).nonzero()[0].tolist()) if valid.ndim else ()
             where = "".join(f"[{i}]" for i in at)
             raise ValueError(f"{name}{where} must be {_words(site.support)}, and is {_shown(value[at])}")
+        if not contains(site.support, value):
+            raise ValueError(f"{name} must be {_words(site.support)}, and is not symmetric: {_shown(value)}")
         if site.support is constraints.simplex:  # up to the last bit, where torch allows 1e-6
             result = result._replace(**{name: value / value.sum(-1, keepdim=True)})
     return result

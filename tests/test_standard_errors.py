@@ -248,3 +248,14 @@ def test_a_density_with_corners_is_sent_to_the_bootstrap(all_families: list[Case
     x = case.data(0, 200, params)
     with pytest.raises(ValueError, match=r"along .*locs.* A density with corners"):
         standard_errors(LogPosterior(case.program(2), x), fitted(case.family, x, params))
+
+
+def test_a_fit_outside_of_its_support_is_refused() -> None:
+    x = torch.randn(50, 2, generator=seeded(0), dtype=torch.float64)
+    fit = gaussian_full.init_params(x, 2, seeded(1))
+    posterior = program(gaussian_full, x, 2)
+    upper = fit.covariances.clone()
+    upper[:, 0, 1] += 0.1
+    for name, value in (("weights", 2 * fit.weights), ("covariances", upper), ("covariances", -fit.covariances)):
+        with pytest.raises(ValueError, match=f"{name} of the fit lies outside of its support"):
+            observed_information(posterior, fit._replace(**{name: value}))

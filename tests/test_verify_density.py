@@ -425,3 +425,35 @@ def test_a_density_that_is_nan_somewhere_is_refuted_there() -> None:
     assert check.counterexample is not None
     assert (check.counterexample["points"][:, 0] > 2).all()
     assert "NaN" in check.detail
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e4])
+def test_large_counts(rate: float) -> None:
+    """A log probability near -5 is a difference of terms near 1e5, whose rounding no law of smaller counts has."""
+
+    def log_prob(x: Tensor, rate: float) -> Tensor:
+        n = x[:, 0]
+        return torch.where(n < 0, -math.inf, n * math.log(rate) - rate - (n.clamp_min(0) + 1).lgamma())
+
+    def sample(num: int, generator: torch.Generator) -> Tensor:
+        return torch.poisson(torch.full((num, 1), rate, dtype=torch.float64), generator=generator)
+
+    check = partial(verify_density, sample=sample, columns=["discrete"], seed=SEED)
+    assert check(partial(log_prob, rate=rate)).ok
+    assert check(lambda x: log_prob(x, rate) + 1e-8).verdict == "refuted"
+    assert check(partial(log_prob, rate=1.01 * rate)).verdict == "refuted"
+
+
+@pytest.mark.parametrize("width", [1e-3, 1e-5])
+def test_a_peak_that_no_grid_meets(width: float) -> None:
+    weights, locs, scales = tensor([0.5, 0.5]), tensor([0.0, 0.3]), tensor([1.0, width])
+
+    def log_prob(x: Tensor) -> Tensor:
+        return (weights.log() + torch.distributions.Normal(locs, scales).log_prob(x)).logsumexp(-1)
+
+    def sample(num: int, generator: torch.Generator) -> Tensor:
+        z = torch.multinomial(weights, num, True, generator=generator)
+        return (locs[z] + scales[z] * torch.randn(num, generator=generator, dtype=torch.float64))[:, None]
+
+    assert verify_density(log_prob, sample, seed=SEED).verdict != "refuted"
+    assert verify_density(lambda x: log_prob(x) + 0.1, sample, seed=SEED).verdict != "holds"

@@ -406,7 +406,7 @@ def test_programs_that_cannot_be_checked_say_what_to_do() -> None:
         verify_em(diagonal, {**START, "scale": tensor(1.0)}, e_step=e_step, m_step=m_step, data=(X,), seed=0)
     with pytest.raises(TypeError, match="must be a tuple"):
         verify_em(diagonal, START, e_step=e_step, m_step=m_step, data=X, seed=0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="given value of weights lies outside its support"):
+    with pytest.raises(ValueError, match="weights lies outside of its support, Simplex"):
         verify({"weights": 2 * START["weights"]})
     with pytest.raises(TypeError, match="parameter weights is a str"):
         verify({"weights": "equal"})
@@ -697,3 +697,78 @@ def test_the_smallest_counterexample_runs_by_itself_and_shows_the_fault(family: 
     rows = re.search(r"resp = torch.tensor\((.*?), dtype", report.smallest, re.DOTALL)
     assert rows is not None
     assert len(ast.literal_eval(rows.group(1))) <= 3
+
+
+# In any unit
+
+
+def in_units_of(scale: float, **spoilt: Any) -> Report:
+    """Verify the derivation on data, locations and standard deviations ``scale`` times as large."""
+    start = {"weights": tensor(1.0, 1.0, 1.0) / 3, "locs": scale * START["locs"], "stds": scale * START["stds"]}
+    steps = {"e_step": e_step, "m_step": m_step, "log_likelihood": log_likelihood, **spoilt}
+    return verify_em(diagonal, start, data=(scale * X,), seed=0, **steps)
+
+
+SCALES = [1e-9, 1e-5, 1e-4, 1e8, 1e9]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_right_derivation_is_exact_in_any_unit(scale: float) -> None:
+    assert in_units_of(scale).verdict == "exact EM"
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_an_e_step_without_weights_is_wrong_in_any_unit(scale: float) -> None:
+    """The given weights are equal: only points near them, where the responsibilities are soft, can tell."""
+
+    def without_weights(params: Params, x: Tensor) -> Tensor:
+        return (table(params, x) - params["weights"].log()).softmax(-1)
+
+    report = in_units_of(scale, e_step=without_weights)
+    assert report.verdict == "wrong E-step"
+    assert not in_units_of(scale, log_likelihood=lambda params, x: without_weights(params, x).sum()).ok
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+def test_a_damped_step_rises_in_any_unit(scale: float) -> None:
+    def damped(resp: Tensor, x: Tensor, params: Params) -> Params:
+        right = m_step(resp, x)
+        return {**right, "locs": (params["locs"] + right["locs"]) / 2}
+
+    assert in_units_of(scale, m_step=damped).verdict == "generalised EM"
+
+
+@pytest.mark.parametrize("factor", [1 + 9e-7, 1 + 2e-6, 1 + 1e-4])
+def test_weights_that_do_not_add_up_are_wrong(factor: float) -> None:
+    """torch lets a sum pass that is off by 1e-6."""
+    report = verify(m_step=spoil(weights=lambda right, resp, x: factor * right["weights"]))
+    assert report.verdict == "wrong M-step"
+
+
+def test_given_weights_in_single_precision_do_not_spoil_a_right_report() -> None:
+    rounded = torch.tensor([0.3, 0.3, 0.4]).double()
+    assert rounded.sum() != 1
+    assert verify({"weights": rounded}).verdict == "exact EM"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+@pytest.mark.parametrize("share", [1e-6, 2.0])
+def test_a_covariance_that_is_not_symmetric_is_wrong(scale: float, share: float) -> None:
+    """Its Cholesky factor reads the lower triangle alone."""
+    x, one = scale * X, gaussian_full.Params(tensor(1.0), tensor([0.8, 0.7]), torch.eye(2).double()[None])
+    start = gaussian_full.Params(one.weights, scale * one.locs, scale**2 * one.covariances)
+
+    def step(resp: Tensor, x: Tensor) -> gaussian_full.Params:
+        right = gaussian_full.m_step(gaussian_full.statistics(start, x, resp))
+        right.covariances[:, 0, 1] *= 1 - share
+        return right
+
+    found = verify_em(
+        partial(gaussian_full.model, num_components=1),
+        start,
+        e_step=lambda params, x: torch.ones(len(x), 1, dtype=torch.float64),
+        m_step=step,
+        data=(x,),
+        seed=0,
+    )
+    assert found.verdict == "wrong M-step"

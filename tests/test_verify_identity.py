@@ -100,3 +100,16 @@ def test_constants_reach_both_sides_unchanged() -> None:
 
     verify_identity(claimed, lambda x, *rest: x + x, reals(), flag, 7, table, seed=SEED)
     assert set(seen) == {(True, 7, True)}
+
+
+def test_imaginary_parts_are_compared() -> None:
+    """The characteristic function of N(2, 1), and that of N(-2, 1)."""
+
+    def function(sign: int) -> Callable[[Tensor], Tensor]:
+        return lambda t: torch.exp(torch.complex(-t.square() / 2, sign * 2 * t))
+
+    def frequencies(generator: torch.Generator) -> Tensor:
+        return torch.randn(3, generator=generator, dtype=torch.float64)
+
+    assert verify_identity(function(1), function(1), frequencies, seed=0).ok
+    assert verify_identity(function(-1), function(1), frequencies, seed=0).verdict == "refuted"

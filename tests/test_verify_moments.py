@@ -133,3 +133,26 @@ def test_single_precision_draws_have_moments() -> None:
         lambda n, g: torch.randn(n, 2, generator=g) + 100, tensor([100.0, 100.02]), torch.eye(2), seed=SEED
     )
     assert moved.verdict == "refuted"
+
+
+@pytest.mark.parametrize(("mean", "claimed"), [(1e6, 1.02), (1e7, 1.02), (1e9, 1.02), (-1e9, 0.98)])
+def test_variances_far_from_zero(mean: float, claimed: float) -> None:
+    def sample(num: int, generator: torch.Generator) -> Tensor:
+        return mean + torch.randn(num, 1, generator=generator, dtype=torch.float64)
+
+    assert verify_moments(sample, tensor([mean]), tensor([[1.0]]), seed=SEED).ok
+    assert verify_moments(sample, tensor([mean]), tensor([[claimed]]), seed=SEED).verdict == "refuted"
+
+
+def test_moments_of_which_rounding_leaves_nothing_are_undecided() -> None:
+    def sample(num: int, generator: torch.Generator) -> Tensor:
+        return 1e12 + 1e-3 * torch.randn(num, 1, generator=generator, dtype=torch.float64)
+
+    report = verify_moments(sample, tensor([1e12]), tensor([[1e-6]]), seed=SEED)
+    assert report.verdict == "undecided"
+    assert "rounding of the draws hides errors" in str(report)
+
+
+def test_complex_draws_are_refused() -> None:
+    with pytest.raises(ValueError, match="return real and imaginary parts as columns"):
+        verify_moments(lambda n, g: torch.ones(n, 1, dtype=torch.complex128), tensor([1.0]), seed=SEED)

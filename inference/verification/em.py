@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mixproof.inference.newton import descend
+from mixproof.inference.supports import at_edge
 from mixproof.inference.verification.hints import measured_hints
 from mixproof.inference.verification.report import Check, Report, asserting
 from mixproof.inference.verification.smallest import smallest_counterexample
@@ -287,7 +288,8 @@ def _maximised(
             reason = f"Q rises without bound as {site} goes to the edge of its support, so that no M-step exists here"
             raise Undecided(name, f"{reason}: give more rows ({error})") from error
         site = error.args[1]
-        if changes({site: best[site]}, given)[site] < BLIND:
+        near_best = (best[site] - given[site]).abs().max() <= BLIND * params[site].abs().max()
+        if near_best and at_edge(given[site], own.program.supports[site]):
             reason = f"Q is largest at the edge of the support of {site}, which does not belong to it"
             raise Undecided(name, f"{reason}: give rows of which no entry is estimated at an edge ({error})") from error
         near = target._replace(resp=own.random_resp(params, generator, tilt=TILT))

@@ -123,7 +123,11 @@ def structures_of(variable: Any) -> list[Structure]:
     found: list[Structure] = ["free"]
     if not isinstance(variable, Tensor):
         return found
-    if variable.dim() >= 2 and variable.shape[-1] == variable.shape[-2] and torch.allclose(variable, variable.mT):
+    if (
+        variable.dim() >= 2
+        and variable.shape[-1] == variable.shape[-2]
+        and torch.allclose(variable, variable.mT, atol=0)
+    ):
         found += ["symmetric", "distinct entries"]
     if variable.dim() >= 1 and (variable >= 0).all() and torch.allclose(variable.sum(-1), torch.ones(()).to(variable)):
         found.append("simplex")

@@ -175,7 +175,7 @@ def _report_hints(own: Trial, generator: torch.Generator) -> tuple[str, ...]:
     if hold((rights / totals).tolist()):
         found.append("the mean for sum over the rows: it is right times the number of rows")
     elif not hold(rights.tolist()) and hold((rights * (claims / rights)[0]).tolist()):
-        found.append(f"a factor of {claims[0] / rights[0]:.3g}: it is right divided by it")
+        found.append(f"a factor of {claims[0] / rights[0]:.7g}: it is right divided by it")
     if hold([log_lik(joint, joint.rows - joint.latent) for joint in joints]):
         found.append("the weights are missing: it is right with each component's log weight added")
     if hold([log_lik(joint, joint.rows + joint.latent) for joint in joints]):
@@ -329,7 +329,7 @@ def _constants(own: Trial, site: str, first: Point) -> Iterator[Mend]:
     value, right, has_prior = first.new[site], first.better[site], own.has_prior
     if measured := _common(value / right):
         for factor in dict.fromkeys((_rounded(measured) or measured, measured)):
-            says = f"a factor of {factor:.3g}: {site} is right divided by it"
+            says = f"a factor of {factor:.7g}: {site} is right divided by it"
             yield Mend(says, _put(site, partial(torch.mul, other=1 / factor)))
     if added := _constant(value - right):
         yield Mend(f"{added:g} is added to {site}: without it, it is right", _put(site, lambda value: value - added))

@@ -310,8 +310,9 @@ def evaluate(function: Callable[..., Any], point: Sequence[Any]) -> tuple[Tensor
 
 
 def flatten(parts: Sequence[Tensor]) -> Tensor:
-    """Return the entries of several tensors as one (M,) float64 tensor."""
-    return torch.cat([part.to(torch.float64).flatten() for part in parts])
+    """Return the entries of several tensors as one (M,) float64 tensor, complex ones as real and imaginary parts."""
+    real = [torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in parts]
+    return torch.cat([part.to(torch.float64).flatten() for part in real])
 
 
 def bare(parts: Sequence[Any]) -> Any:

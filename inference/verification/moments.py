@@ -25,6 +25,8 @@ NUM_PILOT = 10_000
 CHUNK = 2**20
 """How many numbers are drawn at once."""
 ROUNDING = 2.0**10 * torch.finfo(torch.float64).eps
+BLIND = 1e-3
+"""Rounding that hides more than this, in standard deviations, and more than chance does, leaves moments undecided."""
 LARGEST_SKEWNESS = 0.125
 """Of an average: that of the number of rare events if 64 are expected, where Hall's transformation still holds."""
 
@@ -215,8 +217,8 @@ def covariance_agrees(
     """
     units = scale[:, None] * scale
     variance, skewness = _of_products(moments)
-    relative = (mean.abs() / scale).clamp(min=1)
-    floor = ROUNDING * relative[:, None] * relative
+    shifts = ROUNDING * (mean.abs() / scale).clamp(min=1)  # of a draw, and so of the mean of all
+    floor = shifts[:, None] + shifts + shifts[:, None] * shifts
     rows, columns = torch.tril_indices(len(mean), len(mean))
     error = (moments.second - covariance / units)[rows, columns]
     found = {"claimed": covariance, "actual": moments.second * units}
@@ -248,6 +250,8 @@ def draw(sample: Sampler, num_samples: int, generator: torch.Generator) -> Tenso
     draws = draws[:, None] if draws.dim() == 1 else draws
     if draws.dim() != 2 or len(draws) != num_samples:
         raise ValueError(f"sample({num_samples}, generator) returned shape {tuple(draws.shape)}, expected (N, D)")
+    if draws.is_complex():
+        raise ValueError("sample returned complex numbers: return real and imaginary parts as columns")
     return draws.detach().to(torch.float64)
 
 
@@ -320,7 +324,11 @@ def _z_test(
         rare = f"in {int(unknown.sum())} of {len(error)} entries the draws hold too few rare values to know the error"
         return Check(name, False, math.nan, math.nan, detail=f"{num} draws; {rare}")
     passed = p_value >= false_alarm
-    seen = (quantile + float(stats.norm.isf(false_alarm / len(error)))) * float(standard_error.max())
+    sampling = (quantile + float(stats.norm.isf(false_alarm / len(error)))) * standard_error
+    seen = float(torch.maximum(sampling, floor).max())
+    if passed and bool((~fixed & (floor > sampling.clamp_min(BLIND))).any()):
+        hidden = f"rounding of the draws hides errors of up to {float(floor.max()):.2g} standard deviations of the law"
+        return Check(name, False, math.nan, math.nan, detail=f"{num} draws; {hidden}: subtract the mean in the sampler")
     return Check(
         name,
         passed,

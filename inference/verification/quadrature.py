@@ -19,6 +19,9 @@ GRID = {0: 1, 1: 5461 * 12, 2: 43 * 12, 3: 8 * 12}
 """Points on each continuous axis, by the number of those axes; multiples of twelve, for the coarser grids within."""
 SMALLEST_GRID = 48
 LARGEST_GRID = 2**20
+UNSEEN = 4.0
+SOME = 2**12
+"""How many draws are asked for their density at most."""
 COARSE = 2.0**-7
 """A grid that resolves less than this share of the mass says nothing."""
 
@@ -53,9 +56,10 @@ def grid_integral(log_prob: LogProb, draws: Tensor, *, columns: Sequence[Any] | 
     """Check that a density integrates to one, on a grid about draws.
 
     The box is the range of the draws, widened by itself on each side; discrete columns take all whole numbers in it.
-    The tolerance is what the grid can resolve: how far the sums over the coarser grids inside it differ, and the mass
-    in the outer half of the widening, of which less lies beyond it. A grid that resolves less than ``COARSE`` says
-    nothing, and passes with an infinite tolerance.
+    The tolerance is what the grid can resolve: how far the sums over the coarser grids inside it differ, the mass in
+    the outer half of the widening, of which less lies beyond it, and the share of draws where the density is more than
+    ``UNSEEN`` times as high as anywhere on the grid, whose points have then missed a peak. A grid that resolves less
+    than ``COARSE`` says nothing, and passes with an infinite tolerance.
 
     Args:
         log_prob: of points (M, D) returns their log densities (M,).
@@ -116,7 +120,11 @@ def grid_integral(log_prob: LogProb, draws: Tensor, *, columns: Sequence[Any] | 
     beyond = abs(whole - total([mass * keep for (_, mass), keep in zip(masses, inner, strict=True)]))
     halves = [abs(coarser(i, 2) - whole) for i in range(2)]
     quarters = [abs(coarser(i, 4) - whole) / 4 for i in range(4)]
-    tolerance = 2 * max(halves + quarters) + beyond + rounding(log_prob, points)
+    some = draws[:: -(-len(draws) // SOME)]
+    above = heights(log_prob, some) > density.max().log() + math.log(UNSEEN)
+    missed = float(above.double().mean())
+    missed += 4 * math.sqrt(missed / len(some))
+    tolerance = 2 * max(halves + quarters) + beyond + missed + rounding(log_prob, points)
     error = abs(whole - 1)
     tolerance = tolerance if tolerance < COARSE else math.inf
     passed = error <= tolerance
@@ -150,6 +158,12 @@ def heights(log_prob: LogProb, points: Tensor) -> Tensor:
 
 
 def rounding(log_prob: LogProb, points: Tensor) -> float:
-    """Return the rounding that a sum of densities may carry, in the precision in which a log density answers."""
+    """Return the rounding that a sum of densities may carry, in the precision in which a log density answers.
+
+    The log probability of a count n is a difference of terms as large as log n!.
+    """
     dtype = log_prob(points[:1]).dtype
-    return 2.0**10 * torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
+    counts = points[:, (points == points.round()).all(0)].abs()
+    largest = float(counts.max()) if counts.numel() else 0.0
+    terms = 2.0**10 + 8 * largest * math.log1p(largest)
+    return terms * torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps

@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from mixproof.inference.enumeration import Coordinates, LogJoint, log_joint_table
 from mixproof.inference.enumeration import inspect as inspect_program
 from mixproof.inference.newton import descend
+from mixproof.inference.supports import base_of, contains, ends
 from mixproof.inference.verification.subject import Subject
 
 MAX_GROUPS = 256
@@ -109,15 +110,14 @@ class Trial:
             raise ValueError(f"the program raises {type(error).__name__}: {error}") from error
         continuous = [name for name, support in self.program.supports.items() if not support.is_discrete]
         self.params = {name: _floating(value) if name in continuous else value for name, value in given.items()}
+        for name in continuous:
+            if base_of(self.program.supports[name]) is constraints.simplex:  # to the last bit, where torch allows 1e-6
+                self.params[name] = self.params[name] / self.params[name].sum(-1, keepdim=True)
         self.coordinates = Coordinates(self.program.supports, self.params)
         if not self.coordinates.transforms:
             raise ValueError("the program has no continuous parameter: there is nothing for an M-step to find")
-        for name in self.coordinates.transforms:
-            if not self.is_inside(name, self.params[name]):
-                where = f"outside its support {self.program.supports[name]}"
-                raise ValueError(f"the given value of {name} lies {where}: {_brief(self.params[name])}")
         free = self.coordinates.inverse(self.params)
-        edge = self._constrained(free) & ~(free.abs() <= EDGE)
+        edge = ~(free.abs() <= self._edges(free))
         self.at_edge = bool(edge.any())
         self.origin = torch.where(edge, INSIDE * free.nan_to_num().sign(), free)
         self.has_prior = self._has_prior()
@@ -156,7 +156,23 @@ class Trial:
     def random_params(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Return random parameters whose unconstrained coordinates are near those of the given ones."""
         noise = torch.randn(self.origin.shape, generator=generator, dtype=torch.float64)
-        return self.coordinates(self.origin + 0.3 * noise.to(self.origin))
+        return self.coordinates(self.origin + 0.3 * self._units * noise.to(self.origin))
+
+    @functools.cached_property
+    def _units(self) -> Tensor:
+        """The unit (P,) of each coordinate: 1 for logarithms and logits, and else what the data are measured in.
+
+        That is how far a coordinate is moved to change the log joint density of a row by one, at a random component:
+        the inverse of the root mean square slope. A location is so perturbed by a share of a standard deviation.
+        """
+        u = self.origin.clone().requires_grad_()
+        rows = self.joint(self.coordinates(u)).rows
+        some = rows[:: -(-len(rows) // MAX_GROUPS)]
+        heights = torch.where(torch.isfinite(some), some, 0.0).mean(-1)
+        identity = torch.eye(len(heights), dtype=heights.dtype)
+        slopes = torch.autograd.grad(heights, u, identity, is_grads_batched=True)[0]
+        units = 1 / slopes.square().mean(0).sqrt()
+        return torch.where(self._constrained(u) | ~torch.isfinite(units), 1.0, units).detach()
 
     def random_resp(self, params: Mapping[str, Tensor], generator: torch.Generator, tilt: float = 0.0) -> Tensor:
         """Return random responsibilities (N, K), 0 where the program's are; ``tilt`` of their logarithms enters."""
@@ -218,7 +234,12 @@ class Trial:
 
     def is_inside(self, site: str, value: Tensor) -> bool:
         """Whether a value is finite and lies in the support of a site."""
-        return bool(torch.isfinite(value).all()) and bool(self.program.supports[site].check(value).all())
+        support = self.program.supports[site]
+        if not contains(support, value):
+            return False
+        if base_of(support) is not constraints.simplex:
+            return True
+        return bool(((value.sum(-1) - 1).abs() <= ROUNDING * torch.finfo(value.dtype).eps).all())
 
     def returned(self, resp: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the person's M-step makes of responsibilities, refusing other sites and shapes."""
@@ -367,11 +388,27 @@ class Trial:
         moved = (self.unconstrained(end)[0] - self.unconstrained(start)[0]).abs()
         return self._constrained(moved) & ~(moved < EDGE / 4)
 
+    def _edges(self, u: Tensor) -> Tensor:
+        """Return from where on each coordinate (P,) stands for the edge of its support, which ends the digits.
+
+        A probability cannot be told from 0 or 1 soon; a scale can be of any size that the type holds.
+        """
+        edges = torch.full_like(u, math.inf)
+        for site, span in self.spans().items():
+            support = self.program.supports[site]
+            low, high = ends(support)
+            one_ended = math.isinf(low) != math.isinf(high) and base_of(support) is not constraints.simplex
+            if one_ended or base_of(support) in (constraints.positive_definite, constraints.lower_cholesky):
+                edges[span] = 0.8 * math.log(torch.finfo(u.dtype).max)
+            elif base_of(support) is not constraints.real:
+                edges[span] = EDGE
+        return edges
+
     def _constrained(self, u: Tensor) -> Tensor:
         """Return which coordinates (P,) belong to sites whose support is not the whole space."""
         constrained = torch.zeros_like(u, dtype=torch.bool)
         for site, span in self.spans().items():
-            constrained[span] = self.program.supports[site] is not constraints.real
+            constrained[span] = base_of(self.program.supports[site]) is not constraints.real
         return constrained
 
     def unbounded(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], target: Target) -> str:
