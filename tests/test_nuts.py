@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def share_of_two(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(
     ("model", "data_sets"),
     [
@@ -76,6 +78,7 @@ def test_it_says_what_cannot_be_compiled() -> None:
         nuts(branching, X, **settings, init=init)
 
 
+@pytest.mark.slow
 def test_it_says_that_there_is_no_compiler(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("""

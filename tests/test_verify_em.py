@@ -709,7 +709,7 @@ def in_units_of(scale: float, **spoilt: Any) -> Report:
     return verify_em(diagonal, start, data=(scale * X,), seed=0, **steps)
 
 
-SCALES = [1e-9, 1e-5, 1e-4, 1e8, 1e9]
+SCALES = [1e-9, 1e-4, 1e9]
 
 
 @pytest.mark.parametrize("scale", SCALES)
