@@ -23,7 +23,14 @@ from mixproof.inference.expectation import MOMENTS_ERROR, Expectation, expectati
 from mixproof.inference.progress import EMProgress
 from mixproof.inference.supports import base_of
 from mixproof.inference.trees import tree_map, tree_to
-from mixproof.inference.validation import check_integer, check_params, check_prior, check_rows, data_support
+from mixproof.inference.validation import (
+    check_integer,
+    check_params,
+    check_prior,
+    check_rows,
+    check_tolerance,
+    data_support,
+)
 from mixproof.models.initial import check_num_components
 
 ROWS_AT_ONCE = 1 << 14
@@ -98,8 +105,7 @@ def em(
             an error of the kind that one of them met.
     """
     check_integer(max_steps, "max_steps", 1)
-    if not 0 <= rtol < math.inf:
-        raise ValueError(f"rtol must be finite and not negative, and is {rtol}")
+    check_tolerance(rtol)
     if accelerate not in (None, "anderson"):
         raise ValueError(f'accelerate must be "anderson" or None, not {accelerate!r}')
     if checkpoint_every < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch.distributions import constraints
 from mixproof.inference.bfgs import Minimum, Objective, minimise, with_gradient
 from mixproof.inference.enumeration import Coordinates, inspect, log_density
 from mixproof.inference.supports import at_edge
-from mixproof.inference.validation import check_integer
+from mixproof.inference.validation import check_integer, check_tolerance
 
 STEP = 0.1
 """How far, in unconstrained coordinates, to look for a higher density than at the mode."""
@@ -60,8 +59,7 @@ def posterior_mode(
             value, or the start has density 0 or values of other shapes than the program's or outside of their supports.
     """
     check_integer(max_steps, "max_steps", 1)
-    if not (rtol >= 0 and math.isfinite(rtol)):
-        raise ValueError(f"rtol must be finite and not negative, and is {rtol}")
+    check_tolerance(rtol)
     if not (isinstance(init, Mapping) or hasattr(init, "_asdict")):
         raise TypeError(f"init must be a dict or a NamedTuple of values by site, not a {type(init).__name__}")
     start: Mapping[str, Tensor] = init if isinstance(init, Mapping) else init._asdict()

@@ -29,6 +29,7 @@ from mixproof.inference.validation import (
     check_integer,
     check_params,
     check_rows,
+    check_tolerance,
     num_components,
 )
 
@@ -211,8 +212,7 @@ def bootstrap(
     """
     check_integer(num_replicates, "num_replicates", 2)
     check_integer(max_steps, "max_steps", 1)
-    if not 0 <= rtol < math.inf:
-        raise ValueError(f"rtol must be finite and not negative, and is {rtol}")
+    check_tolerance(rtol)
     check_generator(generator)
     if method not in ("parametric", "nonparametric"):
         raise ValueError(f'method must be "parametric" or "nonparametric", not {method!r}')

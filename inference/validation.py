@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -41,6 +42,16 @@ def check_probability(value: float, name: str) -> None:
     """
     if not 0 < value < 1:
         raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+
+
+def check_tolerance(rtol: float) -> None:
+    """Say what is wrong with the relative change at which to stop.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    if not 0 <= rtol < math.inf:
+        raise ValueError(f"rtol must be finite and not negative, and is {rtol}")
 
 
 def check_generator(generator: Any) -> None:
