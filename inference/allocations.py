@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -21,10 +22,19 @@ def draw_allocations(table: Tensor, powers: Tensor | None, generator: torch.Gene
     for before, column in itertools.pairwise(columns):  # as cumsum, which is slower along an inner axis
         column.add_(before)
     normaliser = columns[-1]
-    log_normaliser = normaliser.log().sum(-1) + largest.sum((1, 2))
+    log_normaliser = _log_product(normaliser, len(columns)) + largest.sum((1, 2))
     uniform = torch.rand(normaliser.shape, generator=generator, dtype=table.dtype, device=table.device)
     resp.gt_(uniform.mul_(normaliser)[:, None])  # 1 from the component drawn onwards
     normaliser.fill_(1)  # the product may round up to the normaliser
     for column, before in itertools.pairwise(columns[::-1]):
         column.sub_(before)
     return resp, log_normaliser
+
+
+def _log_product(values: Tensor, bound: int) -> Tensor:
+    """Return the logs, summed along the last axis, of values between 1 and bound.
+
+    A product costs less than a logarithm; of so many at once it stays finite, with one to spare for rounding.
+    """
+    size = int(math.log(torch.finfo(values.dtype).max) / math.log(max(bound, 2))) - 1
+    return torch.stack([part.prod(-1).log() for part in values.split(size, -1)]).sum(0)

@@ -20,7 +20,7 @@ from mixproof.inference.trees import tree_at, tree_expand, tree_map, tree_to
 from mixproof.inference.validation import check_num_components, check_params, check_proper_prior, example_params
 from mixproof.models.initial import partition
 
-TABLE_ENTRIES = 1 << 17
+TABLE_ENTRIES = 1 << 18
 """Up to how large the table of rows, components and replicas is made in one piece: it stays in a core's cache."""
 DEVICE_ENTRIES = 1 << 26
 """The same on other devices, which want large pieces: half a gibibyte."""
