@@ -1,6 +1,7 @@
 """Limits: true ones hold at their rates; what no power describes is undecided."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,6 +52,42 @@ def test_false_limits_are_refuted(name: str) -> None:
 def test_limit_that_no_power_describes_is_undecided() -> None:
     assert verify_limit(lambda e: 1 / (1 - math.log(e)), 0.0, seed=SEED).verdict == "undecided"
     assert verify_limit(lambda e: math.nan, 0.0, seed=SEED).verdict == "undecided"
+
+
+def versine(power: int) -> Callable[[float], float]:
+    """Return what cancels to 0 below 1e-8, where the cosine of eps is 1 to the last digit and moves with no eps."""
+    return lambda e: (1 - math.cos(e)) / e**power
+
+
+@pytest.mark.parametrize("first", [0.5, 0.35])
+def test_limit_before_digits_cancel_and_number_after_are_not_confused(first: float) -> None:
+    at = [first * 2.0**-k for k in range(40)]
+    for power, claim in ((2, 0.5), (4, math.inf)):
+        report = verify_limit(versine(power), claim, seed=SEED, at=at)
+        assert report.verdict == "undecided"
+        assert "Choose an `at` that ends before" in report.checks[0].detail
+        assert verify_limit(versine(power), 0.0, seed=SEED, at=at).verdict != "holds"
+    assert verify_limit(versine(2), 0.4, seed=SEED, at=at).verdict == "refuted"
+
+
+def test_limit_is_decided_by_what_comes_before_the_cancellation() -> None:
+    at = [2.0**-k for k in range(1, 25)]
+    assert_limit(versine(2), 0.5, seed=SEED, at=at)
+    for claim in (0.0, 0.5001):
+        assert verify_limit(versine(2), claim, seed=SEED, at=at).verdict == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("terms", "verdicts"), [(2, ["holds", "refuted"]), (3, ["undecided"] * 2), (4, ["undecided"] * 2)]
+)
+def test_values_that_rounding_has_swamped_say_nothing(terms: int, verdicts: list[str]) -> None:
+    """The remainders of the exponential series, of which nothing is left at 1e-14: of the later ones, soon."""
+
+    def remainder(e: float) -> float:
+        return (math.exp(e) - sum(e**n / math.factorial(n) for n in range(terms))) / e**terms
+
+    claims = (1 / math.factorial(terms), 1.001 / math.factorial(terms))
+    assert [verify_limit(remainder, claim, seed=SEED).verdict for claim in claims] == verdicts
 
 
 RATES: dict[str, tuple] = {

@@ -22,6 +22,10 @@ from mixproof.inference.verification.report import Check, Report, asserting, con
 HALVINGS = tuple(2.0**-k for k in range(1, 49))
 RESOLUTION = 2.0**-10
 """A limit that is known less well than this, relative to the sequence's largest value, is not known."""
+REGROWTH = 2.0**-16
+"""Steps that were this small beside the last one had nearly vanished, and grew again."""
+FEWEST = 8
+"""From fewer values no limit is estimated."""
 RATE_RESOLUTION = 2.0**-4
 """A rate that is known less well than this is not known: those in use are multiples of a half or a third."""
 
@@ -60,7 +64,8 @@ def verify_limit(
         subject: the claim in words, for the report.
 
     Returns:
-        A report whose detail says at what rate; undecided where the sequence has no value or is slower than any power.
+        A report whose detail says at what rate; undecided where the sequence has no value or is slower than any power,
+        and where its digits cancel before its values tell the limit.
 
     Raises:
         ValueError: ``at`` does not fall by a constant factor, or is too short; a rate is claimed and is not positive,
@@ -86,7 +91,7 @@ def converges_to(
     """Compare a limit with the extrapolation of its sequence; the arguments are those of ``verify_limit``."""
     name, nan = "converges to the limit", float("nan")
     values, roundings, stopped = follow(sequence, seed=seed, at=at)
-    if len(values) < 8:
+    if len(values) < FEWEST:
         return Check(name, False, nan, nan, detail=stopped)
     target = _tensor(limit)
     target = target.expand(values[0].shape) if not isinstance(limit, Tensor) else target
@@ -96,6 +101,8 @@ def converges_to(
         return Check(name, False, nan, nan, counterexample=found, detail=reason)
 
     columns, noises = _columns(values, roundings)
+    if len(min(columns, key=len, default=values)) < FEWEST:
+        return Check(name, False, nan, nan, detail="rounding swamps the sequence before it settles")
     entries = [
         entry_agrees(column, noise, claim, at, tolerance)
         for column, noise, claim in zip(columns, noises, target.flatten().tolist(), strict=True)
@@ -129,7 +136,7 @@ def converges_at_rate(
     """
     name, nan = "converges at the rate", float("nan")
     values, roundings, stopped = follow(sequence, seed=seed, at=at)
-    if len(values) < 8:
+    if len(values) < FEWEST:
         return Check(name, False, nan, nan, detail=stopped)
     measured = [
         measure_rate(column, noise, at[0] / at[1]) for column, noise in zip(*_columns(values, roundings), strict=True)
@@ -155,7 +162,7 @@ def follow(
         ValueError: ``at`` does not fall by a constant factor, or is too short.
     """
     factors = [b / a for a, b in itertools.pairwise(at)]
-    if len(at) < 8 or not all(0 < f < 1 and math.isclose(f, factors[0], rel_tol=1e-9) for f in factors):
+    if len(at) < FEWEST or not all(0 < f < 1 and math.isclose(f, factors[0], rel_tol=1e-9) for f in factors):
         raise ValueError("at needs eight or more positive values that fall by a constant factor")
     generator = torch.Generator().manual_seed(seed)
     values, roundings, stopped = [], [], ""
@@ -189,7 +196,27 @@ def entry_agrees(
     at: Sequence[float],
     tolerance: float | None = None,
 ) -> Check:
-    """Compare the claimed limit of a sequence of numbers with what its values at ``at``, exact to ``rounding``, say."""
+    """Compare the claimed limit of a sequence of numbers with what its values at ``at``, exact to ``rounding``, say.
+
+    Where all digits may have cancelled from some eps on, what comes before must say the same.
+    """
+    whole = _agrees(values, rounding, claim, at, tolerance)
+    size = cancellation(values)
+    if size is None:
+        return whole
+    before = _agrees(values[:size], rounding[:size], claim, at, tolerance)
+    if before.passed == whole.passed and not math.isnan(before.error):
+        return before
+    return Check(
+        whole.name, False, math.nan, math.nan, None, None,
+        f"the sequence leaves its course below eps = {at[size - 1]:.3g}, and in the end stays at {values[-1]:.6g} to "
+        "the last digit: all digits may have cancelled there. Choose an `at` that ends before",
+    )  # fmt: skip
+
+
+def _agrees(
+    values: Sequence[float], rounding: Sequence[float], claim: float, at: Sequence[float], tolerance: float | None
+) -> Check:
     name, nan = "converges to the limit", float("nan")
     found = {"eps": at[len(values) - 1], "actual": values[-1], "claimed": claim}
     if math.isinf(claim):
@@ -215,6 +242,21 @@ def entry_agrees(
     speed = f"error ~ eps^{estimate.rate:.2f}" if math.isfinite(estimate.rate) else "faster than any power of eps"
     passed = error <= allowed
     return Check(name, passed, error, allowed, None, None if passed else found, speed if passed else "another limit")
+
+
+def cancellation(values: Sequence[float]) -> int | None:
+    """Return how many values come before steps that had nearly vanished grew again, to end in one number; or None.
+
+    So ends a difference of ever closer numbers over a power of eps: rounding grows until it is all that is left, and
+    then both numbers are equal. Changes of eps in its last places do not show it: cos eps does not change with them.
+    """
+    steps = [abs(b - a) for a, b in itertools.pairwise(values)]
+    last = max((k for k, step in enumerate(steps) if step != 0), default=0)
+    if len(steps) - last < 4 or not RESOLUTION * max(map(abs, values)) < steps[last] < math.inf:
+        return None
+    recent = [max(steps[k - 3 : k]) for k in range(FEWEST - 1, last + 1)]  # of three: a single one may vanish by luck
+    least = min(recent, default=math.inf)
+    return last + 1 - recent[::-1].index(least) if least <= REGROWTH * steps[last] else None
 
 
 def estimate_limit(values: Sequence[float], rounding: Sequence[float], factor: float) -> Estimate:
@@ -324,9 +366,14 @@ def _measured_rate(rates: Sequence[float]) -> float:
 
 
 def _columns(values: Sequence[Tensor], roundings: Sequence[Tensor]) -> tuple[list[list[float]], list[list[float]]]:
-    """Return the sequence of each entry, and its rounding errors."""
-    found = torch.stack(tuple(values)).reshape(len(values), -1).T.tolist()
-    return found, torch.stack(tuple(roundings)).nan_to_num(posinf=0.0).reshape(len(values), -1).T.tolist()
+    """Return the sequence of each entry, and its rounding errors, up to where rounding has swamped it."""
+    found = torch.stack(tuple(values)).reshape(len(values), -1)
+    noise = torch.stack(tuple(roundings)).nan_to_num(posinf=0.0).reshape(len(values), -1)
+    largest = found.abs().nan_to_num(posinf=0.0).cummax(0).values
+    clear = (noise <= RESOLUTION * largest) | (noise <= noise[0])
+    sizes = clear.long().cummin(0).values.sum(0).tolist()
+    columns = [column[:size] for column, size in zip(found.T.tolist(), sizes, strict=True)]
+    return columns, [column[:size] for column, size in zip(noise.T.tolist(), sizes, strict=True)]
 
 
 def _tensor(value: Any) -> Tensor:
