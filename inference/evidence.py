@@ -234,7 +234,8 @@ def posterior_probabilities(
         p ((1 - p)^2 s^2 + sum over others of p_j^2 s_j^2)^(1/2), s the standard errors of the log evidences.
 
     Raises:
-        ValueError: there is no candidate, or the prior is not positive for each of the same candidates.
+        ValueError: there is no candidate, an evidence is not finite, or the prior is not positive for each of the same
+            candidates.
     """
     if not evidences:
         raise ValueError("there are no candidates: give the evidence of at least one")
@@ -246,6 +247,12 @@ def posterior_probabilities(
     before = torch.tensor([1.0 if prior is None else prior[name] for name in names], dtype=torch.float64)
     if not (before.isfinite() & (before > 0)).all():
         raise ValueError(f"prior probabilities must be positive, not {before.tolist()}: leave a candidate of 0 out")
+    for name, evidence in evidences.items():
+        if not (math.isfinite(evidence.log_evidence) and 0 <= evidence.standard_error < math.inf):
+            raise ValueError(
+                f"the log evidence of {name} is {evidence.log_evidence} with standard error "
+                f"{evidence.standard_error}: estimate it again, or leave {name} out"
+            )
     logs = torch.tensor([evidences[name].log_evidence for name in names], dtype=torch.float64)
     errors = torch.tensor([evidences[name].standard_error for name in names], dtype=torch.float64)
     probabilities = (logs + before.log()).softmax(0)

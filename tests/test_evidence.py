@@ -603,6 +603,9 @@ def test_failures_are_said_in_words(tiny: Tiny, monkeypatch: pytest.MonkeyPatch)
         posterior_probabilities({})
     with pytest.raises(ValueError, match="must be positive"):
         posterior_probabilities({1: evidence(0.0, 0.1)}, {1: 0.0})
+    for nothing in (evidence(math.nan, 0.1), evidence(-math.inf, 0.1), evidence(0.0, math.nan)):
+        with pytest.raises(ValueError, match=r"the log evidence of 2 is .* leave 2 out"):
+            posterior_probabilities({1: evidence(0.0, 0.1), 2: nothing})
 
 
 def test_particles_that_do_not_move_are_an_error(tiny: Tiny) -> None:

@@ -1,6 +1,7 @@
 """Maximisers: true ones hold, on open sets and at boundaries; saddles, minima and kinks are told."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -239,6 +240,12 @@ def test_oblique_kinks_are_told_by_their_directions() -> None:
 
 def test_objective_without_a_value_leaves_the_claim_undecided() -> None:
     assert verify_maximiser(tensor(1.0), lambda m: m * torch.nan, seed=SEED).verdict == "undecided"
+
+
+@pytest.mark.parametrize("claimed", [0.0, [0.0, 1.0]])
+def test_claims_that_are_no_tensors_are_refused(claimed: Any) -> None:
+    with pytest.raises(TypeError, match="claimed must hold tensors, not float"):
+        verify_maximiser(claimed, lambda m: -(m**2), seed=SEED)
 
 
 def test_verdict_has_no_units() -> None:

@@ -1,8 +1,10 @@
 """Moments: true ones hold, of rare atoms too; planted faults are refuted."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -65,6 +67,12 @@ def test_sampler_that_is_not_finite_is_undecided_and_wrong_shapes_raise() -> Non
     assert verify_moments(lambda n, g: torch.full((n, 1), torch.nan), tensor([0.0]), seed=SEED).verdict == "undecided"
     with pytest.raises(ValueError, match="expected"):
         verify_moments(lambda n, g: torch.zeros(3, 1), tensor([0.0]), seed=SEED)
+    with pytest.raises(ValueError, match=r"shape \(.*, 0\), expected"):
+        verify_moments(lambda n, g: torch.zeros(n, 0), torch.zeros(0), seed=SEED)
+    with pytest.raises(TypeError, match="returned ndarray, expected a tensor"):
+        verify_moments(lambda n, g: np.zeros((n, 1)), tensor([0.0]), seed=SEED)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match=r"the claimed mean is .*nan"):
+        verify_moments(normal_sample, MEAN * math.nan, seed=SEED)
     with pytest.raises(ValueError, match="between 0 and 1"):
         verify_moments(normal_sample, MEAN, seed=SEED, smallest=0.0)
 

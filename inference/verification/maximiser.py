@@ -66,10 +66,14 @@ def verify_maximiser(
         the claim is at the boundary of a set that is neither a simplex nor a box.
 
     Raises:
+        TypeError: what is claimed is no tensor.
         ValueError: there are not as many constraints as claimed tensors.
     """
-    values = (claimed,) if isinstance(claimed, Tensor) else tuple(claimed)
-    values = tuple(value.detach() for value in values)
+    values = tuple(claimed) if isinstance(claimed, Sequence) else (claimed,)
+    for given in values:
+        if not isinstance(given, Tensor):
+            raise TypeError(f"claimed must hold tensors, not {type(given).__name__}: the objective is differentiated")
+    values = tuple(given.detach() for given in values)
     sets = (constraint,) * len(values) if isinstance(constraint, constraints.Constraint) else tuple(constraint)
     if len(sets) != len(values):
         raise ValueError(f"{len(values)} claimed tensors need one constraint or {len(values)}, got {len(sets)}")

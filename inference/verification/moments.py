@@ -82,7 +82,9 @@ def verify_moments(
         draws of rare values that the error of its average is not known.
 
     Raises:
-        ValueError: ``smallest`` or ``false_alarm`` is not in (0, 1), or the sampler does not return (N, D).
+        TypeError: the sampler does not return a tensor.
+        ValueError: ``smallest`` or ``false_alarm`` is not in (0, 1), the sampler does not return (N, D), or the claimed
+            mean is not finite.
     """
     check_probability(smallest, "smallest")
     check_probability(false_alarm, "false_alarm")
@@ -94,6 +96,8 @@ def verify_moments(
     center = center.reshape(1) if center.dim() == 0 else center
     if center.shape != (dim,):
         return conclude(subject, [_wrong_shape("mean", center, (dim,))], seed)
+    if not center.isfinite().all():
+        raise ValueError(f"the claimed mean is {center.tolist()}: claim numbers, of a law that has a mean")
     checks = []
     spread = pilot.std(0)
     if covariance is not None:
@@ -247,8 +251,10 @@ def without_skewness(ratio: Tensor, skewness: Tensor) -> Tensor:
 def draw(sample: Sampler, num_samples: int, generator: torch.Generator) -> Tensor:
     """Return draws (N, D) in float64, a law on the line as one column."""
     draws = sample(num_samples, generator)
+    if not isinstance(draws, Tensor):
+        raise TypeError(f"sample({num_samples}, generator) returned {type(draws).__name__}, expected a tensor (N, D)")
     draws = draws[:, None] if draws.dim() == 1 else draws
-    if draws.dim() != 2 or len(draws) != num_samples:
+    if draws.dim() != 2 or len(draws) != num_samples or not draws.shape[1]:
         raise ValueError(f"sample({num_samples}, generator) returned shape {tuple(draws.shape)}, expected (N, D)")
     if draws.is_complex():
         raise ValueError("sample returned complex numbers: return real and imaginary parts as columns")
