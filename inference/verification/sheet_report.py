@@ -251,10 +251,11 @@ table { border-collapse: collapse; width: 100%; }
 th { text-align: left; border-bottom: 2px solid #888; padding: .3rem .5rem; }
 td { vertical-align: top; border-bottom: 1px solid #ddd; padding: .4rem .5rem; }
 td:first-child { white-space: nowrap; font-variant-numeric: tabular-nums; }
-section { overflow-x: auto; }
+.claims td:nth-child(2) { width: 100%; max-width: 0; }
+.claims td:nth-child(2) > div { overflow-x: auto; }
 .says, .note { max-width: 42rem; }
 .number { white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; }
-.verdict { font-weight: 600; white-space: nowrap; }
+.verdict { font-weight: 600; }
 .holds .verdict { color: #16692f; }
 .holds-if .verdict { color: #0b5c86; }
 .refuted-as-printed .verdict { color: #8a5a00; }
