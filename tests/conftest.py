@@ -201,11 +201,16 @@ assert len(FAMILIES) >= 8, "the walk over mixproof.models finds no families"
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test with an argument ``case`` for every family, and one with ``kind`` flat and under a prior.
 
+    The families that its mark ``slow_for`` names are left to the long run.
     ``real_case`` stands for the families whose data may be shifted and scaled, ``missing_case`` for those that take
     missing entries.
     """
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", FAMILIES, ids=[case.name for case in FAMILIES])
+        mark = metafunc.definition.get_closest_marker("slow_for")
+        slow = mark.args if mark else ()
+        assert set(slow) <= {case.name for case in FAMILIES}, f"no families are called {slow}"
+        cases = [pytest.param(case, marks=[pytest.mark.slow] * (case.name in slow), id=case.name) for case in FAMILIES]
+        metafunc.parametrize("case", cases)
     if "real_case" in metafunc.fixturenames:
         real = [case for case in FAMILIES if case.has_real_data]
         metafunc.parametrize("real_case", real, ids=[case.name for case in real])

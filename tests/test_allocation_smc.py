@@ -79,7 +79,9 @@ def test_the_standard_error_is_true_and_a_replicate_unbiased(x: Tensor, prior: A
 
 
 @pytest.mark.filterwarnings("ignore:the mean of the evidences")
-@pytest.mark.parametrize("fault", ["weights forgotten", "a row left out of the moves"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param("weights forgotten", marks=pytest.mark.slow), "a row left out of the moves"]
+)
 def test_planted_faults_are_seen(
     fault: str, x: Tensor, prior: Any, exact: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

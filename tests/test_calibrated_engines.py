@@ -107,6 +107,7 @@ def test_faults_in_engines_are_seen(engine: str, plant: Any, monkeypatch: pytest
     assert not calibration(engine).ok
 
 
+@pytest.mark.slow
 def test_normal_approximations_pass_where_the_posterior_is_close_to_normal() -> None:
     for guide in ("AutoMultivariateNormal", "AutoLaplace"):
         found = calibration(guide, "separated")

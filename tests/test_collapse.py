@@ -119,7 +119,7 @@ def test_replicates_that_collapse_are_no_fits() -> None:
     ("family", "few"),
     [
         (gaussian_diagonal, torch.full((5, 1), 6.3).double()),
-        (gaussian_full, torch.tensor([[6.3, 5.0], [7.0, 4.0]]).double()),
+        pytest.param(gaussian_full, torch.tensor([[6.3, 5.0], [7.0, 4.0]]).double(), marks=pytest.mark.slow),
     ],
 )
 def test_a_climb_into_an_infinity_finds_no_mode(family: Any, few: Tensor) -> None:

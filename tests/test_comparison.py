@@ -698,6 +698,7 @@ def test_sequential_monte_carlo_alone_gives_the_same_evidence(of_tiny: tuple[Ten
         assert abs(row.log_evidence - truth.item()) < 4 * row.log_evidence_standard_error + 1e-12
 
 
+@pytest.mark.slow_for("gaussian_sum", "KnownNoise")
 def test_every_family_is_compared(case: Case) -> None:
     x = case.data(5, 30)
     size = case.num_components(2)

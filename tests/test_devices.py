@@ -216,7 +216,12 @@ FRONT_DOORS: dict[str, Callable[[Tensor, Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", FRONT_DOORS)
+LONG = {"posterior_mode", "datatree", "resumed hmc", "resumed particles of temperatures"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in FRONT_DOORS]
+)
 def test_front_doors(name: str) -> None:
     noise = torch.randn(60, 2, generator=seeded(1), dtype=torch.float64)
     x = noise + 5.0 * (torch.arange(60) < 30)[:, None]

@@ -132,6 +132,7 @@ def test_bold_letters_are_characters_of_their_own() -> None:
     assert "".join(re.findall("<mi>(.)</mi>", mathml)) == "\U0001d741\U0001d6ba\U0001d499"
 
 
+@pytest.mark.slow
 def test_the_seed_makes_it_exact_whatever_the_number_of_workers() -> None:
     def verdicts(outcomes: list[Outcome]) -> list[Any]:
         document = json.loads(sheet_report.to_json(outcomes, 7))["claims"]
@@ -302,7 +303,13 @@ PLANTS: dict[str, tuple[str, Verification]] = {
 }
 
 
-@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.parametrize(
+    "plant",
+    [
+        pytest.param(plant, marks=[pytest.mark.slow] * (plant == "moments: spread of the means forgotten"))
+        for plant in PLANTS
+    ],
+)
 def test_a_planted_wrong_formula_makes_the_command_fail(plant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     claim_id, wrong = PLANTS[plant]
     command = ["verify", "--problem", claim_id, "--workers", "1", "--seed", "0"]

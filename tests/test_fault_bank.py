@@ -9,7 +9,7 @@ from mixproof.inference.verification.fault_bank import entries
 from mixproof.inference.verification.fault_bank.entry import Entry
 
 BANK = [(family, entry) for family, found in entries().items() for entry in found]
-SAMPLED = 16
+SAMPLED = 32
 """One derivation of so many is judged in the short run."""
 
 

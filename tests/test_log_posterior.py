@@ -297,6 +297,7 @@ def test_second_derivatives_are_those_of_each_point(program: Any) -> None:
         assert_close(mine, (up - down) / (2 * step), 1e-6)
 
 
+@pytest.mark.slow_for("gaussian_sum", "KnownNoise")
 def test_each_point_may_have_data_of_its_own(case: Case) -> None:
     """Against one log posterior for each data set."""
     data = torch.stack([case.data(seed, num_data=7) for seed in range(2)])

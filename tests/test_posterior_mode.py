@@ -99,6 +99,7 @@ def data_sets(case: Case, kind: str) -> list[str]:
     return ["iris", "faithful", "flower"]
 
 
+@pytest.mark.slow_for("gaussian_sum", "laplace")
 def test_em_and_posterior_mode_find_one_mode(case: Case, kind: str, real_data: dict[str, Tensor]) -> None:
     for name in data_sets(case, kind):
         own = problem(case, kind, name, real_data, num_steps=20 if case.has_real_data else 5)
@@ -246,6 +247,7 @@ def auto_delta(own: Problem) -> AutoDelta:
     return AutoDelta(poutine.block(own.model, hide=latents), init_loc_fn=init_to_value(values=own.start._asdict()))
 
 
+@pytest.mark.slow_for("gaussian_sum", "laplace", "KnownNoise")
 def test_svi_reaches_the_same_mode(case: Case, real_data: dict[str, Tensor]) -> None:
     """Within what steps of the final learning rate leave: ten of them along each coordinate, by the curvature there."""
     ridge = case.family is gaussian_sum  # two parts that share one covariance out: Adam needs a start near its end

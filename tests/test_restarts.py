@@ -63,6 +63,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+@pytest.mark.slow_for("gaussian_sum", "KnownNoise")
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 def test_every_family_ends_where_the_best_em_ends(case: Case, kind: str, weighted: bool, batches: list[int]) -> None:
     prior = case.prior_or_flat(kind, k=2)
