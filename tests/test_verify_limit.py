@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from mixproof.inference.verification import assert_limit, verify_limit
 from tests.claims import SEED, failed, softmax, tensor
@@ -88,6 +89,14 @@ def test_values_that_rounding_has_swamped_say_nothing(terms: int, verdicts: list
 
     claims = (1 / math.factorial(terms), 1.001 / math.factorial(terms))
     assert [verify_limit(remainder, claim, seed=SEED).verdict for claim in claims] == verdicts
+
+
+def test_a_wrong_entry_is_refuted_beside_one_that_rounding_swamps() -> None:
+    def sequence(e: float) -> Tensor:
+        return tensor([(math.exp(e) - 1 - e - e**2 / 2 - e**3 / 6) / e**4, 1 + e])
+
+    for second, verdict in ((1.0, "undecided"), (1.001, "refuted")):
+        assert verify_limit(sequence, tensor([1 / 24, second]), seed=SEED).verdict == verdict
 
 
 RATES: dict[str, tuple] = {

@@ -101,8 +101,6 @@ def converges_to(
         return Check(name, False, nan, nan, counterexample=found, detail=reason)
 
     columns, noises = _columns(values, roundings)
-    if len(min(columns, key=len, default=values)) < FEWEST:
-        return Check(name, False, nan, nan, detail="rounding swamps the sequence before it settles")
     entries = [
         entry_agrees(column, noise, claim, at, tolerance)
         for column, noise, claim in zip(columns, noises, target.flatten().tolist(), strict=True)
@@ -200,6 +198,9 @@ def entry_agrees(
 
     Where all digits may have cancelled from some eps on, what comes before must say the same.
     """
+    name, nan = "converges to the limit", float("nan")
+    if len(values) < FEWEST:
+        return Check(name, False, nan, nan, detail="rounding swamps the sequence before it settles")
     whole = _agrees(values, rounding, claim, at, tolerance)
     size = cancellation(values)
     if size is None:
@@ -208,7 +209,7 @@ def entry_agrees(
     if before.passed == whole.passed and not math.isnan(before.error):
         return before
     return Check(
-        whole.name, False, math.nan, math.nan, None, None,
+        name, False, nan, nan, None, None,
         f"the sequence leaves its course below eps = {at[size - 1]:.3g}, and in the end stays at {values[-1]:.6g} to "
         "the last digit: all digits may have cancelled there. Choose an `at` that ends before",
     )  # fmt: skip
