@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +19,15 @@ class Medians:
 
     def __init__(self, x: Tensor, weights: Tensor) -> None:
         self.x, self.weights = x, weights
-        columns = x.mT.contiguous()
-        # On a CPU numpy sorts several times as fast as torch.
-        self.order = torch.from_numpy(np.argsort(columns.numpy())) if x.device.type == "cpu" else columns.argsort()
-        self.values = columns.gather(1, self.order)  # (D, N)
-        self.size = max(1, 1 << len(x).bit_length() // 2 >> 1)
-        self.num_blocks = -(-len(x) // self.size)
-        block = (torch.arange(len(x), device=x.device) // self.size).expand_as(self.order)
-        self.block = torch.empty_like(self.order).scatter_(1, self.order, block).mT.contiguous()  # (N, D)
+        num_rows, num_features = x.shape
+        self.size = max(1, 1 << num_rows.bit_length() // 2 >> 1)
+        self.num_blocks = -(-num_rows // self.size)
+        values, order = x.mT.contiguous().sort()  # (D, N)
+        whole = torch.arange(self.num_blocks * self.size, device=x.device).clamp_max_(num_rows - 1)
+        self.values, self.order = values.index_select(1, whole), order.index_select(1, whole)  # the last row fills up
+        block = torch.arange(num_features * self.num_blocks, device=x.device).repeat_interleave(self.size)
+        block = block.view_as(self.order)[:, :num_rows]
+        self.block = torch.empty_like(order).scatter_(1, order, block).mT.contiguous()  # (N, D), by their numbers
         # Weights in whole multiples of a power of two have exact sums in any order.
         exponent = 60 - math.frexp(weights.double().sum().item())[1]
         self.unit = 2.0 ** -(exponent // 2), 2.0 ** -(exponent - exponent // 2)
@@ -58,8 +58,7 @@ class Medians:
 
     def _put(self, mass: Tensor, labels: Tensor, block: Tensor) -> None:
         """Add the mass (n,) of rows to the table, given their clusters (n,) and their blocks (n, D)."""
-        features = torch.arange(block.shape[1], device=block.device)
-        cells = (labels[:, None] * len(features) + features) * self.num_blocks + block
+        cells = block + labels[:, None] * self.table[0].numel()
         self.table.view(-1).index_add_(0, cells.flatten(), mass[:, None].expand_as(cells).flatten())
 
     def _medians(self, labels: Tensor, centers: Tensor) -> Tensor:
@@ -86,17 +85,18 @@ class Medians:
         old, new = (values.mT.contiguous() for values in (centers, medians))  # (D, K)
         low, high = torch.minimum(old, new), torch.maximum(old, new)
         start, stop = torch.searchsorted(self.values, low), torch.searchsorted(self.values, high, right=True)
+        stop.clamp_max_(num_rows)
         block = start.clamp_max(num_rows - 1) // self.size
         first = block * self.size  # the rows of the block count too: they tell the mass below
         lengths = (stop - first).where(low != high, 0).flatten()
-        if (total := int(lengths.sum())) * 8 > self.values.numel():
+        if (total := int(lengths.sum())) * 8 > self.block.numel():
             return None
         cells = torch.arange(len(lengths), device=labels.device).repeat_interleave(lengths, output_size=total)
         ends = lengths.cumsum(0)
         positions = torch.arange(total, device=labels.device) + (first.flatten() - ends + lengths).index_select(
             0, cells
         )
-        positions += cells // k * num_rows
+        positions += cells // k * self.values.shape[1]
         rows = self.order.view(-1).index_select(0, positions)
         mine = places(labels.index_select(0, rows) == cells % k)
         rows, cells, positions = (values.index_select(0, mine) for values in (rows, cells, positions))
@@ -124,11 +124,10 @@ class Medians:
         These are masses (m, G) from the beginning of a block (m,) on.
         """
         num_features = self.table.shape[1]
-        offsets = torch.arange(self.size, device=labels.device)
-        rows_of_block = (block[:, None] * self.size + offsets).clamp_max_(len(labels) - 1)
-        rows_of_block += (cells % num_features)[:, None] * len(labels)
-        rows = self.order.view(-1).index_select(0, rows_of_block.view(-1))
-        mass = self.mass.index_select(0, rows).view_as(rows_of_block)
-        mass *= labels.index_select(0, rows).view_as(rows_of_block) == (cells // num_features)[:, None]
+        clusters, features = cells // num_features, cells % num_features
+        blocks = features * self.num_blocks + block
+        rows = self.order.view(-1, self.size).index_select(0, blocks).view(-1)
+        mine = labels.index_select(0, rows).view(-1, self.size) == clusters[:, None]
+        mass = self.mass.index_select(0, rows).view_as(mine).mul_(mine)
         place = torch.searchsorted(mass.cumsum_(-1), goals).clamp_max_(self.size - 1)
-        return self.values.view(-1).index_select(0, rows_of_block.gather(-1, place).view(-1)).view_as(goals)
+        return self.values.view(-1, self.size).index_select(0, blocks).gather(-1, place)
