@@ -141,7 +141,8 @@ def calibrate(
         progress: whether a bar on stderr shows the simulations.
 
     Raises:
-        TypeError: a number of simulations, ranks, data sets or calls is not an integer.
+        TypeError: a number of simulations, ranks, data sets or calls is not an integer, the program or the engine is
+            not a function, or the engine returns something else than ``Draws``.
         ValueError: a prior is improper, the program is not as above otherwise, the engine leaves a site out or returns
             numbers that are not finite or more draws than before, there are fewer draws than ``num_ranks`` asks for, a
             setting is out of its range, or the checkpoint belongs to another run.
@@ -152,6 +153,16 @@ def calibrate(
         returned fewer draws than before: it then keeps the simulations that were done, and is undecided if they do not
         refute.
     """
+    if not callable(model):
+        raise TypeError(
+            f"model must be a program, called as model(x), and {model!r} is none: of a family, give "
+            "functools.partial(family.model, num_components=K, prior=prior)"
+        )
+    if not callable(engine):
+        raise TypeError(
+            f"engine must be a function, called as engine(x, seed), that returns draws, and {engine!r} is none: for "
+            "instance lambda x, seed: hmc(model, x, num_draws=100, seed=seed)"
+        )
     numbers = {"num_simulations": num_simulations, "checkpoint_every": checkpoint_every}
     if batch_size is not None:
         numbers["batch_size"] = batch_size
@@ -191,9 +202,11 @@ def calibrate(
         ):
             made = [simulate(model, x, seed=s) for s in simulation_seeds[first : first + size]]
             data = torch.stack([one.x for one in made])
-            draws = engine(data if batch_size else data[0], engine_seeds[first]).params
+            draws = engine(data if batch_size else data[0], engine_seeds[first])
+            if not isinstance(draws, Draws):
+                raise TypeError(f"engine must return Draws, as every sampler does, not a {type(draws).__name__}")
             truth = {name: torch.stack([one.params[name] for one in made]) for name in made[0].params}
-            chains = _by_simulation(draws, truth, batch_size is not None)
+            chains = _by_simulation(draws.params, truth, batch_size is not None)
             values = _evaluate(compared, truth, chains, data)
             if found and (cut := _is_cut(values, found[0].values)):
                 break

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.datatree import loo, to_datatree
@@ -174,6 +175,7 @@ def study_of(candidate: Candidate, number: int, x: Tensor, seed: int, runs: Runs
                 with warnings.catch_warnings():
                     # said below, with the number of rows and for the candidate by name
                     warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto", UserWarning)
+                    warnings.filterwarnings("ignore", category=ConvergenceWarning)  # said above, with R-hat and size
                     elpd = loo(tree, pointwise=True)
                 row = row._replace(**_loo(elpd, sentences, name))
     return Study(candidate, row, sentences, fit, tree, elpd, evidence)

@@ -6,6 +6,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.at_draws import log_likelihood_and_label_invariant
-from mixproof.inference.draws import Draws
+from mixproof.inference.draws import NOT_MIXED, Draws
 from mixproof.inference.enumeration import bind, default_dtype_of
-from mixproof.inference.exchangeability import exchanges, numberings
+from mixproof.inference.exchangeability import exchanges, numberings, otherwise_exchangeable
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 
@@ -28,17 +30,23 @@ if TYPE_CHECKING:
 
 OWN_PARAMETERS = "parameters_of_rows"
 """The attribute of ``log_likelihood`` that names the parameters in the plates of the rows, where there are such."""
-EXCHANGEABLE, SUMMANDS, ALIGNED, NAMED = "exchangeable", "summands exchangeable", "aligned", "named"
+EXCHANGEABLE, SUMMANDS, OTHERWISE = "exchangeable", "summands exchangeable", "exchangeable otherwise"
+ALIGNED, NAMED = "aligned", "named"
 """What ``component_labels`` of the posterior says: draws do not agree on them, agree but for whole latents that may
-change places, were made to agree, or cannot disagree."""
+change places, do not agree by a symmetry that is no renumbering of axes, were made to agree, or cannot disagree."""
 NO_LABELS = {
     EXCHANGEABLE: "the components are exchangeable and the draws were not aligned: their numberings need not agree, "
     "and means, R-hat and effective sample sizes of component parameters then describe no component; use align()",
     SUMMANDS: "whole latents may change places, as summands under one prior do, which align() does not treat: draws "
     "need not agree which is which, and means, R-hat and effective sample sizes of their parameters then describe "
     "none of them; read the quantities that need no labels, or give the summands priors that tell them apart",
+    OTHERWISE: "the components may change places, though by no renumbering of axes, as a share and one less it do: "
+    "align() does not treat that, nor are the parameters sorted, and their means, R-hat and effective sample sizes "
+    "then describe no component; write the shares as a simplex and the other parameters of all components in one site",
 }
 """What ``summary`` warns of."""
+MANY_EMPTY = 0.5
+"""From how many components without rows ``summary`` and ``loo`` warn."""
 
 
 def to_datatree(
@@ -169,10 +177,13 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
     """
     stats = _import("arviz_stats")
     shown: Any = tree["label_invariant"].to_dataset()
+    labels = tree["posterior"].attrs["component_labels"]
     if components:
         shown = shown.merge(tree["posterior"].to_dataset().drop_vars(shown.data_vars, errors="ignore"))
-        if words := NO_LABELS.get(tree["posterior"].attrs["component_labels"]):
-            warnings.warn(words, UserWarning, stacklevel=2)
+    if (components or labels == OTHERWISE) and (words := NO_LABELS.get(labels)):
+        warnings.warn(words, UserWarning, stacklevel=2)
+    for words in complaints(tree):
+        warnings.warn(words, ConvergenceWarning, stacklevel=2)
     try:
         with np.errstate(invalid="ignore"):  # R-hat of what never varies, as the weight of a single component, is NaN
             return stats.summary(shown, **options)
@@ -212,7 +223,32 @@ def loo(tree: DataTree, **options: Any) -> Any:
             UserWarning,
             stacklevel=2,
         )
-    return stats.loo(tree, **{"reff": reff} | options)
+    for words in complaints(tree):
+        warnings.warn(words, ConvergenceWarning, stacklevel=2)
+    rows = _rows(tree)
+    constant = _constant(rows)
+    if not constant.any():
+        return stats.loo(tree, **{"reff": reff} | options)
+    return _with_constant_rows(stats, tree, rows, constant, {"reff": reff} | options)
+
+
+def _with_constant_rows(stats: Any, tree: DataTree, rows: Any, constant: Any, options: dict[str, Any]) -> Any:
+    """Return LOO where some rows have one likelihood at all draws, which importance sampling cannot weigh by: that
+    likelihood is what they add, whatever the draws, and the tails of their ratios have no shape."""
+    kept = rows.obs_id[~constant.values]
+    if not len(kept):
+        raise ValueError("no row's likelihood varies over the draws: there is nothing for LOO to weigh")
+    found = stats.loo(tree.sel(obs_id=kept), **options | {"pointwise": True})
+    each = found.elpd_i.reindex(obs_id=rows.obs_id).fillna(rows.isel(chain=0, draw=0, drop=True))
+    pointwise = options.get("pointwise") is not False
+    return replace(
+        found,
+        elpd=float(each.sum()),
+        se=float((len(each) * each.var()) ** 0.5),
+        n_data_points=len(each),
+        elpd_i=each if pointwise else None,
+        pareto_k=found.pareto_k.reindex(obs_id=rows.obs_id, fill_value=-np.inf) if pointwise else None,
+    )
 
 
 def relative_efficiency(tree: DataTree) -> float:
@@ -226,11 +262,59 @@ def relative_efficiency(tree: DataTree) -> float:
         ValueError: the tree has no likelihood of a row.
     """
     stats = _import("arviz_stats")
+    rows = _rows(tree)
+    varying = rows.isel(obs_id=~_constant(rows).values)
+    if not varying.size:
+        return 1.0
+    densities = np.exp(varying - varying.max(["chain", "draw"]))
+    return float(stats.ess(densities, method="mean").mean()) / (rows.sizes["chain"] * rows.sizes["draw"])
+
+
+def _rows(tree: DataTree) -> Any:
+    """Return log p(x_n | params) of the tree, or say that it has none."""
     if "log_likelihood" not in tree.children:
         raise ValueError("the tree has no group log_likelihood, as where all rows are masked: LOO needs rows")
-    rows: Any = next(iter(tree["log_likelihood"].data_vars.values()))
-    densities = np.exp(rows - rows.max(["chain", "draw"]))
-    return float(stats.ess(densities, method="mean").mean()) / (rows.sizes["chain"] * rows.sizes["draw"])
+    return next(iter(tree["log_likelihood"].data_vars.values()))
+
+
+def _constant(rows: Any) -> Any:
+    """Return of which rows the likelihood is the same at all draws, to rounding."""
+    spread = rows.max(["chain", "draw"]) - rows.min(["chain", "draw"])
+    return spread <= 8 * np.finfo(rows.dtype).eps * (1 + abs(rows).max(["chain", "draw"]))
+
+
+def complaints(tree: DataTree) -> list[str]:
+    """Return what is wrong with the draws of a tree that no reader should miss, a sentence each.
+
+    Chains that have plainly not mixed, by R-hat of the quantities that need no labels, and components without rows.
+
+    Args:
+        tree: from ``to_datatree``.
+
+    Raises:
+        ImportError: ArviZ is not installed.
+    """
+    stats = _import("arviz_stats")
+    quantities = tree["label_invariant"].to_dataset()
+    if tree["posterior"].attrs["component_labels"] == OTHERWISE:  # by a symmetry that the parameters there show
+        quantities = quantities.drop_vars(tree["posterior"].data_vars, errors="ignore")
+    words = []
+    with np.errstate(invalid="ignore", divide="ignore"):  # what never varies has no R-hat
+        found = {str(name): float(value.max()) for name, value in stats.rhat(quantities).data_vars.items()}
+    worst = max(found, key=lambda name: -np.inf if np.isnan(found[name]) else found[name], default=None)
+    if worst is not None and found[worst] > NOT_MIXED:
+        words.append(
+            f"the chains have not mixed: R-hat of {worst}, which needs no labels, is {found[worst]:.2f}, and no "
+            "average over the draws is one over the posterior; warm up longer, start the chains elsewhere, or weigh "
+            "the modes by log_evidence"
+        )
+    for name, value in quantities.data_vars.items():
+        if str(name).startswith("num_empty_components") and (empty := float(value.mean())) >= MANY_EMPTY:
+            words.append(
+                f"on average {empty:.1f} components have no row ({name}): the data carry fewer, or all chains sit in a "
+                "mode without them, as under wide priors; log_evidence from several seeds tells which"
+            )
+    return words
 
 
 def _import(name: str) -> Any:
@@ -331,7 +415,9 @@ def _numbering(posterior: LogPosterior, draws: Draws) -> tuple[dict[str, dict[in
             exchangeable.update(names)
             aligned = f"relabelled_{numbered.latents[0]}" in draws.attributes
             labels = ALIGNED if aligned and labels != EXCHANGEABLE else EXCHANGEABLE
-    if labels != EXCHANGEABLE and len(exchanges(posterior)) > 1:
+        elif numbered.axes is None and len(numbered.latents) == 1:
+            labels = OTHERWISE if otherwise_exchangeable(posterior, numbered.latents[0]) else labels
+    if labels in (ALIGNED, NAMED) and len(exchanges(posterior)) > 1:
         labels = SUMMANDS
     return found, exchangeable, labels
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.allocation_smc import allocation_smc, integrates_out
 from mixproof.inference.bridge_sampling import bridge_sampling
-from mixproof.inference.draws import Draws
+from mixproof.inference.draws import NOT_MIXED, Draws, split_rhat
 from mixproof.inference.enumeration import default_dtype_of, trace_of
+from mixproof.inference.exchangeability import otherwise_exchangeable
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.particles import systematic
 from mixproof.inference.random_state import seeded
@@ -113,7 +115,9 @@ def log_evidence(
     posterior = LogPosterior(model, *args)
     relabelling = Relabelling(posterior) if relabel else None
     if draws is not None:
-        bridge = bridge_sampling(posterior, _coordinates(posterior, draws), seed=seed, relabelling=relabelling)
+        u = _coordinates(posterior, draws)
+        _warn_of_draws(draws, posterior, relabel)
+        bridge = bridge_sampling(posterior, u, seed=seed, relabelling=relabelling)
         diagnostics: dict[str, Any] = {"bridge_effective_sample_size": bridge.effective_sample_size}
         return Evidence(bridge.log_evidence, bridge.standard_error, draws, diagnostics)
     chosen = {
@@ -203,6 +207,32 @@ def _coordinates(posterior: LogPosterior, draws: Draws) -> Tensor:
         bad = int((~u.isfinite().all(1)).sum())
         raise ValueError(f"{bad} of {len(u)} draws lie outside the supports of the sites, or at their edge")
     return u.reshape(*shape, -1)
+
+
+def _warn_of_draws(draws: Draws, posterior: LogPosterior, relabel: bool) -> None:
+    """Say in words why an evidence from these draws, and its standard error, are not to be trusted."""
+    reasons = []
+    if low := draws.attributes.get("low_chains"):
+        reasons.append(f"{len(low)} of {draws.attributes['num_chains']} chains stay in a lower mode")
+    if (lp := draws.sample_stats.get("lp")) is not None and (found := split_rhat(lp)) > NOT_MIXED:
+        reasons.append(f"R-hat of the log posterior is {found:.2f}")
+    if reasons:
+        warnings.warn(
+            f"the chains have not mixed ({' and '.join(reasons)}): the modes do not have their shares among the draws, "
+            "the log evidence may be far off, and its standard error does not see it; draw anew from other starts, or "
+            "leave draws out",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    if relabel and (free := [each for each in posterior.program.latents if otherwise_exchangeable(posterior, each)]):
+        warnings.warn(
+            f"the components that {', '.join(free)} counts may change places, though by no renumbering of axes, as a "
+            "share and one less it do: that is not treated, and draws that show one of the orders alone give an "
+            "evidence that is too low, of two components by log 2; write the shares as a simplex and the other "
+            "parameters of all components in one site, or leave draws out",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _resampled(particles: Draws, log_evidences: Tensor, seed: int) -> Draws:

@@ -9,16 +9,19 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from mixproof.inference.enumeration import LogJoint
+from mixproof.inference.enumeration import LogJoint, log_joint_table
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.supports import base_of
 
 NUM_POINTS = 16
 """Of how many draws of the prior the best three serve to tell components apart."""
+SEARCH_STEPS, FOUND = 60, 1e-6
+"""Of the search for parameters with a given table, and up to which share of its largest entry they have it."""
 ROUNDINGS = 1000
 """How many eps of the largest of its terms two orders of one sum may differ by."""
 
@@ -150,6 +153,66 @@ def _numbering_of(
         ):
             classes[j] = classes[i]
     return Numbering(latents, of_likelihood, tuple(classes))
+
+
+def otherwise_exchangeable(posterior: LogPosterior, latent: str | None = None) -> bool:
+    """Measure whether components may change places although ``numbering`` finds no axes that number them.
+
+    A share θ beside 1 - θ, or the parameters of each component in sites of their own, have such a symmetry. Looked for
+    are parameters, from those with permuted axes on, whose table is that of a point with its first two components
+    exchanged, by least squares; the prior must have the same density there. One that is found is one, to 1e-6; where
+    none is found there may be one.
+
+    Args:
+        posterior: the program with its data.
+        latent: the enumerated site that says which component a row is from; None is the only one.
+
+    Raises:
+        ValueError: as ``numbering``.
+    """
+    latent = latent_site(posterior, latent)
+    size = num_values(posterior, latent)
+    if size == 1 or numbering(posterior, latent).axes is not None:
+        return False
+    points = _generic_points(posterior, latent)[:2]
+    return all(_has_mirror(posterior, latent, size, params, before) for params, before in points)
+
+
+def _has_mirror(
+    posterior: LogPosterior, latent: str, size: int, params: Mapping[str, Tensor], before: LogJoint
+) -> bool:
+    """Return whether other parameters have the table of these with the first two components exchanged."""
+    swap = torch.arange(size, device=posterior.device)
+    swap[:2] = swap[:2].flip(0)
+    table = before.rows.reshape(-1, *posterior.program.latent_sizes)
+    table = table.index_select(posterior.program.latents.index(latent) + 1, swap).reshape(before.rows.shape)
+    known = table.isfinite()
+    scale = table[known].abs().max().clamp_min(1)
+    supports = posterior.program.supports
+    axes = {site: _candidates(supports[site], value.shape, size, 1)[0] for site, value in params.items()}
+    start = permute(params, {site: own for site, own in axes.items() if own}, swap)
+    if not all(bool(supports[site].check(value).all()) for site, value in start.items()):
+        return False
+    u = posterior.unconstrain({site: value[None] for site, value in start.items()})[0].requires_grad_()
+    search = torch.optim.LBFGS(
+        [u], max_iter=SEARCH_STEPS, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def distance() -> Tensor:
+        search.zero_grad()
+        found = log_joint_table(posterior.model, posterior.program, posterior.coordinates(u), *posterior.args)
+        squares = ((found.rows[known] - table[known]) / scale).square().mean()
+        squares.backward()
+        return squares
+
+    with torch.enable_grad(), pyro.validation_enabled(False):
+        search.step(distance)
+    if not u.isfinite().all():
+        return False
+    after = posterior.log_joint(posterior.coordinates(u.detach()))
+    prior = float(before.log_prior)
+    close = abs(float(after.log_prior) - prior) <= FOUND * max(1, abs(prior))
+    return close and bool(((after.rows[known] - table[known]).abs() <= FOUND * scale).all())
 
 
 class Exchange(NamedTuple):

@@ -209,6 +209,8 @@ def hmc(
     check_probability(target_acceptance, "target_acceptance")
     posterior = LogPosterior(model, *args, batched=batched)
     u = None if init is None else coordinates_of(posterior, init, num_chains)
+    if u is not None:
+        warn_of_improper_prior(posterior)
     file = None if checkpoint is None else Path(checkpoint)
     identity = {
         "engine": "hmc",
@@ -245,6 +247,24 @@ def hmc(
     draws = run.draws()
     _warn(draws)
     return draws
+
+
+def warn_of_improper_prior(posterior: LogPosterior) -> None:
+    """Say that a program has an improper prior, which starts of the caller's own hide: the posterior may be so too.
+
+    Where a factor is part of the prior, it may make it proper.
+    """
+    if posterior.factors:
+        return
+    try:
+        posterior.draw_sites(1, seed=0)
+    except ValueError as error:
+        warnings.warn(
+            f"{str(error).split(':')[0]}: the posterior of a mixture is then improper too where a component may be "
+            "empty of rows, or the data do not decide a parameter, and draws are of no law; give a proper prior",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _warn(draws: Draws) -> None:

@@ -246,7 +246,10 @@ class LogPosterior:
         numbers = torch.arange(num_draws)
         batch = [values[numbers % len(values)] for values in self.batch]
         with pyro.get_param_store().scope(), torch.no_grad(), default_dtype_of(*self.args), seeded(seed):
-            draw(numbers)
+            try:
+                draw(numbers)
+            except _ImproperError as error:
+                raise ValueError(f"{error}: it cannot be drawn from; give init, or a proper prior") from None
             try:
                 with pyro.validation_enabled(False), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="There is a performance drop")
@@ -269,6 +272,10 @@ def _data_sets(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return args
 
 
+class _ImproperError(Exception):
+    """Of a prior that cannot be drawn from; no ValueError, to which Pyro would add the shapes of the whole trace."""
+
+
 class _ProperSites(Messenger):
     """Says which site has no proper prior, where a program is run forwards."""
 
@@ -278,12 +285,10 @@ class _ProperSites(Messenger):
         try:
             message["value"] = _drawn(message["fn"])
         except NotImplementedError as error:
-            raise ValueError(f'the prior of "{message["name"]}" is improper: it cannot be drawn from') from error
+            raise _ImproperError(f'the prior of "{message["name"]}" is improper') from error
 
     def _pyro_param(self, message: Any) -> None:
-        raise ValueError(
-            f'the prior of the param site "{message["name"]}" is flat and improper: it cannot be drawn from'
-        )
+        raise _ImproperError(f'the prior of the param site "{message["name"]}" is flat and improper')
 
 
 def _drawn(distribution: Any) -> Tensor:

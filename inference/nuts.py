@@ -12,12 +12,13 @@ import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_value
 from pyro.infer.mcmc.util import initialize_model
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import default_dtype_of
-from mixproof.inference.hmc import coordinates_of, initial_points
+from mixproof.inference.hmc import coordinates_of, initial_points, warn_of_improper_prior
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 from mixproof.inference.validation import check_integer, check_probability
@@ -59,7 +60,8 @@ def nuts(
 
     Returns:
         ``Draws``. Its ``sample_stats`` are ``lp``, ``acceptance_rate`` (the mean over the trajectory's tree),
-        ``diverging`` and ``step_size``.
+        ``diverging`` and ``step_size``. On Ctrl-C, with a warning, the chains that are whole, or the draws so far of
+        the first; chains with data sets of their own are wanted all, and the interrupt goes on.
 
     Raises:
         TypeError: a setting is not an integer.
@@ -77,6 +79,8 @@ def nuts(
         raise ValueError(f"Pyro's NUTS takes the param sites {', '.join(posterior.param_sites)} as fixed: use hmc")
     if batched and len(posterior.batch[0]) != num_chains:
         raise ValueError(f"there are {len(posterior.batch[0])} data sets, and {num_chains} chains: one each")
+    if init is not None:
+        warn_of_improper_prior(posterior)
     starts = posterior.constrain(
         initial_points(posterior, num_chains, seed=seed)
         if init is None
@@ -84,7 +88,7 @@ def nuts(
     )
     chains: list[dict[str, Tensor]] = []
     stats: list[Tensor] = []
-    graph = None
+    graph, interrupted = None, False
     with pyro.get_param_store().scope(), default_dtype_of(*args), seeded(seed):
         for chain in range(num_chains):
             start = {name: value[chain] for name, value in starts.items()}
@@ -96,21 +100,33 @@ def nuts(
                 potential, point = partial(_energy, graph, data), {FLAT: _flat(sites)}
             kernel = NUTS(potential_fn=potential, target_accept_prob=target_acceptance, max_tree_depth=max_tree_depth)
             record: list[tuple[float, int, float, float]] = []
+            points: list[dict[str, Tensor]] = []
             sampler = MCMC(
                 kernel,
                 num_samples=num_draws,
                 warmup_steps=num_warmup,
                 initial_params=point,
-                hook_fn=_recorder(record),
+                hook_fn=_recorder(record, points),
                 disable_progbar=not progress,
             )
-            sampler.run()
-            found = sampler.get_samples()
+            try:
+                sampler.run()
+            except KeyboardInterrupt:
+                if batched or not (chains or points):
+                    raise
+                kept = f"{chain} of {num_chains} chains" if chains else f"{len(points)} of {num_draws} draws of a chain"
+                warnings.warn(f"stopped after {kept}", ConvergenceWarning, stacklevel=2)
+                if chains:
+                    break
+                interrupted, num_draws = True, len(points)
+            found = {name: torch.stack([each[name] for each in points]) for name in points[0]}
             found = _by_site(sites, found[FLAT]) if jit_compile else found
             chains.append({name: transforms[name].inv(value) for name, value in found.items()})
-            means, counts, *others = torch.tensor(record, dtype=torch.float64).unbind(1)
+            means, counts, *others = torch.tensor(record[:num_draws], dtype=torch.float64).unbind(1)
             sums, none = means * torch.arange(1, num_draws + 1), means.new_zeros(1)
             stats.append(torch.stack([sums.diff(prepend=none), counts.diff(prepend=none), *others]))
+            if interrupted:
+                break
     params = {name: torch.stack([chain[name] for chain in chains]) for name in starts}
     acceptance_rate, diverging, step_size, energy = torch.stack(stats, 1).to(posterior.device)
     u = posterior.unconstrain({name: value.flatten(0, 1) for name, value in params.items()})
@@ -125,7 +141,7 @@ def nuts(
         "seed": seed,
         "num_warmup": num_warmup,
         "num_draws": num_draws,
-        "num_chains": num_chains,
+        "num_chains": len(chains),
         "num_divergences": int(diverging.sum()),
     }
     return Draws(params, sample_stats, attributes)
@@ -215,16 +231,17 @@ def _energy(graph: Callable[..., Any], data: Sequence[Tensor], point: Mapping[st
     return _Energy.apply(graph, data, point[FLAT])
 
 
-def _recorder(record: list[tuple[float, int, float, float]]) -> Callable[..., None]:
-    """Return a hook that keeps what Pyro's kernel knows after each draw.
+def _recorder(record: list[tuple[float, int, float, float]], points: list[dict[str, Tensor]]) -> Callable[..., None]:
+    """Return a hook that keeps each draw, and what Pyro's kernel knows after it.
 
-    That is the mean acceptance probability and the number of divergences of the draws since the warm-up, from which
-    each one's follow, the step size, and minus the log density over the unconstrained coordinates.
+    The latter is the mean acceptance probability and the number of divergences of the draws since the warm-up, from
+    which each one's follow, the step size, and minus the log density over the unconstrained coordinates.
     """
 
     def hook(kernel: Any, params: Any, stage: str, number: int) -> None:
         if stage.startswith("Sample"):
             energy = float(kernel._potential_energy_last)
             record.append((kernel._mean_accept_prob, len(kernel._divergences), float(kernel.step_size), energy))
+            points.append({name: value.detach().clone() for name, value in params.items()})
 
     return hook

@@ -443,3 +443,18 @@ def test_improper_priors_cannot_be_drawn_from(case: Case) -> None:
     x = torch.zeros(4, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="improper"):
         calibrate(case.program(2), independent, x, num_simulations=2, seed=SEED)
+
+
+def test_a_program_or_an_engine_that_is_none_is_refused() -> None:
+    settings: Any = {"num_simulations": 2, "seed": 0}
+    x = torch.arange(4).double()[:, None]
+    prior = gaussian_spherical.weakly_informative_prior(x, 2)
+    model = partial(gaussian_spherical.model, num_components=2, prior=prior)
+    wrong: list[tuple[Any, Any, str]] = [
+        (gaussian_spherical, lambda x, seed: None, r"model must be a program.*give functools.partial\(family.model"),
+        (model, "gibbs", "engine must be a function, called as engine"),
+        (model, lambda x, seed: {"weights": x}, "engine must return Draws, as every sampler does, not a dict"),
+    ]
+    for program, engine, words in wrong:
+        with pytest.raises(TypeError, match=words):
+            calibrate(program, engine, x, **settings)

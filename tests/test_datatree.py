@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ import scipy.signal
 import torch
 import xarray
 from pyro import poutine
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.at_draws import label_invariant
-from mixproof.inference.datatree import loo, relative_efficiency, summary, to_datatree
+from mixproof.inference.datatree import complaints, loo, relative_efficiency, summary, to_datatree
 from mixproof.inference.draws import Draws
 from mixproof.inference.gibbs import gibbs
 from mixproof.inference.labels import align
@@ -33,6 +35,12 @@ from tests.conftest import Case, seeded
 from tests.test_labels import ExactPosterior, binary_rows
 
 matplotlib.use("Agg")
+PRIOR_OF_TWO = gaussian_full.weakly_informative_prior(torch.tensor([[-0.1], [0.2], [9.8], [10.1]]).double(), 2)
+
+
+def unmixed() -> Any:
+    """Expect that chains of a few draws are said not to have mixed, or to have empty components."""
+    return pytest.warns(ConvergenceWarning)
 
 
 def draws_near(posterior: LogPosterior, params: Any, shape: tuple[int, int], seed: int) -> Draws:
@@ -418,7 +426,7 @@ def test_a_parameter_and_a_moment_of_the_rows_are_two_rows_of_a_summary() -> Non
     posterior = LogPosterior(partial(gaussian_tied.model, num_components=2), x)
     draws = draws_near(posterior, params, (2, 20), seed=1)
     tree = to_datatree(draws, posterior, seed=1, family=gaussian_tied, num_predictive=0, num_prior=0)
-    with pytest.warns(UserWarning, match="not aligned"):
+    with pytest.warns(UserWarning, match="not aligned"), unmixed():
         table = summary(tree, components=True, round_to="none")
     assert table.loc["covariance[0, 0]", "mean"] == pytest.approx(float(draws.params["covariance"].mean()))
     moments = [
@@ -476,11 +484,11 @@ def test_summands_that_change_places_are_not_aligned_by_their_components() -> No
     draws = gibbs(gaussian_sum, x, prior, num_components=(2, 2), generator=seeded(1), **settings)
     for latent in "kl":
         tree = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
-        with pytest.warns(UserWarning, match=r"not aligned.*use align\(\)"):
+        with pytest.warns(UserWarning, match=r"not aligned.*use align\(\)"), unmixed():
             summary(tree, components=True)
         draws = align(draws, posterior, latent=latent)
     tree = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
-    with pytest.warns(UserWarning, match=r"whole latents may change places.*align\(\) does not treat"):
+    with pytest.warns(UserWarning, match=r"whole latents may change places.*align\(\) does not treat"), unmixed():
         summary(tree, components=True)
 
 
@@ -491,8 +499,66 @@ def test_components_that_change_places_only_among_some_are_no_names() -> None:
     settings: Any = {"num_components": 3, "num_chains": 2, "num_draws": 5, "num_warmup": 2}
     draws = gibbs(gaussian_full, x, prior, generator=seeded(1), **settings)
     tree = to_datatree(draws, posterior, seed=0, family=gaussian_full, num_predictive=0, num_prior=0)
-    with pytest.warns(UserWarning, match="align"):
+    with pytest.warns(UserWarning, match="align"), unmixed():
         summary(tree, components=True)
+
+
+def slopes(t: Tensor, y: Tensor, drawn: bool = False) -> None:
+    """Two lines through the origin, of which a row at 0 says nothing."""
+    weights = torch.full((2,), 0.5).double()
+    if drawn:
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2).double()))
+    with pyro.plate("components", 2):
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(()).double(), 2.0))
+    with pyro.plate("data", len(t)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(slope[z] * t, 0.5), obs=y)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_row_whose_likelihood_never_varies_adds_it_to_loo(drawn: bool) -> None:
+    """Exactly that where the weights are known, and to the rounding of their sum where they are drawn."""
+    t = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    y = torch.where(torch.arange(9) % 2 == 0, 1.5 * t, -t) + 0.3 * torch.randn(9, generator=seeded(0)).double()
+    posterior = LogPosterior(partial(slopes, drawn=drawn), t, y)
+    noise = torch.randn(4, 250, posterior.size, generator=seeded(1), dtype=torch.float64)
+    draws = Draws(posterior.constrain(0.1 * noise + 1), {}, {"engine": "none"})
+    tree = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    constant = float(dist.Normal(torch.zeros(()).double(), 0.5).log_prob(y[4]))
+    found, rest = loo(tree), loo(tree.sel(obs_id=others))
+    assert found.elpd == pytest.approx(rest.elpd + constant, rel=1e-12)
+    assert found.elpd_i.values[others] == pytest.approx(rest.elpd_i.values, rel=1e-12)
+    assert (found.n_data_points, float(found.pareto_k[4]), found.p) == (9, -math.inf, rest.p)
+    assert found.se == pytest.approx(math.sqrt(9 * found.elpd_i.values.var()), rel=1e-12)
+    assert rest.se == pytest.approx(math.sqrt(8 * rest.elpd_i.values.var()), rel=1e-12)
+    assert loo(tree, pointwise=False).elpd_i is None
+    with pytest.raises(ValueError, match="no row's likelihood varies"):
+        loo(tree.sel(obs_id=[4]))
+
+
+def test_chains_that_have_not_mixed_and_components_without_rows_are_said() -> None:
+    x = torch.tensor([[-0.1], [0.0], [0.2], [9.8], [10.0], [10.1]]).double()
+    posterior = LogPosterior(partial(gaussian_full.model, num_components=2, prior=PRIOR_OF_TWO), x)
+    at = gaussian_full.Params(
+        torch.tensor([0.5, 0.5]).double(), torch.tensor([[0.0], [10.0]]).double(), torch.ones(2, 1, 1).double()
+    )
+    apart = at._replace(locs=torch.tensor([[5.0], [90.0]]).double(), covariances=torch.full((2, 1, 1), 25.0).double())
+    good, bad = (draws_near(posterior, params, (2, 100), seed=1) for params in (at, apart))
+    both = Draws(
+        {site: torch.cat([good.params[site], bad.params[site]]) for site in good.params},
+        {"lp": torch.cat([good.sample_stats["lp"], bad.sample_stats["lp"]])},
+        {"engine": "none"},
+    )
+    for draws, words in ((both, "the chains have not mixed: R-hat of"), (bad, "on average 1.0 components have no row")):
+        tree = to_datatree(draws, posterior, seed=0, num_predictive=0, num_prior=0)
+        assert len([said for said in complaints(tree) if said.startswith(words)]) == 1
+        for reads in (summary, loo):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                reads(tree)
+            assert [str(each.message) for each in caught if each.category is ConvergenceWarning] == complaints(tree)
+    assert complaints(to_datatree(good, posterior, seed=0, num_predictive=0, num_prior=0)) == []
 
 
 def test_moments_of_a_family_with_known_weights_are_left_out() -> None:

@@ -13,18 +13,21 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from arviz_stats.base import array_stats
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.at_draws import label_invariant
-from mixproof.inference.datatree import to_datatree
-from mixproof.inference.draws import Draws
+from mixproof.inference.datatree import summary, to_datatree
+from mixproof.inference.draws import Draws, split_rhat
 from mixproof.inference.evidence import log_evidence
 from mixproof.inference.exact_evidence import exact_log_evidence
-from mixproof.inference.exchangeability import Numbering, component_axes, numbering, numberings
+from mixproof.inference.exchangeability import Numbering, component_axes, numbering, numberings, otherwise_exchangeable
 from mixproof.inference.gibbs import gibbs
 from mixproof.inference.hmc import hmc
 from mixproof.inference.labels import align
 from mixproof.inference.log_posterior import LogPosterior
+from mixproof.inference.nuts import nuts
 from mixproof.inference.relabelling import Relabelling
 from mixproof.models import bernoulli
 
@@ -215,3 +218,94 @@ def test_states_that_two_latents_share_change_places_together() -> None:
     for found in (log_evidence(chain_of_two, x, seed=0, draws=aligned), log_evidence(chain_of_two, x, seed=0)):
         assert found.standard_error < 0.1 < math.log(2) / 4
         assert abs(found.log_evidence - exact) < 4 * found.standard_error
+
+
+TWO_GROUPS = torch.tensor([-3.1, -2.4, -2.9, 2.2, 3.0, 2.7, 3.3, 2.5]).double()
+
+
+def share(x: Tensor, concentrations: tuple[float, float] = (2.0, 2.0), wide: bool = False) -> None:
+    """Two components by a share and one less it; or one of them far and wide, which no parameters make the other."""
+    theta = pyro.sample("theta", dist.Beta(*torch.tensor(concentrations).double()))
+    with pyro.plate("components", 2):
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(()).double(), 3.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.stack([theta, 1 - theta])), infer={"enumerate": "parallel"})
+        scale = torch.tensor([1.0, 10.0 if wide else 1.0]).double()
+        pyro.sample("x", dist.Normal(locs[z], scale[z]), obs=x)
+
+
+def simplex(x: Tensor) -> None:
+    """The same two components, in axes."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([2.0, 2.0]).double()))
+    with pyro.plate("components", 2):
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(()).double(), 3.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+
+def sites(x: Tensor) -> None:
+    """The same two components, each location in a site of its own."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([2.0, 2.0]).double()))
+    first, second = (pyro.sample(name, dist.Normal(torch.zeros(()).double(), 3.0)) for name in ("first", "second"))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(torch.stack([first, second])[z], 1.0), obs=x)
+
+
+def test_components_that_change_places_by_no_renumbering_are_found_and_said() -> None:
+    """The evidence of draws in one order is too low by log 2, as said; the truth is by the same program in axes."""
+    for model in (share, sites):
+        assert otherwise_exchangeable(LogPosterior(model, TWO_GROUPS))
+    for model in (partial(share, concentrations=(2.0, 5.0)), partial(share, wide=True), simplex):
+        assert not otherwise_exchangeable(LogPosterior(model, TWO_GROUPS))
+    init = {"theta": torch.full((8,), 0.4).double(), "locs": torch.tensor([[-2.8, 2.7]]).double().expand(8, 2)}
+    draws = hmc(share, TWO_GROUPS, num_chains=8, num_draws=150, num_warmup=100, seed=0, init=init)
+    with pytest.warns(UserWarning, match="by no renumbering of axes.*too low, of two components by log 2"):
+        found = log_evidence(share, TWO_GROUPS, seed=0, draws=draws)
+    theta = draws.params["theta"]
+    in_axes = draws._replace(
+        params={"weights": torch.stack([theta, 1 - theta], -1), "locs": draws.params["locs"]}, sample_stats={}
+    )
+    truth = log_evidence(simplex, TWO_GROUPS, seed=0, draws=in_axes)
+    error = math.hypot(found.standard_error, truth.standard_error)
+    assert abs(found.log_evidence + math.log(2) - truth.log_evidence) < 5 * error < 0.2
+    tree = to_datatree(draws, LogPosterior(share, TWO_GROUPS), seed=0, num_predictive=0, num_prior=0)
+    assert tree["posterior"].attrs["component_labels"] == "exchangeable otherwise"
+    with pytest.warns(UserWarning, match="by no renumbering of axes"):
+        summary(tree)
+
+
+def test_draws_that_have_not_mixed_are_said() -> None:
+    """By R-hat of the log posterior, which is ArviZ's, and by the sampler's own word."""
+    settings: Any = {"num_chains": 4, "num_draws": 100, "num_warmup": 100}
+    draws = hmc(simplex, TWO_GROUPS, seed=0, **settings)
+    lp = draws.sample_stats["lp"]
+    assert split_rhat(lp) == pytest.approx(
+        float(array_stats.rhat(lp.numpy(), chain_axis=0, draw_axis=1, method="split"))
+    )
+    assert log_evidence(simplex, TWO_GROUPS, seed=0, draws=draws).standard_error < 0.1
+    shifted = draws._replace(sample_stats={"lp": lp + 5 * torch.arange(4.0)[:, None]})
+    named = draws._replace(attributes=draws.attributes | {"low_chains": [1, 2]})
+    for bad, words in ((shifted, "R-hat of the log posterior is"), (named, "2 of 4 chains stay in a lower mode")):
+        with pytest.warns(ConvergenceWarning, match=f"the chains have not mixed .{words}"):
+            log_evidence(simplex, TWO_GROUPS, seed=0, draws=bad)
+
+
+def test_flat_priors_are_said_where_starts_hide_them() -> None:
+    def flat(x: Tensor) -> None:
+        with pyro.plate("components", 2):
+            locs = pyro.sample("locs", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2).double() / 2), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+    init = {"locs": torch.tensor([[-2.8, 2.7]] * 2).double()}
+    settings: Any = {"num_chains": 2, "num_draws": 20, "num_warmup": 20, "seed": 0}
+    said = 'prior of "locs" is improper: the posterior of a mixture is then improper'
+    advice = 'prior of "locs" is improper: it cannot be drawn from; give init, or a proper prior'
+    for sampler in (hmc, nuts):
+        with pytest.warns(UserWarning, match=said):
+            sampler(flat, TWO_GROUPS, init=init, **settings)
+        with pytest.raises(ValueError, match=f"^the {advice}$"):  # and no more, such as the shapes of the trace
+            sampler(flat, TWO_GROUPS, **settings)

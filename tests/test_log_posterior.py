@@ -433,7 +433,7 @@ def test_prior_draws_follow_the_prior_by_either_route(monkeypatch: pytest.Monkey
 
 def test_improper_priors_are_named() -> None:
     x = X.reshape(-1)
-    with pytest.raises(ValueError, match='the prior of "locs" is improper: it cannot be drawn from'):
+    with pytest.raises(ValueError, match='the prior of "locs" is improper: it cannot be drawn from; give init'):
         LogPosterior(ordered, x).draw_prior(2, seed=0)
     with pytest.raises(ValueError, match='the prior of the param site "w" is flat and improper'):
         LogPosterior(param_sites, x).draw_prior(2, seed=0)

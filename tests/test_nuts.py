@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import shutil
@@ -14,11 +15,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.nuts import nuts
 
+nuts_module = importlib.import_module("mixproof.inference.nuts")
 X = torch.tensor([-1.2, -0.4, 0.3, 1.9, 2.4, 3.0], dtype=torch.float64)
 
 
@@ -134,3 +137,35 @@ def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:
     x = X[:, None] if "batched" in setting else X
     with pytest.raises(ValueError, match=words):
         nuts(share_of_two, x, **{"num_draws": 5, "num_warmup": 5, "seed": 0, **setting})
+
+
+@pytest.mark.parametrize(("stop", "num_chains", "num_draws"), [(3, 1, 3), (7, 1, 5), (12, 2, 5)])
+def test_an_interrupt_keeps_whole_chains_or_the_draws_so_far(
+    stop: int, num_chains: int, num_draws: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first draws of the run that was not interrupted, number by number; after draw 12 the third chain is begun."""
+    settings: Any = {"num_chains": 3, "num_draws": 5, "num_warmup": 5, "seed": 3}
+    whole, recorder, seen = nuts(share_of_two, X, **settings), nuts_module._recorder, []
+
+    def interrupting(*args: Any) -> Any:
+        hook = recorder(*args)
+
+        def hooked(kernel: Any, params: Any, stage: str, number: int) -> None:
+            hook(kernel, params, stage, number)
+            seen.extend([stage] if stage.startswith("Sample") else [])
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+
+        return hooked
+
+    monkeypatch.setattr(nuts_module, "_recorder", interrupting)
+    words = f"stopped after {stop} of 5 draws of a chain" if stop < 5 else f"stopped after {num_chains} of 3 chains"
+    with pytest.warns(ConvergenceWarning, match=words):
+        found = nuts(share_of_two, X, **settings)
+    assert found.attributes["num_chains"] == num_chains
+    for values, of_whole in ((found.params, whole.params), (found.sample_stats, whole.sample_stats)):
+        for name, value in values.items():
+            assert torch.equal(value, of_whole[name][:num_chains, :num_draws])
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):  # each chain has data of its own, and none can be missing
+        nuts(share_of_two, torch.stack([X, X + 1, X - 1]), batched=True, **settings)
