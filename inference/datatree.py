@@ -169,7 +169,7 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
 
     Returns:
         A row for each number, as ``arviz_stats.summary``. Component parameters of draws that do not agree on labels, or
-        on which summand is which, come with a warning.
+        on which summand is which, come with a warning, and so do those in which ``complaints`` finds something.
 
     Raises:
         ImportError: ArviZ is not installed.
@@ -207,11 +207,12 @@ def loo(tree: DataTree, **options: Any) -> Any:
 
     Returns:
         An ``ELPDData``, as ``arviz_stats.compare`` takes them. Where rows have parameters of their own, a warning says
-        that their likelihoods are given these, which few draws fit once the row is left out.
+        that their likelihoods are given these, which few draws fit once the row is left out; others say what
+        ``complaints`` finds. A row whose likelihood is the same at all draws adds that, and has a Pareto k of -inf.
 
     Raises:
         ImportError: ArviZ is not installed.
-        ValueError: the tree has no likelihood of a row.
+        ValueError: the tree has no likelihood of a row, or none varies over the draws.
     """
     stats = _import("arviz_stats")
     reff = relative_efficiency(tree)

@@ -76,7 +76,9 @@ def log_evidence(
             of x alone. Where its parameters integrate out, sequential Monte Carlo then takes in row by row
             (``allocation_smc``), which finds groups of rows that tempering from a wide prior misses, and is faster.
             None, and a family that does not integrate out, go from the prior to the posterior (``tempered_smc``).
-        draws: for ``"bridge"``, draws from p(params | data) by any sampler, all modes among them in their shares.
+        draws: for ``"bridge"``, draws from p(params | data) by any sampler, all modes among them in their shares. A
+            warning says where their chains have plainly not mixed, or where components may change places by a symmetry
+            that is not treated (``otherwise_exchangeable``).
         relabel: whether the symmetry of exchangeable components is treated. Without it, ``"bridge"`` takes one mode for
             the whole posterior where the draws show no other, and is then too low by log K!.
         num_replicates, num_chains, num_moves, efficiency: as ``allocation_smc`` or ``tempered_smc`` takes them, None
