@@ -205,8 +205,11 @@ def _has_mirror(
         squares.backward()
         return squares
 
-    with torch.enable_grad(), pyro.validation_enabled(False):
-        search.step(distance)
+    try:
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            search.step(distance)
+    except (RuntimeError, ValueError):  # it left the points at which the program can be run
+        return False
     if not u.isfinite().all():
         return False
     after = posterior.log_joint(posterior.coordinates(u.detach()))

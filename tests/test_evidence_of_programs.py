@@ -30,6 +30,7 @@ from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.nuts import nuts
 from mixproof.inference.relabelling import Relabelling
 from mixproof.models import bernoulli
+from tests.conftest import Case
 
 TOLD_APART = (torch.tensor([-20.0, 10.0, 10.0]).double(), torch.tensor([2.0, 15.0, 15.0]).double())
 THREE_GROUPS = torch.tensor([-20.0, -20.5, -19.0, 0.0, 0.5, -0.3, 20.0, 20.6, 19.5]).double()
@@ -274,6 +275,14 @@ def test_components_that_change_places_by_no_renumbering_are_found_and_said() ->
     assert tree["posterior"].attrs["component_labels"] == "exchangeable otherwise"
     with pytest.warns(UserWarning, match="by no renumbering of axes"):
         summary(tree)
+
+
+def test_no_family_has_components_that_change_places_otherwise(case: Case) -> None:
+    """The known part of a sum has components of its own, and the search for others may leave what can be computed."""
+    x, make = case.data(5, 30), getattr(case.family, "weakly_informative_prior", None)
+    prior = case.prior(2, 2) if make is None else make(x, case.num_components(2))
+    posterior = LogPosterior(case.program(2, prior), x)
+    assert not any(otherwise_exchangeable(posterior, latent) for latent in posterior.program.latents)
 
 
 def test_draws_that_have_not_mixed_are_said() -> None:
