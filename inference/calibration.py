@@ -344,7 +344,7 @@ def _affordable_ranks(effective_sizes: Tensor, num_draws: int) -> int:
     enough = int(effective_sizes.quantile(SLOW_SHARE)) + 1
     if enough < FEWEST_RANKS:
         warnings.warn(
-            f"in a {SLOW_SHARE:.0%} of the simulations the draws are worth fewer than {enough} independent ones: ranks "
+            f"in {SLOW_SHARE:.0%} of the simulations the draws are worth fewer than {enough} independent ones: ranks "
             "among such are not uniform even if the engine is right; draw more, or give it chains that move faster",
             stacklevel=3,
         )

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.comparison_report import UNFOLDED, as_tables, check_matplotlib, plot_rows, prior_in_words
-from mixproof.inference.comparison_study import Candidate, Row, Runs, Study, import_arviz_stats, in_words, study_of
+from mixproof.inference.comparison_study import Candidate, Row, Runs, Study, in_words, study_of
 from mixproof.inference.comparison_verdicts import disagreements, gaps
+from mixproof.inference.diagnostics import import_arviz
 from mixproof.inference.em import Fit
 from mixproof.inference.evidence import NUM_CHAINS, log_evidence, posterior_probabilities
 from mixproof.inference.particles import check_settings
@@ -164,7 +165,7 @@ def compare(
             and 1 stand beside densities, or the checkpoint is of another comparison.
         OSError: the checkpoint cannot be read or written.
     """
-    import_arviz_stats()
+    import_arviz("arviz_stats")
     x = _check(candidates, x)
     numbers = {"num_starts": num_starts, "max_steps": max_steps, "num_chains": num_chains, "num_draws": num_draws}
     _check_settings(numbers | {"num_warmup": num_warmup}, evidence or {})
@@ -331,7 +332,7 @@ def _ranking(elpds: Mapping[str, Any], sentences: list[str]) -> Any:
     with in_words(sentences, "LOO"):
         # arviz-stats 0.8 sorts a table of its own in place, which pandas 3.1 announces to drop
         warnings.filterwarnings("ignore", "The inplace keyword in DataFrame.sort_values", DeprecationWarning)
-        return import_arviz_stats().compare(shifted)
+        return import_arviz("arviz_stats").compare(shifted)
 
 
 def _by_name(prior: Any) -> Any:

@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.datatree import loo, to_datatree
+from mixproof.inference.diagnostics import complaints, diagnose
 from mixproof.inference.draws import Draws
 from mixproof.inference.effective_dimension import effective_dimension
 from mixproof.inference.em import Fit, responsibilities
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_RHAT, MIN_EFFECTIVE_DRAWS = 1.01, 400
 """Below and above which chains agree and quantiles are known (Vehtari et al. 2021, Bayesian Analysis 16, section 4)."""
+
+REMEDY = "raise num_warmup, or the evidence's num_replicates or num_chains"
 
 
 class Candidate(NamedTuple):
@@ -158,17 +161,14 @@ def study_of(candidate: Candidate, number: int, x: Tensor, seed: int, runs: Runs
             particles = None if evidence is None else evidence.draws
             draws = _sample(family, x, prior, size, particles, generator, runs, number)
             tree = to_datatree(draws, posterior, seed=0, family=family, num_predictive=0, num_prior=0)
-            found, complaints = diagnostics(tree)
-            row = row._replace(**found)
-            sentences += [f"{name}: {complaint}" for complaint in complaints]
-            if len(posterior.program.latents) == 1:
-                empty = float(tree["label_invariant"]["num_empty_components"].mean())
-                row = row._replace(num_empty_components=empty)
-                if empty >= 0.5:
-                    sentences.append(
-                        f"{name}: on average {empty:.1f} of its {size} components have no row, so that the data carry "
-                        "fewer, and the prior decides what the others are"
-                    )
+            found = diagnose(tree["label_invariant"].to_dataset())
+            row = row._replace(
+                max_rhat=found.max_rhat,
+                min_effective_draws=found.min_effective_draws,
+                num_empty_components=found.num_empty_components.get("num_empty_components"),
+            )
+            limits: Any = {"max_rhat": MAX_RHAT, "min_effective_draws": MIN_EFFECTIVE_DRAWS}
+            sentences += [f"{name}: {words}" for words in complaints(found, **limits, remedy=REMEDY)]
             if len(x) < 2:
                 sentences.append(f"{name}: a single row has no LOO with an error: the evidence alone compares here")
             else:
@@ -251,30 +251,6 @@ def _sample(
     return Draws(together(draws.params), together(draws.sample_stats), draws.attributes | shape)
 
 
-def diagnostics(tree: DataTree) -> tuple[dict[str, Any], list[str]]:
-    """Return the worst R-hat and effective sample size of what needs no labels, and what is bad about them."""
-    stats = import_arviz_stats()
-    quantities = tree["label_invariant"].to_dataset()
-    varying = quantities[[key for key, value in quantities.items() if float(value.max() - value.min()) > 0]]
-    if not varying.data_vars:
-        return {"max_rhat": None, "min_effective_draws": None}, ["nothing varies over the draws: no chain has moved"]
-    with warnings.catch_warnings():
-        # an entry that is the same in all draws has no R-hat; it comes out as NaN and is passed over
-        warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
-        rhats = {str(key): float(value.max()) for key, value in stats.rhat(varying).data_vars.items()}
-        sizes = [stats.ess(varying, method=method) for method in ("bulk", "tail")]
-    ess = min(float(value.min()) for size in sizes for value in size.data_vars.values())
-    worst = max(rhats, key=lambda key: rhats[key])
-    complaints = []
-    if rhats[worst] > MAX_RHAT or ess < MIN_EFFECTIVE_DRAWS:
-        complaints.append(
-            f"the chains do not agree, or their draws are worth too little: R-hat of {worst} is {rhats[worst]:.3f} "
-            f"(at most {MAX_RHAT}), the draws are worth {ess:.0f} independent ones (at least {MIN_EFFECTIVE_DRAWS}), "
-            "and LOO and stacking rest on them; raise num_warmup, or the evidence's num_replicates or num_chains"
-        )
-    return {"max_rhat": rhats[worst], "min_effective_draws": ess}, complaints
-
-
 def _loo(elpd: Any, sentences: list[str], name: str) -> dict[str, Any]:
     largest, num_high = float(elpd.pareto_k.max()), int((elpd.pareto_k > elpd.good_k).sum())
     if num_high:
@@ -288,13 +264,3 @@ def _loo(elpd: Any, sentences: list[str], name: str) -> dict[str, Any]:
         "max_pareto_k": largest,
         "num_high_pareto_k": num_high,
     }
-
-
-def import_arviz_stats() -> Any:
-    """Return ``arviz_stats``, or raise ImportError with what to install."""
-    try:
-        import arviz_base  # noqa: F401
-        import arviz_stats
-    except ImportError as error:
-        raise ImportError("ArviZ is not installed: pip install 'mixproof[compare]'") from error
-    return arviz_stats

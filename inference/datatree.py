@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mixproof.inference.at_draws import log_likelihood_and_label_invariant
+from mixproof.inference.diagnostics import complaints, diagnose, import_arviz
 from mixproof.inference.draws import NOT_MIXED, Draws
 from mixproof.inference.enumeration import bind, default_dtype_of
 from mixproof.inference.exchangeability import exchanges, numberings, otherwise_exchangeable
@@ -45,8 +45,11 @@ NO_LABELS = {
     "then describe no component; write the shares as a simplex and the other parameters of all components in one site",
 }
 """What ``summary`` warns of."""
-MANY_EMPTY = 0.5
-"""From how many components without rows ``summary`` and ``loo`` warn."""
+NOT_DRAWS = {
+    "bootstrap": "fits of other data, which spread like the estimate and not like the posterior",
+    "svi": "draws from a fitted guide, which is as narrow as its family makes it",
+}
+"""What ``loo`` says of engines whose draws are not of the posterior, by the end of their names."""
 
 
 def to_datatree(
@@ -92,7 +95,7 @@ def to_datatree(
         ValueError: the draws or ``dims`` are not of this program's parameters, or a site has the name of a quantity
             that ``label_invariant`` computes.
     """
-    _import("arviz_base")
+    import_arviz("arviz_base")
     from arviz_base import dict_to_dataset
     from xarray import DataTree
 
@@ -169,21 +172,21 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
 
     Returns:
         A row for each number, as ``arviz_stats.summary``. Component parameters of draws that do not agree on labels, or
-        on which summand is which, come with a warning, and so do those in which ``complaints`` finds something.
+        on which summand is which, come with a warning, and so do chains that have plainly not mixed and components
+        without rows.
 
     Raises:
         ImportError: ArviZ is not installed.
         ValueError: ``var_names`` or ``coords`` name what is not there.
     """
-    stats = _import("arviz_stats")
+    stats = import_arviz("arviz_stats")
     shown: Any = tree["label_invariant"].to_dataset()
     labels = tree["posterior"].attrs["component_labels"]
     if components:
         shown = shown.merge(tree["posterior"].to_dataset().drop_vars(shown.data_vars, errors="ignore"))
     if (components or labels == OTHERWISE) and (words := NO_LABELS.get(labels)):
         warnings.warn(words, UserWarning, stacklevel=2)
-    for words in complaints(tree):
-        warnings.warn(words, ConvergenceWarning, stacklevel=2)
+    _warn_of_draws(tree)
     try:
         with np.errstate(invalid="ignore"):  # R-hat of what never varies, as the weight of a single component, is NaN
             return stats.summary(shown, **options)
@@ -207,15 +210,24 @@ def loo(tree: DataTree, **options: Any) -> Any:
 
     Returns:
         An ``ELPDData``, as ``arviz_stats.compare`` takes them. Where rows have parameters of their own, a warning says
-        that their likelihoods are given these, which few draws fit once the row is left out; others say what
-        ``complaints`` finds. A row whose likelihood is the same at all draws adds that, and has a Pareto k of -inf.
+        that their likelihoods are given these, which few draws fit once the row is left out; others tell of chains that
+        have plainly not mixed, of components without rows, and of engines whose draws are not of the posterior. A row
+        whose likelihood is the same at all draws adds that, and has a Pareto k of -inf.
 
     Raises:
         ImportError: ArviZ is not installed.
         ValueError: the tree has no likelihood of a row, or none varies over the draws.
     """
-    stats = _import("arviz_stats")
-    reff = relative_efficiency(tree)
+    stats = import_arviz("arviz_stats")
+    options = {"reff": relative_efficiency(tree)} | options
+    engine = str(tree["posterior"].attrs.get("engine", ""))
+    if what := next((words for name, words in NOT_DRAWS.items() if engine.endswith(name)), None):
+        warnings.warn(
+            f"the draws are {what}: what LOO weighs are not draws from the posterior given all rows, and Pareto k does "
+            "not show it; take them by gibbs or hmc",
+            UserWarning,
+            stacklevel=2,
+        )
     if own := tree["log_likelihood"].attrs.get(OWN_PARAMETERS):
         warnings.warn(
             f"log p(x_n | params) is given the row's own parameters {own}, which have seen x_n in every draw: "
@@ -224,22 +236,18 @@ def loo(tree: DataTree, **options: Any) -> Any:
             UserWarning,
             stacklevel=2,
         )
-    for words in complaints(tree):
-        warnings.warn(words, ConvergenceWarning, stacklevel=2)
+    _warn_of_draws(tree)
     rows = _rows(tree)
     constant = _constant(rows)
     if not constant.any():
-        return stats.loo(tree, **{"reff": reff} | options)
-    return _with_constant_rows(stats, tree, rows, constant, {"reff": reff} | options)
+        return stats.loo(tree, **options)
+    return _with_constant_rows(stats, tree, rows, constant, options)
 
 
 def _with_constant_rows(stats: Any, tree: DataTree, rows: Any, constant: Any, options: dict[str, Any]) -> Any:
     """Return LOO where some rows have one likelihood at all draws, which importance sampling cannot weigh by: that
     likelihood is what they add, whatever the draws, and the tails of their ratios have no shape."""
-    kept = rows.obs_id[~constant.values]
-    if not len(kept):
-        raise ValueError("no row's likelihood varies over the draws: there is nothing for LOO to weigh")
-    found = stats.loo(tree.sel(obs_id=kept), **options | {"pointwise": True})
+    found = stats.loo(tree.sel(obs_id=rows.obs_id[~constant.values]), **options | {"pointwise": True})
     each = found.elpd_i.reindex(obs_id=rows.obs_id).fillna(rows.isel(chain=0, draw=0, drop=True))
     pointwise = options.get("pointwise") is not False
     return replace(
@@ -260,13 +268,13 @@ def relative_efficiency(tree: DataTree) -> float:
 
     Raises:
         ImportError: ArviZ is not installed.
-        ValueError: the tree has no likelihood of a row.
+        ValueError: the tree has no likelihood of a row, or none varies over the draws.
     """
-    stats = _import("arviz_stats")
+    stats = import_arviz("arviz_stats")
     rows = _rows(tree)
     varying = rows.isel(obs_id=~_constant(rows).values)
     if not varying.size:
-        return 1.0
+        raise ValueError("no row's likelihood varies over the draws: there is nothing for LOO to weigh")
     densities = np.exp(varying - varying.max(["chain", "draw"]))
     return float(stats.ess(densities, method="mean").mean()) / (rows.sizes["chain"] * rows.sizes["draw"])
 
@@ -284,45 +292,15 @@ def _constant(rows: Any) -> Any:
     return spread <= 8 * np.finfo(rows.dtype).eps * (1 + abs(rows).max(["chain", "draw"]))
 
 
-def complaints(tree: DataTree) -> list[str]:
-    """Return what is wrong with the draws of a tree that no reader should miss, a sentence each.
-
-    Chains that have plainly not mixed, by R-hat of the quantities that need no labels, and components without rows.
-
-    Args:
-        tree: from ``to_datatree``.
-
-    Raises:
-        ImportError: ArviZ is not installed.
-    """
-    stats = _import("arviz_stats")
+def _warn_of_draws(tree: DataTree) -> None:
+    """Warn where the chains of a tree have plainly not mixed, or components have no rows."""
     quantities = tree["label_invariant"].to_dataset()
     if tree["posterior"].attrs["component_labels"] == OTHERWISE:  # by a symmetry that the parameters there show
         quantities = quantities.drop_vars(tree["posterior"].data_vars, errors="ignore")
-    words = []
-    with np.errstate(invalid="ignore", divide="ignore"):  # what never varies has no R-hat
-        found = {str(name): float(value.max()) for name, value in stats.rhat(quantities).data_vars.items()}
-    worst = max(found, key=lambda name: -np.inf if np.isnan(found[name]) else found[name], default=None)
-    if worst is not None and found[worst] > NOT_MIXED:
-        words.append(
-            f"the chains have not mixed: R-hat of {worst}, which needs no labels, is {found[worst]:.2f}, and no "
-            "average over the draws is one over the posterior; warm up longer, start the chains elsewhere, or weigh "
-            "the modes by log_evidence"
-        )
-    for name, value in quantities.data_vars.items():
-        if str(name).startswith("num_empty_components") and (empty := float(value.mean())) >= MANY_EMPTY:
-            words.append(
-                f"on average {empty:.1f} components have no row ({name}): the data carry fewer, or all chains sit in a "
-                "mode without them, as under wide priors; log_evidence from several seeds tells which"
-            )
-    return words
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"{name} is not installed: pip install 'mixproof[compare]'") from error
+    remedy = "warm up longer, start the chains elsewhere, or weigh the modes by log_evidence"
+    found = complaints(diagnose(quantities), max_rhat=NOT_MIXED, min_effective_draws=0, remedy=remedy)
+    for words in found:
+        warnings.warn(words, ConvergenceWarning, stacklevel=3)
 
 
 def _observed(posterior: LogPosterior, point: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -322,6 +322,21 @@ def initial_points(posterior: LogPosterior, num_chains: int, *, seed: int) -> Te
     return torch.where(able[:, None], best, best[place])
 
 
+def check_program(height: Tensor, before: Tensor) -> None:
+    """Check that the log posterior (C,) of a program where chains stand is that of the program of a checkpoint.
+
+    Raises:
+        CheckpointError: it is another one, to half of the digits.
+    """
+    chain = int((height - before).abs().argmax())
+    rounding = math.sqrt(torch.finfo(height.dtype).eps)
+    if not torch.isclose(height[chain], before[chain], rtol=rounding, atol=rounding):
+        raise checkpoints.CheckpointError(
+            f"the checkpoint belongs to another program: the log posterior where chain {chain} stands is "
+            f"{float(height[chain]):.10g}, and was {float(before[chain]):.10g}: delete it, or give another file"
+        )
+
+
 def _height(evaluation: Evaluation) -> Tensor:
     """Return the log posterior (C,) over the coordinates, -inf where it is not a number."""
     value = evaluation.log_prior + evaluation.log_likelihood
@@ -419,22 +434,11 @@ class _Run:
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up a run where ``tensors`` was called.
-
-        Raises:
-            ValueError: the log posterior there is another one, to half of the digits.
-        """
+        """Take up a run where ``tensors`` was called."""
         states, device = tensors["rng"], self.posterior.device
         tensors = {name: value.to(device) for name, value in tensors.items()}
         self.start(tensors["u"], Tuning(**{name: tensors[f"tuning.{name}"] for name in Tuning._fields}))
-        height, before = _height(self.state.evaluation), tensors["height"].to(self.one)
-        chain = int((height - before).abs().argmax())
-        rounding = math.sqrt(torch.finfo(height.dtype).eps)
-        if not torch.isclose(height[chain], before[chain], rtol=rounding, atol=rounding):
-            raise ValueError(
-                f"the checkpoint belongs to another program: the log posterior where chain {chain} stands is "
-                f"{float(height[chain]):.10g}, and was {float(before[chain]):.10g}: delete it, or give another file"
-            )
+        check_program(_height(self.state.evaluation), tensors["height"].to(self.one))
         self.generator.set_state(states)
         self.iteration = int(tensors["iteration"])
         self.window = list(tensors.get("window", ()))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from scipy import stats
 from torch import Tensor
 
@@ -39,6 +41,7 @@ def joint_distribution_test(
     seed: int,
     quantities: Mapping[str, Quantity] | None = None,
     false_alarm: float = 0.01,
+    progress: bool = False,
 ) -> Report:
     """Try to refute that a transition leaves the posterior of a program as it is, whatever the data.
 
@@ -56,6 +59,7 @@ def joint_distribution_test(
         seed: of all draws.
         quantities: further ones by name, each a function of the parameters by site and the data x (N, D).
         false_alarm: the probability, about, that a right transition is refuted, shared by all checks alike.
+        progress: whether to show the steps on stderr.
 
     Returns:
         A report of two checks for each quantity of ``Quantities``: the mean share and its spread, with their p-values.
@@ -78,7 +82,7 @@ def joint_distribution_test(
     reference = _values(compared, [draw() for _ in range(num_reference)])
     states = [draw() for _ in range(num_chains)]
     visited = []
-    for _ in range(num_steps):
+    for _ in track(range(num_steps), "steps", console=Console(stderr=True), disable=not progress):
         params = {name: torch.stack([state.params[name] for state in states]) for name in states[0].params}
         data = torch.stack([state.x for state in states])
         after = transition(params, data, generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -16,9 +17,10 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import default_dtype_of
-from mixproof.inference.hmc import coordinates_of, initial_points, warn_of_improper_prior
+from mixproof.inference.hmc import check_program, coordinates_of, initial_points, warn_of_improper_prior
 from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.random_state import seeded
 from mixproof.inference.validation import check_integer, check_probability
@@ -36,6 +38,7 @@ def nuts(
     target_acceptance: float = 0.8,
     max_tree_depth: int = 10,
     jit_compile: bool = False,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Draws:
     """Draw from p(params | data) of a Pyro program with enumerated latents by ``pyro.infer.NUTS``, chain after chain.
@@ -56,6 +59,8 @@ def nuts(
         max_tree_depth: a trajectory has at most 2^max_tree_depth steps; at least 1.
         jit_compile: whether Pyro's density and its slope are run by ``torch.compile``: half a minute once for all
             chains, and then a small part of the time that they take without. Needs a C++ compiler.
+        checkpoint: a file for the chains that are whole. If it exists, the run goes on with the next one, to the same
+            draws. Other data and settings are told, and another program by the log posterior where the chains ended.
         progress: whether Pyro shows its progress bar.
 
     Returns:
@@ -64,10 +69,12 @@ def nuts(
         the first; chains with data sets of their own are wanted all, and the interrupt goes on.
 
     Raises:
-        TypeError: a setting is not an integer.
+        TypeError: a setting is not an integer, or there is a checkpoint, and an argument of the program holds something
+            else than numbers and strings.
         ValueError: a setting is out of range, the program is not one that ``LogPosterior`` takes, it has param sites,
-            a prior is improper and there is no ``init``, there are more or fewer data sets than chains, or the program
-            is to be compiled and branches on the values of its parameters.
+            a prior is improper and there is no ``init``, there are more or fewer data sets than chains, the program
+            is to be compiled and branches on the values of its parameters, or the checkpoint belongs to another run.
+        OSError: the checkpoint cannot be read or written.
         RuntimeError: ``torch.compile`` fails, as where there is no compiler.
     """
     sizes = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
@@ -86,11 +93,26 @@ def nuts(
         if init is None
         else coordinates_of(posterior, init, num_chains)
     )
+    file = None if checkpoint is None else Path(checkpoint)
+    identity = {
+        "engine": "pyro nuts",
+        "data": None if file is None else checkpoints.digest(args),
+        "batched": batched,
+        "init": checkpoints.digest(init),
+        **sizes,
+        "seed": seed,
+        "target_acceptance": target_acceptance,
+        "max_tree_depth": max_tree_depth,
+        "jit_compile": jit_compile,
+    }
+    known = None if file is None else checkpoints.load(file, identity)
     chains: list[dict[str, Tensor]] = []
     stats: list[Tensor] = []
     graph, interrupted = None, False
     with pyro.get_param_store().scope(), default_dtype_of(*args), seeded(seed):
-        for chain in range(num_chains):
+        if known is not None:
+            chains, stats = _restored(posterior, known, starts)
+        for chain in range(len(chains), num_chains):
             start = {name: value[chain] for name, value in starts.items()}
             data = tuple(values[chain] for values in posterior.batch)
             sites, potential, transforms = _set_up(posterior, start, data)
@@ -127,6 +149,8 @@ def nuts(
             stats.append(torch.stack([sums.diff(prepend=none), counts.diff(prepend=none), *others]))
             if interrupted:
                 break
+            if file is not None:
+                checkpoints.save(file, identity, _tensors(posterior, chains, stats))
     params = {name: torch.stack([chain[name] for chain in chains]) for name in starts}
     acceptance_rate, diverging, step_size, energy = torch.stack(stats, 1).to(posterior.device)
     u = posterior.unconstrain({name: value.flatten(0, 1) for name, value in params.items()})
@@ -145,6 +169,34 @@ def nuts(
         "num_divergences": int(diverging.sum()),
     }
     return Draws(params, sample_stats, attributes)
+
+
+def _tensors(
+    posterior: LogPosterior, chains: Sequence[dict[str, Tensor]], stats: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Return all that the next chain needs to be what it would have been."""
+    found = {f"params.{name}": torch.stack([chain[name] for chain in chains]) for name in chains[0]}
+    if posterior.device.type == "cuda":
+        found["rng.cuda"] = torch.cuda.get_rng_state(posterior.device)
+    return {**found, "stats": torch.stack(list(stats)), "rng": torch.get_rng_state()}
+
+
+def _restored(
+    posterior: LogPosterior, tensors: Mapping[str, Tensor], starts: Mapping[str, Tensor]
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """Return chains by site and what is known of them, and set the generators to where these left them."""
+    params = {name: tensors[f"params.{name}"].to(value) for name, value in starts.items()}
+    stats = tensors["stats"]
+    energy = stats[:, -1, -1].to(posterior.device)
+    last = {name: torch.cat([params[name][:, -1], value[len(stats) :]]) for name, value in starts.items()}
+    u = posterior.unconstrain(last)
+    evaluation = posterior(u, torch.ones_like(u[:, 0]))
+    height = evaluation.log_prior + evaluation.log_likelihood
+    check_program(height[: len(stats)], -energy)
+    torch.set_rng_state(tensors["rng"])
+    if posterior.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], posterior.device)
+    return [{name: value[chain] for name, value in params.items()} for chain in range(len(stats))], list(stats)
 
 
 def _set_up(

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from torch.distributions import constraints
@@ -185,6 +187,7 @@ def bootstrap(
     method: Literal["parametric", "nonparametric"] = "parametric",
     max_steps: int = 2000,
     rtol: float = 1e-10,
+    progress: bool = False,
 ) -> Draws:
     """Return maximum likelihood fits of resampled data, by EM from the fit, their components numbered as its are.
 
@@ -201,6 +204,7 @@ def bootstrap(
         method: ``"parametric"`` draws each data set from the fit, ``"nonparametric"`` with replacement from the rows.
         max_steps: the largest number of EM steps of a replicate.
         rtol: the relative change of the log likelihood at which a replicate stops.
+        progress: whether to show on stderr how many have stopped.
 
     Returns:
         ``Draws`` of one chain, a draw for each replicate that converged; ``lp`` is log p(x | params) of the data
@@ -227,7 +231,7 @@ def bootstrap(
         drawn = torch.multinomial(ones.expand(num_replicates, -1), len(x), replacement=True, generator=generator)
         counts = torch.zeros_like(drawn, dtype=x.dtype).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=x.dtype))
         rows = x.expand(num_replicates, *x.shape)
-    fits, converged = _em_of_all(family, rows, counts, params, max_steps, rtol)
+    fits, converged = _em_of_all(family, rows, counts, params, max_steps, rtol, progress)
     if has_spread(family, x.shape[1]):
         for i in converged.nonzero()[:, 0].tolist():
             converged[i] = not has_collapsed(family, tree_at(fits, i), Block(0, rows[i], counts[i]))
@@ -257,7 +261,7 @@ def bootstrap(
 
 
 def _em_of_all(
-    family: Any, rows: Tensor, counts: Tensor, params: Any, max_steps: int, rtol: float
+    family: Any, rows: Tensor, counts: Tensor, params: Any, max_steps: int, rtol: float, progress: bool
 ) -> tuple[Any, Tensor]:
     """Return where EM leads from one start on B data sets (B, N, D), and which of them converged, (B,)."""
 
@@ -273,18 +277,21 @@ def _em_of_all(
     converged = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     last = rows.new_full((len(rows),), -math.inf)
     least = rtol + 16 * torch.finfo(rows.dtype).eps
-    for _ in range(max_steps):
-        log_lik, images = step_of_all(tree_at(found, active), rows[active], counts[active])
-        at_rest = (log_lik - last).abs() <= least * log_lik.abs()
-        sound = torch.isfinite(log_lik)
-        for name, value in images._asdict().items():
-            valid = value > 0 if name.endswith("weights") else torch.isfinite(value)
-            sound &= valid.flatten(1).all(1)
-        converged[active[at_rest & sound]] = True
-        goes_on = sound & ~at_rest
-        active, last = active[goes_on], log_lik[goes_on]
-        for old, new in zip(found, images, strict=True):
-            old[active] = new[goes_on]
-        if len(active) == 0:
-            break
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("bootstrap", total=len(rows))
+        for _ in range(max_steps):
+            log_lik, images = step_of_all(tree_at(found, active), rows[active], counts[active])
+            at_rest = (log_lik - last).abs() <= least * log_lik.abs()
+            sound = torch.isfinite(log_lik)
+            for name, value in images._asdict().items():
+                valid = value > 0 if name.endswith("weights") else torch.isfinite(value)
+                sound &= valid.flatten(1).all(1)
+            converged[active[at_rest & sound]] = True
+            goes_on = sound & ~at_rest
+            active, last = active[goes_on], log_lik[goes_on]
+            for old, new in zip(found, images, strict=True):
+                old[active] = new[goes_on]
+            bar.update(task, completed=len(rows) - len(active))
+            if len(active) == 0:
+                break
     return found, converged

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -15,6 +15,8 @@ from pyro.infer import SVI, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam, PyroOptim
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -57,6 +59,7 @@ def svi(
     learning_rate: float = 0.1,
     final_learning_rate: float = 1e-4,
     optimiser: PyroOptim | None = None,
+    progress: bool = False,
 ) -> Variational:
     """Fit a guide to the posterior of a Pyro program with enumerated discrete latents by maximising the ELBO.
 
@@ -76,11 +79,13 @@ def svi(
         optimiser: takes the place of Adam and both rates. The ELBO of a delta guide has no noise, and resilient
             backpropagation, ``PyroOptim(torch.optim.Rprop, {"lr": 0.01})``, climbs it to rounding in a few hundred
             steps.
+        progress: whether to show the steps on stderr.
 
     Raises:
         TypeError: ``num_steps`` is not an integer.
         ValueError: ``num_steps`` is below 1, a rate is not positive, the loss is not finite, Pyro refuses the pair of
-            model and guide, or a guide given by name does not fit the program or comes with an optimiser.
+            model and guide, a Pyro module as guide has been run before, or a guide given by name does not fit the
+            program or comes with an optimiser.
     """
     _check_steps(num_steps, learning_rate, final_learning_rate)
     if isinstance(guide, str):
@@ -94,6 +99,7 @@ def svi(
             seed=seed,
             learning_rate=learning_rate,
             final_learning_rate=final_learning_rate,
+            progress=progress,
         )
         return Variational(_guide(model, guide, law, *args), law.losses[:, 0])
     with feasible_params(*args):
@@ -102,6 +108,11 @@ def svi(
     losses = []
     with pyro.get_param_store().scope(), default_dtype_of(*args):
         if isinstance(guide, PyroModule):
+            if guide._pyro_context.used:
+                raise ValueError(
+                    f"the {type(guide).__name__} has been run before: it would start from what it learned, and change "
+                    "that; give a new one"
+                )
             # Outside this store a guide reads the global one by name, and would find what another of its class left.
             guide._pyro_set_supermodule(f"svi_{next(_NAMES)}_{type(guide).__name__}", guide._pyro_context)
         with seeded(seed), torch.no_grad():
@@ -111,7 +122,7 @@ def svi(
         adam = ClippedAdam({"lr": learning_rate, "lrd": decay, "clip_norm": float("inf")})
         inference = SVI(model, guide, optimiser or adam, TraceEnum_ELBO(max_plate_nesting=max_plate_nesting))
         with seeded(seed):
-            for step in range(num_steps):
+            for step in _steps(num_steps, progress):
                 losses.append(inference.step(*args))
                 if not math.isfinite(losses[-1]):
                     raise ValueError(
@@ -127,6 +138,10 @@ def _check_steps(num_steps: int, learning_rate: float, final_learning_rate: floa
     for name, rate in {"learning_rate": learning_rate, "final_learning_rate": final_learning_rate}.items():
         if not 0 < rate < math.inf:
             raise ValueError(f"{name} must be positive and finite, not {rate}")
+
+
+def _steps(num_steps: int, progress: bool) -> Iterable[int]:
+    return track(range(num_steps), "SVI", console=Console(stderr=True), disable=not progress)
 
 
 class NormalApproximation(NamedTuple):
@@ -160,6 +175,7 @@ def normal_approximation(
     learning_rate: float = 0.1,
     final_learning_rate: float = 1e-4,
     batched: bool = False,
+    progress: bool = False,
 ) -> NormalApproximation:
     """Fit a normal law to a posterior over unconstrained coordinates, or to those of many data sets at once.
 
@@ -177,6 +193,7 @@ def normal_approximation(
         learning_rate: the step of Adam at the start, in unconstrained coordinates.
         final_learning_rate: the step at the end; it decays geometrically in between.
         batched: whether the arguments are tensors (C, ...) that hold C data sets; without, C = 1.
+        progress: whether to show the steps on stderr.
 
     Raises:
         ValueError: there is no guide of this name, the program has param sites or is not one that ``LogPosterior``
@@ -209,7 +226,7 @@ def normal_approximation(
     decay = torch.optim.lr_scheduler.ExponentialLR(adam, (final_learning_rate / learning_rate) ** (1 / num_steps))
     generator = torch.Generator(loc.device).manual_seed(seed)
     losses = []
-    for step in range(num_steps):
+    for step in _steps(num_steps, progress):
         if name == "AutoLaplace":
             u, entropy, density = loc[:, None], torch.zeros_like(loc[:, 0]), posterior
         else:

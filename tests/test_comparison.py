@@ -487,21 +487,6 @@ def test_the_loo_sentence_is_said_within_two_errors_and_not_beyond() -> None:
     assert sentence == "LOO does not tell A from B: 2.5 apart, with a standard error of 1.5"
 
 
-def chains_that_differ_by(shift: float) -> xarray.DataTree:
-    """Return a quantity of 8 chains of 250 independent draws, of which half lie higher by so many deviations."""
-    values = np.random.default_rng(1).standard_normal((8, 250))
-    values[::2] += shift
-    return xarray.DataTree.from_dict({"label_invariant": xarray.Dataset({"lp": (("chain", "draw"), values)})})
-
-
-@pytest.mark.parametrize(("shift", "complains"), [(0.0, False), (0.5, True)])
-def test_chains_are_judged_by_their_r_hat(shift: float, complains: bool) -> None:
-    """By the rank-normalised one of the means, which a shift of s puts at about (1 + s^2 / 4)^(1/2)."""
-    found, complaints = comparison_study.diagnostics(chains_that_differ_by(shift))
-    assert bool(complaints) == complains
-    assert found["max_rhat"] == pytest.approx(math.sqrt(1 + shift**2 / 4), abs=0.01)
-
-
 def numbered(num_chains: int, num_draws: int) -> Draws:
     """Return a draw of one site which says where it is: the chain, and by hundredths the place in it."""
     values = torch.arange(num_chains).double()[:, None] + torch.arange(num_draws).double() / 100
@@ -576,15 +561,6 @@ def test_candidates_have_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(set(seeds)) == 3
     compare(found, x, seed=1)
     assert len(set(seeds)) == 6
-
-
-def test_draws_that_never_change_are_said_to_be() -> None:
-    tree = xarray.DataTree.from_dict(
-        {"label_invariant": xarray.Dataset({"lp": (("chain", "draw"), np.full((4, 50), -3.0))})}
-    )
-    found, complaints = comparison_study.diagnostics(tree)
-    assert found == {"max_rhat": None, "min_effective_draws": None}
-    assert complaints == ["nothing varies over the draws: no chain has moved"]
 
 
 def test_bad_runs_are_said_for_the_candidate() -> None:

@@ -69,6 +69,12 @@ def test_a_right_sweep_holds() -> None:
     assert verdict(sweep) == "holds"
 
 
+def test_progress_is_on_stderr(capsys: pytest.CaptureFixture) -> None:
+    verdict(sweep, num_chains=20, num_steps=2, num_reference=20, progress=True)
+    captured = capsys.readouterr()
+    assert [captured.err.count("100%"), captured.out] == [1, ""]
+
+
 def test_any_transition_that_leaves_the_posterior_as_it_is_holds() -> None:
     """One that stays where it is too: the test is of the law that is left as it is, not of mixing."""
     assert verdict(lambda params, x, generator: params) == "holds"

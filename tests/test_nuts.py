@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
@@ -22,6 +27,7 @@ from mixproof.inference.log_posterior import LogPosterior
 from mixproof.inference.nuts import nuts
 
 nuts_module = importlib.import_module("mixproof.inference.nuts")
+RECORDER = nuts_module._recorder
 X = torch.tensor([-1.2, -0.4, 0.3, 1.9, 2.4, 3.0], dtype=torch.float64)
 
 
@@ -34,12 +40,12 @@ def share_and_loc(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(loc[z.long()], 1.0), obs=x)
 
 
-def share_of_two(x: Tensor) -> None:
+def share_of_two(x: Tensor, apart: float = 2.0) -> None:
     """Two known components: their share alone is unknown, and its posterior a quadrature in one dimension."""
     share = pyro.sample("share", dist.Beta(1.5, 2.0))
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
-        pyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
+        pyro.sample("x", dist.Normal(apart * z, 1.0), obs=x)
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
@@ -139,33 +145,93 @@ def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:
         nuts(share_of_two, x, **{"num_draws": 5, "num_warmup": 5, "seed": 0, **setting})
 
 
+SETTINGS: dict[str, Any] = {"num_chains": 3, "num_draws": 5, "num_warmup": 5, "seed": 3}
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Interrupt the next run behind a draw after the warm-up, by its number from 1; 0 for none."""
+
+    def arrange(stop: int) -> None:
+        seen: list[str] = []
+
+        def interrupting(*args: Any) -> Any:
+            hook = RECORDER(*args)
+
+            def hooked(kernel: Any, params: Any, stage: str, number: int) -> None:
+                hook(kernel, params, stage, number)
+                seen.extend([stage] if stage.startswith("Sample") else [])
+                if len(seen) == stop:
+                    raise KeyboardInterrupt
+
+            return hooked
+
+        monkeypatch.setattr(nuts_module, "_recorder", interrupting)
+
+    return arrange
+
+
 @pytest.mark.parametrize(("stop", "num_chains", "num_draws"), [(3, 1, 3), (7, 1, 5), (12, 2, 5)])
 def test_an_interrupt_keeps_whole_chains_or_the_draws_so_far(
-    stop: int, num_chains: int, num_draws: int, monkeypatch: pytest.MonkeyPatch
+    stop: int, num_chains: int, num_draws: int, interrupt: Any
 ) -> None:
     """The first draws of the run that was not interrupted, number by number; after draw 12 the third chain is begun."""
-    settings: Any = {"num_chains": 3, "num_draws": 5, "num_warmup": 5, "seed": 3}
-    whole, recorder, seen = nuts(share_of_two, X, **settings), nuts_module._recorder, []
-
-    def interrupting(*args: Any) -> Any:
-        hook = recorder(*args)
-
-        def hooked(kernel: Any, params: Any, stage: str, number: int) -> None:
-            hook(kernel, params, stage, number)
-            seen.extend([stage] if stage.startswith("Sample") else [])
-            if len(seen) == stop:
-                raise KeyboardInterrupt
-
-        return hooked
-
-    monkeypatch.setattr(nuts_module, "_recorder", interrupting)
+    whole = nuts(share_of_two, X, **SETTINGS)
+    interrupt(stop)
     words = f"stopped after {stop} of 5 draws of a chain" if stop < 5 else f"stopped after {num_chains} of 3 chains"
     with pytest.warns(ConvergenceWarning, match=words):
-        found = nuts(share_of_two, X, **settings)
+        found = nuts(share_of_two, X, **SETTINGS)
     assert found.attributes["num_chains"] == num_chains
     for values, of_whole in ((found.params, whole.params), (found.sample_stats, whole.sample_stats)):
         for name, value in values.items():
             assert torch.equal(value, of_whole[name][:num_chains, :num_draws])
-    seen.clear()
+    interrupt(stop)
     with pytest.raises(KeyboardInterrupt):  # each chain has data of its own, and none can be missing
-        nuts(share_of_two, torch.stack([X, X + 1, X - 1]), batched=True, **settings)
+        nuts(share_of_two, torch.stack([X, X + 1, X - 1]), batched=True, **SETTINGS)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.filterwarnings("ignore:stopped after")
+def test_a_run_goes_on_with_the_chain_at_which_it_stopped(batched: bool, interrupt: Any, tmp_path: Path) -> None:
+    run: Any = partial(nuts, **SETTINGS, batched=batched)
+    x = torch.stack([X, X + 1, X - 1]) if batched else X
+    whole, file = run(share_of_two, x), tmp_path / "state"
+    for stop, num_kept in ((3, 0), (7, 1), (8, 2)):
+        interrupt(stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            run(share_of_two, x, checkpoint=file)
+        assert (len(load_file(file)["stats"]) if file.exists() else 0) == num_kept
+    interrupt(6)  # one more than are left
+    for _ in range(2):
+        found = run(share_of_two, x, checkpoint=file)
+        for values, of_whole in ((found.params, whole.params), (found.sample_stats, whole.sample_stats)):
+            assert all(torch.equal(value, of_whole[name]) for name, value in values.items())
+        interrupt(1)  # nothing is left to draw
+
+
+def test_a_killed_run_goes_on_to_the_same_draws(tmp_path: Path) -> None:
+    """The process ends by a signal that it cannot answer, as soon as its first chain is in the file."""
+    file, settings = tmp_path / "state", {**SETTINGS, "num_chains": 3, "num_draws": 200}
+    script = tmp_path / "run.py"
+    words = "import sys, test_nuts as t; t.nuts(t.share_of_two, t.X, checkpoint=sys.argv[1], **eval(sys.argv[2]))"
+    script.write_text(words)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen([sys.executable, script, file, repr(settings)], env=environment)
+    while process.poll() is None and not file.exists():
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert len(load_file(file)["stats"]) < 3
+    found, whole = (nuts(share_of_two, X, **settings, checkpoint=each) for each in (file, None))
+    assert torch.equal(found.params["share"], whole.params["share"])
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    nuts(share_of_two, X, **SETTINGS, checkpoint=file)
+    with pytest.raises(ValueError, match="belongs to another run, which differs in seed"):
+        nuts(share_of_two, X, **SETTINGS | {"seed": 4}, checkpoint=file)
+    with pytest.raises(ValueError, match="belongs to another run, which differs in data"):
+        nuts(share_of_two, X + 1, **SETTINGS, checkpoint=file)
+    with pytest.raises(ValueError, match="belongs to another program: the log posterior where chain"):
+        nuts(partial(share_of_two, apart=2.5), X, **SETTINGS, checkpoint=file)

@@ -259,3 +259,10 @@ def test_a_fit_outside_of_its_support_is_refused() -> None:
     for name, value in (("weights", 2 * fit.weights), ("covariances", upper), ("covariances", -fit.covariances)):
         with pytest.raises(ValueError, match=f"{name} of the fit lies outside of its support"):
             observed_information(posterior, fit._replace(**{name: value}))
+
+
+def test_progress_is_on_stderr(capsys: pytest.CaptureFixture) -> None:
+    x, fit = binary_fit()
+    bootstrap(bernoulli, x, fit, num_replicates=2, generator=seeded(2), progress=True)
+    captured = capsys.readouterr()
+    assert [captured.err.count("bootstrap"), captured.err.count("100%"), captured.out] == [1, 1, ""]

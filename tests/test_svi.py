@@ -212,3 +212,24 @@ def test_what_has_no_guide_is_refused() -> None:
                 svi(known, guide, X, **{"num_steps": 2, "seed": 0, **settings})
     with pytest.raises(TypeError, match=r"num_steps must be an integer, not 2\.5"):
         svi(known, "AutoNormal", X, num_steps=2.5, seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+def test_a_guide_is_fitted_once(guide: Any) -> None:
+    """A second fit would start where the first ended, and change what that one returned."""
+    own = guide(poutine.block(known, hide=["z"]))
+    fitted = svi(known, own, X, num_steps=3, seed=0).guide.median()["locs"].clone()
+    with pytest.raises(ValueError, match=f"the {guide.__name__} has been run before"):
+        svi(known, own, X + 5, num_steps=3, seed=0)
+    assert torch.equal(own.median()["locs"], fitted)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_progress_is_on_stderr(own: bool, capsys: pytest.CaptureFixture) -> None:
+    losses = []
+    for progress in (True, False):
+        guide = AutoNormal(poutine.block(known, hide=["z"])) if own else "AutoNormal"
+        losses.append(svi(known, guide, X, num_steps=3, seed=0, progress=progress).losses)
+    captured = capsys.readouterr()
+    assert [captured.err.count("SVI"), captured.err.count("100%"), captured.out] == [1, 1, ""]
+    assert torch.equal(*losses)
