@@ -201,7 +201,7 @@ def hmc(
             and there is no ``init``, a start has density 0, or the checkpoint belongs to another run.
         TypeError: a setting is not a number of its kind, or there is a checkpoint, and an argument of the program holds
             something else than numbers and strings.
-        OSError: the checkpoint cannot be read or written.
+        OSError: the checkpoint cannot be read or written, which is tried first.
     """
     least = {"num_chains": (num_chains, 1), "num_draws": (num_draws, 1), "num_warmup": (num_warmup, 20)}
     for name, (value, bound) in {**least, "checkpoint_every": (checkpoint_every, 1)}.items():
@@ -230,6 +230,8 @@ def hmc(
         run.restore(found)
     else:
         run.start(initial_points(posterior, num_chains, seed=seed) if u is None else u)
+        if file is not None:
+            checkpoints.save(file, identity, run.tensors())  # a disk that takes no file is found now
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("HMC", total=num_warmup + num_draws)
         try:

@@ -74,7 +74,7 @@ def nuts(
         ValueError: a setting is out of range, the program is not one that ``LogPosterior`` takes, it has param sites,
             a prior is improper and there is no ``init``, there are more or fewer data sets than chains, the program
             is to be compiled and branches on the values of its parameters, or the checkpoint belongs to another run.
-        OSError: the checkpoint cannot be read or written.
+        OSError: the checkpoint cannot be read or written, which is tried first.
         RuntimeError: ``torch.compile`` fails, as where there is no compiler.
     """
     sizes = {"num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup}
@@ -106,11 +106,13 @@ def nuts(
         "jit_compile": jit_compile,
     }
     known = None if file is None else checkpoints.load(file, identity)
+    if file is not None and known is None:
+        checkpoints.save(file, identity, {})  # a disk that takes no file is found before the first chain, not after
     chains: list[dict[str, Tensor]] = []
     stats: list[Tensor] = []
     graph, interrupted = None, False
     with pyro.get_param_store().scope(), default_dtype_of(*args), seeded(seed):
-        if known is not None:
+        if known:
             chains, stats = _restored(posterior, known, starts)
         for chain in range(len(chains), num_chains):
             start = {name: value[chain] for name, value in starts.items()}

@@ -296,6 +296,8 @@ def test_a_checkpoint_of_another_program_or_other_data_is_refused(tmp_path: Path
     assert torch.equal(again.params["mean"], first.params["mean"])
     with pytest.raises(ValueError, match=r"belongs to another program: the log posterior where chain [01] stands is -"):
         hmc(partial(model, loc=1.0), {"x": [rows]}, **settings, checkpoint=file)
+    with pytest.raises(FileNotFoundError):
+        hmc(partial(model, loc=0.0), {"x": [rows]}, **settings | {"num_draws": 10**9}, checkpoint=tmp_path / "a" / "b")
     rows[2500] += 1e-12
     with pytest.raises(ValueError, match="belongs to another run, which differs in data"):
         hmc(partial(model, loc=0.0), {"x": [rows]}, **settings, checkpoint=file)

@@ -200,7 +200,7 @@ def test_a_run_goes_on_with_the_chain_at_which_it_stopped(batched: bool, interru
         interrupt(stop)
         with contextlib.suppress(KeyboardInterrupt):
             run(share_of_two, x, checkpoint=file)
-        assert (len(load_file(file)["stats"]) if file.exists() else 0) == num_kept
+        assert len(load_file(file).get("stats", ())) == num_kept
     interrupt(6)  # one more than are left
     for _ in range(2):
         found = run(share_of_two, x, checkpoint=file)
@@ -217,17 +217,19 @@ def test_a_killed_run_goes_on_to_the_same_draws(tmp_path: Path) -> None:
     script.write_text(words)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     process = subprocess.Popen([sys.executable, script, file, repr(settings)], env=environment)
-    while process.poll() is None and not file.exists():
+    while process.poll() is None and (not file.exists() or not load_file(file)):
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert len(load_file(file)["stats"]) < 3
+    assert 0 < len(load_file(file)["stats"]) < 3
     found, whole = (nuts(share_of_two, X, **settings, checkpoint=each) for each in (file, None))
     assert torch.equal(found.params["share"], whole.params["share"])
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "state"
+    with pytest.raises(FileNotFoundError):
+        nuts(share_of_two, X, **SETTINGS | {"num_draws": 10**9}, checkpoint=tmp_path / "none" / "file")
     nuts(share_of_two, X, **SETTINGS, checkpoint=file)
     with pytest.raises(ValueError, match="belongs to another run, which differs in seed"):
         nuts(share_of_two, X, **SETTINGS | {"seed": 4}, checkpoint=file)
