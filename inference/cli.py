@@ -496,9 +496,13 @@ def _progress() -> Progress:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Turn bad input into one sentence on stderr and exit code 2."""
+    """Turn bad input into one sentence on stderr and exit code 2, an interrupt that left nothing to show into 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        words = "interrupted before there was anything to show; with --checkpoint, the same command goes on"
+        Console(stderr=True).print(words, style="yellow", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError, ImportError) as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" in process {rank}"

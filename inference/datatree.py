@@ -52,6 +52,10 @@ NOT_DRAWS = {
 """What ``loo`` says of engines whose draws are not of the posterior, by the end of their names."""
 
 
+FEWEST_DRAWS = 25
+"""A fifth of them are the tail of 5 that a generalised Pareto law is fitted to."""
+
+
 def to_datatree(
     draws: Draws,
     posterior: LogPosterior,
@@ -188,7 +192,8 @@ def summary(tree: DataTree, *, components: bool = False, **options: Any) -> Data
         warnings.warn(words, UserWarning, stacklevel=2)
     _warn_of_draws(tree)
     try:
-        with np.errstate(invalid="ignore"):  # R-hat of what never varies, as the weight of a single component, is NaN
+        # R-hat of what never varies, as the weight of a single component, is NaN
+        with np.errstate(invalid="ignore", divide="ignore"):
             return stats.summary(shown, **options)
     except KeyError as error:
         advice = "" if components else "; components=True adds the parameters of the components"
@@ -216,9 +221,11 @@ def loo(tree: DataTree, **options: Any) -> Any:
 
     Raises:
         ImportError: ArviZ is not installed.
-        ValueError: the tree has no likelihood of a row, or none varies over the draws.
+        ValueError: the tree has no likelihood of a row, none varies over the draws, or there are fewer than 25 of them.
     """
     stats = import_arviz("arviz_stats")
+    if (num_draws := _rows(tree).sizes["chain"] * _rows(tree).sizes["draw"]) < FEWEST_DRAWS:
+        raise ValueError(f"LOO needs at least {FEWEST_DRAWS} draws, of all chains, and there are {num_draws}")
     options = {"reff": relative_efficiency(tree)} | options
     engine = str(tree["posterior"].attrs.get("engine", ""))
     if what := next((words for name, words in NOT_DRAWS.items() if engine.endswith(name)), None):

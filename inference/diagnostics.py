@@ -39,7 +39,10 @@ def diagnose(quantities: Dataset) -> Diagnosis:
         ImportError: ArviZ is not installed.
     """
     stats = import_arviz("arviz_stats")
-    varying = quantities[[name for name, value in quantities.items() if float(value.max() - value.min()) > 0]]
+    over = ["chain", "draw"]
+    varying = quantities[
+        [name for name, value in quantities.items() if bool((value.max(over) > value.min(over)).any())]
+    ]
     rhats: dict[str, float] = {}
     sizes: list[float] = []
     if varying.data_vars:
@@ -77,14 +80,14 @@ def complaints(found: Diagnosis, *, max_rhat: float, min_effective_draws: float,
         words.append("nothing varies over the draws: no chain has moved")
     bad = []
     if found.max_rhat is not None and found.max_rhat > max_rhat:
-        bad.append(f"R-hat of {found.worst}, which needs no labels, is {found.max_rhat:.3f} (at most {max_rhat})")
+        value = f"{found.max_rhat:.3f} (at most {max_rhat})"
+        bad.append(f"the chains have not mixed, R-hat of {found.worst}, which needs no labels, being {value}")
     if found.min_effective_draws is not None and found.min_effective_draws < min_effective_draws:
         size = f"{found.min_effective_draws:.0f} independent ones (at least {min_effective_draws:g})"
         bad.append(f"the draws are worth {size}")
     if bad:
         words.append(
-            f"the chains have not mixed, or their draws are worth too little: {', '.join(bad)}, and averages over the "
-            f"draws, LOO among them, are not yet to be trusted; {remedy}"
+            f"{', and '.join(bad)}: averages over the draws, LOO among them, are not yet to be trusted; {remedy}"
         )
     for name, empty in found.num_empty_components.items():
         if empty >= MANY_EMPTY:

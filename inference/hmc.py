@@ -324,14 +324,14 @@ def initial_points(posterior: LogPosterior, num_chains: int, *, seed: int) -> Te
     return torch.where(able[:, None], best, best[place])
 
 
-def check_program(height: Tensor, before: Tensor) -> None:
+def check_program(height: Tensor, before: Tensor, dtype: torch.dtype) -> None:
     """Check that the log posterior (C,) of a program where chains stand is that of the program of a checkpoint.
 
     Raises:
-        CheckpointError: it is another one, to half of the digits.
+        CheckpointError: it is another one, to half of the digits of the type that it was computed in.
     """
     chain = int((height - before).abs().argmax())
-    rounding = math.sqrt(torch.finfo(height.dtype).eps)
+    rounding = math.sqrt(torch.finfo(dtype).eps)
     if not torch.isclose(height[chain], before[chain], rtol=rounding, atol=rounding):
         raise checkpoints.CheckpointError(
             f"the checkpoint belongs to another program: the log posterior where chain {chain} stands is "
@@ -440,7 +440,8 @@ class _Run:
         states, device = tensors["rng"], self.posterior.device
         tensors = {name: value.to(device) for name, value in tensors.items()}
         self.start(tensors["u"], Tuning(**{name: tensors[f"tuning.{name}"] for name in Tuning._fields}))
-        check_program(_height(self.state.evaluation), tensors["height"].to(self.one))
+        before = tensors["height"].to(self.one)
+        check_program(_height(self.state.evaluation), before, before.dtype)
         self.generator.set_state(states)
         self.iteration = int(tensors["iteration"])
         self.window = list(tensors.get("window", ()))

@@ -99,6 +99,7 @@ def nuts(
         "data": None if file is None else checkpoints.digest(args),
         "batched": batched,
         "init": checkpoints.digest(init),
+        "sites": {name: value.shape[1:] for name, value in starts.items()},
         **sizes,
         "seed": seed,
         "target_acceptance": target_acceptance,
@@ -194,7 +195,7 @@ def _restored(
     u = posterior.unconstrain(last)
     evaluation = posterior(u, torch.ones_like(u[:, 0]))
     height = evaluation.log_prior + evaluation.log_likelihood
-    check_program(height[: len(stats)], -energy)
+    check_program(height[: len(stats)], -energy, next(iter(starts.values())).dtype)
     torch.set_rng_state(tensors["rng"])
     if posterior.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng.cuda"], posterior.device)

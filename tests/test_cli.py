@@ -740,6 +740,10 @@ def test_an_interrupted_comparison_shows_what_is_done(eruptions: Path, monkeypat
     assert result.exit_code == 130
     assert "laplace K = 1 " in result.stdout
     assert "interrupted, which leaves out laplace K = 2, laplace K = 3" in " ".join(result.stdout.split())
+    calls[:] = [1]
+    result = run("compare", eruptions, "-k", "1-3", "--family", "laplace", *QUICK_COMPARISON)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert "interrupted before there was anything to show; with --checkpoint" in " ".join(result.stderr.split())
 
 
 def test_draws_are_saved_and_a_comparison_goes_on_from_its_checkpoint(eruptions: Path, tmp_path: Path) -> None:

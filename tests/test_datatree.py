@@ -551,7 +551,7 @@ def test_chains_that_have_not_mixed_and_components_without_rows_are_said() -> No
         {"engine": "none"},
     )
     expected = {
-        "the chains have not mixed, or their draws are worth too little: R-hat of ": both,
+        "the chains have not mixed, R-hat of ": both,
         "on average 1.0 components have no row": bad,
         None: good,
     }
@@ -577,6 +577,18 @@ def test_loo_tells_draws_from_what_is_not(draws: Draws, posterior: LogPosterior,
         loo(tree)
     said = [str(each.message) for each in caught if str(each.message).startswith("the draws are ")]
     assert said == [] if words is None else (len(said) == 1 and words in said[0])
+
+
+def test_draws_that_never_change_and_few_draws_are_said(draws: Draws, posterior: LogPosterior) -> None:
+    frozen = {site: value[:1, :1].expand(4, 100, *value.shape[2:]) for site, value in draws.params.items()}
+    tree = to_datatree(Draws(frozen, {}, {}), posterior, seed=1, num_predictive=0, num_prior=0)
+    with pytest.warns(ConvergenceWarning, match="nothing varies over the draws: no chain has moved"):
+        summary(tree)
+    with pytest.raises(ValueError, match="no row's likelihood varies over the draws"):
+        loo(tree)
+    few = {site: value[:2, :3] for site, value in draws.params.items()}
+    with pytest.raises(ValueError, match="LOO needs at least 25 draws, of all chains, and there are 6"):
+        loo(to_datatree(Draws(few, {}, {}), posterior, seed=1, num_predictive=0, num_prior=0))
 
 
 def test_moments_of_a_family_with_known_weights_are_left_out() -> None:

@@ -39,8 +39,11 @@ def test_draws_are_judged_by_what_they_are_worth(times: int, complains: bool) ->
     assert complaints(found, **loose | {"min_effective_draws": 0}) == []
 
 
-def test_draws_that_never_change_are_said_to_be() -> None:
-    found = diagnose(quantities(np.full((4, 50), -3.0)))
+@pytest.mark.parametrize("entries", [[-3.0], [0.2, 0.3, 0.5]])
+def test_draws_that_never_change_are_said_to_be(entries: list[float]) -> None:
+    """Of a quantity of several entries too, which differ from one another."""
+    values = np.broadcast_to(np.array(entries), (4, 50, len(entries)))
+    found = diagnose(xarray.Dataset({"lp": (("chain", "draw", "rank"), values)}))
     assert found == Diagnosis(None, None, None, False, {})
     assert complaints(found, **LIMITS) == ["nothing varies over the draws: no chain has moved"]
 

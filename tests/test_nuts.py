@@ -226,6 +226,23 @@ def test_a_killed_run_goes_on_to_the_same_draws(tmp_path: Path) -> None:
     assert torch.equal(found.params["share"], whole.params["share"])
 
 
+def test_a_checkpoint_in_single_precision_is_known_again(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+
+    def program(x: Tensor, num_components: int = 4) -> None:
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(num_components)))
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(num_components), 5.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+    first, again = (nuts(program, X.float(), **SETTINGS, checkpoint=file) for _ in range(2))
+    assert first.params["locs"].dtype == torch.float32
+    assert all(torch.equal(again.params[name], value) for name, value in first.params.items())
+    with pytest.raises(ValueError, match="belongs to another run, which differs in sites"):
+        nuts(partial(program, num_components=3), X.float(), **SETTINGS, checkpoint=file)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "state"
     with pytest.raises(FileNotFoundError):
