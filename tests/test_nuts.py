@@ -211,7 +211,7 @@ def test_a_run_goes_on_with_the_chain_at_which_it_stopped(batched: bool, interru
 
 def test_a_killed_run_goes_on_to_the_same_draws(tmp_path: Path) -> None:
     """The process ends by a signal that it cannot answer, as soon as its first chain is in the file."""
-    file, settings = tmp_path / "state", {**SETTINGS, "num_chains": 3, "num_draws": 200}
+    file, settings = tmp_path / "state", SETTINGS | {"num_draws": 50}
     script = tmp_path / "run.py"
     words = "import sys, test_nuts as t; t.nuts(t.share_of_two, t.X, checkpoint=sys.argv[1], **eval(sys.argv[2]))"
     script.write_text(words)
