@@ -8,15 +8,15 @@ is, both have one law, after every half of every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from scipy import stats
 from torch import Tensor
 
 from mixproof.inference.quantities import Quantities, Quantity, Simulation, simulate
+from mixproof.inference.steps import take_steps
 from mixproof.inference.validation import check_integer, check_probability
 from mixproof.inference.verification.report import Check, Report, conclude
 
@@ -41,6 +41,8 @@ def joint_distribution_test(
     seed: int,
     quantities: Mapping[str, Quantity] | None = None,
     false_alarm: float = 0.01,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 20,
     progress: bool = False,
 ) -> Report:
     """Try to refute that a transition leaves the posterior of a program as it is, whatever the data.
@@ -59,6 +61,9 @@ def joint_distribution_test(
         seed: of all draws.
         quantities: further ones by name, each a function of the parameters by site and the data x (N, D).
         false_alarm: the probability, about, that a right transition is refuted, shared by all checks alike.
+        checkpoint: a file for the state of the chains. If it exists, the test goes on from there to the same report,
+            with a reference drawn anew. Another transition is told by what a step of it gives.
+        checkpoint_every: after how many steps to write it, at least 1; the first one writes it too.
         progress: whether to show the steps on stderr.
 
     Returns:
@@ -67,11 +72,14 @@ def joint_distribution_test(
     Raises:
         TypeError: a number of chains, steps or draws is not an integer.
         ValueError: a prior is improper, there are too few chains or steps, ``false_alarm`` is no probability, the
-            program is not as above, or the transition returns numbers that are not finite.
+            program is not as above, the transition returns numbers that are not finite, or the checkpoint belongs to
+            another run.
+        OSError: the checkpoint cannot be read or written, which is tried after the first step.
     """
     check_integer(num_chains, "num_chains", 20)
     check_integer(num_steps, "num_steps", 1)
     check_integer(num_reference, "num_reference", 1)
+    check_integer(checkpoint_every, "checkpoint_every", 1)
     check_probability(false_alarm, "false_alarm")
     generator = torch.Generator().manual_seed(seed)
     compared = Quantities(model, x, seed=seed, further=quantities)
@@ -80,22 +88,27 @@ def joint_distribution_test(
         return simulate(model, x, seed=int(torch.randint(2**31, (), generator=generator)), params=params)
 
     reference = _values(compared, [draw() for _ in range(num_reference)])
-    states = [draw() for _ in range(num_chains)]
-    visited = []
-    for _ in track(range(num_steps), "steps", console=Console(stderr=True), disable=not progress):
-        params = {name: torch.stack([state.params[name] for state in states]) for name in states[0].params}
-        data = torch.stack([state.x for state in states])
-        after = transition(params, data, generator)
-        for name in params:
-            if not torch.isfinite(after[name]).all():
-                raise ValueError(f"the transition returned values of {name} that are not finite")
-        # with the data that it was made for: beside new data, a draw that ignores the data would look right
-        values = compared({name: after[name][:, None] for name in params}, data)
-        visited.append({name: value[:, 0] for name, value in values.items()})
-        states = [draw({name: after[name][chain] for name in params}) for chain in range(num_chains)]
+    chains = _Chains(draw, transition, compared, num_chains, generator)
+    identity = {
+        "engine": "joint distribution test",
+        "x": [*x.shape, str(x.dtype)],
+        "num_chains": num_chains,
+        "num_steps": num_steps,
+        "num_reference": num_reference,
+        "seed": seed,
+        "quantities": list(reference),
+    }
+    visited = take_steps(
+        chains,
+        num_steps,
+        file=None if checkpoint is None else Path(checkpoint),
+        identity=identity,
+        every=checkpoint_every,
+        progress="steps" if progress else None,
+    )
     checks = []
-    for name, known in reference.items():
-        shares = _shares(known, torch.stack([values[name] for values in visited], 1))
+    for (name, known), values in zip(reference.items(), visited.unbind(-1), strict=True):
+        shares = _shares(known, values.mT)
         own = _shares(known, known)
         for kind, (function, variance) in MOMENTS.items():
             by_chain = function(shares).mean(1)
@@ -103,6 +116,45 @@ def joint_distribution_test(
             checks.append(_compare(f"{name}, {kind}", by_chain, function(own), variance, level))
     subject = f"{num_chains} chains of {num_steps} steps, each followed by new data, against {num_reference} draws"
     return conclude(subject, checks, seed)
+
+
+class _Chains:
+    """The chains' parameters and data, which a step replaces one after the other."""
+
+    def __init__(
+        self,
+        draw: Callable[..., Simulation],
+        transition: Transition,
+        quantities: Quantities,
+        num_chains: int,
+        generator: torch.Generator,
+    ):
+        self._draw, self._transition, self._quantities, self._generator = draw, transition, quantities, generator
+        self._set([draw() for _ in range(num_chains)])
+
+    def _set(self, states: list[Simulation]) -> None:
+        self._params = {name: torch.stack([state.params[name] for state in states]) for name in states[0].params}
+        self._x = torch.stack([state.x for state in states])
+
+    def step(self, _: int) -> Tensor:
+        """Draw parameters and then data, and return the quantities (C, Q) in between."""
+        after = self._transition(self._params, self._x, self._generator)
+        for name in self._params:
+            if not torch.isfinite(after[name]).all():
+                raise ValueError(f"the transition returned values of {name} that are not finite")
+        # with the data that it was made for: beside new data, a draw that ignores the data would look right
+        found = self._quantities({name: after[name][:, None] for name in self._params}, self._x)
+        self._set([self._draw({name: after[name][chain] for name in self._params}) for chain in range(len(self._x))])
+        return torch.stack([value[:, 0] for value in found.values()], -1)
+
+    def state(self) -> dict[str, Tensor]:
+        params = {f"params.{name}": value for name, value in self._params.items()}
+        return params | {"x": self._x, "generator": self._generator.get_state()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._params = {name: state[f"params.{name}"].to(value) for name, value in self._params.items()}
+        self._x = state["x"].to(self._x)
+        self._generator.set_state(state["generator"])
 
 
 def _values(quantities: Quantities, states: list[Simulation]) -> dict[str, Tensor]:

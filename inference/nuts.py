@@ -22,7 +22,7 @@ from mixproof.inference.draws import Draws
 from mixproof.inference.enumeration import default_dtype_of
 from mixproof.inference.hmc import check_program, coordinates_of, initial_points, warn_of_improper_prior
 from mixproof.inference.log_posterior import LogPosterior
-from mixproof.inference.random_state import seeded
+from mixproof.inference.random_state import generator_states, seeded, set_generators
 from mixproof.inference.validation import check_integer, check_probability
 
 
@@ -179,9 +179,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """Return all that the next chain needs to be what it would have been."""
     found = {f"params.{name}": torch.stack([chain[name] for chain in chains]) for name in chains[0]}
-    if posterior.device.type == "cuda":
-        found["rng.cuda"] = torch.cuda.get_rng_state(posterior.device)
-    return {**found, "stats": torch.stack(list(stats)), "rng": torch.get_rng_state()}
+    return {**found, "stats": torch.stack(list(stats)), **generator_states(posterior.device)}
 
 
 def _restored(
@@ -196,9 +194,7 @@ def _restored(
     evaluation = posterior(u, torch.ones_like(u[:, 0]))
     height = evaluation.log_prior + evaluation.log_likelihood
     check_program(height[: len(stats)], -energy, next(iter(starts.values())).dtype)
-    torch.set_rng_state(tensors["rng"])
-    if posterior.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng.cuda"], posterior.device)
+    set_generators(tensors, posterior.device)
     return [{name: value[chain] for name, value in params.items()} for chain in range(len(stats))], list(stats)
 
 

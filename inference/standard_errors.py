@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from torch.distributions import constraints
 
+from mixproof.inference import checkpoint as checkpoints
 from mixproof.inference.at_draws import log_likelihood, responsibilities
 from mixproof.inference.dataset import Block
 from mixproof.inference.draws import Draws
@@ -187,6 +189,8 @@ def bootstrap(
     method: Literal["parametric", "nonparametric"] = "parametric",
     max_steps: int = 2000,
     rtol: float = 1e-10,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
     progress: bool = False,
 ) -> Draws:
     """Return maximum likelihood fits of resampled data, by EM from the fit, their components numbered as its are.
@@ -204,6 +208,9 @@ def bootstrap(
         method: ``"parametric"`` draws each data set from the fit, ``"nonparametric"`` with replacement from the rows.
         max_steps: the largest number of EM steps of a replicate.
         rtol: the relative change of the log likelihood at which a replicate stops.
+        checkpoint: a file for the replicates' state. If it exists, they go on from there to the same draws; it is known
+            by the state of the generator at the start, the data, the fit and the settings but ``max_steps``.
+        checkpoint_every: after how many EM steps to write it, at least 1; the end writes it too.
         progress: whether to show on stderr how many have stopped.
 
     Returns:
@@ -212,10 +219,13 @@ def bootstrap(
         counted in the attributes and are a warning.
 
     Raises:
-        TypeError, ValueError: the data, the fit or a setting is not what it must be, or no replicate converged.
+        TypeError, ValueError: the data, the fit or a setting is not what it must be, no replicate converged, or the
+            checkpoint belongs to another run.
+        OSError: the checkpoint cannot be read or written, which is tried before the first step.
     """
     check_integer(num_replicates, "num_replicates", 2)
     check_integer(max_steps, "max_steps", 1)
+    check_integer(checkpoint_every, "checkpoint_every", 1)
     check_tolerance(rtol)
     check_generator(generator)
     if method not in ("parametric", "nonparametric"):
@@ -224,6 +234,15 @@ def bootstrap(
     params = check_params(family, params, x.shape[1])
     params = family.Params(*(value.to(x) for value in params))
     ones = x.new_ones(len(x))
+    identity = {
+        "engine": f"{method} bootstrap",
+        "family": checkpoints.identify(family),
+        "x": checkpoints.digest(x),
+        "params": checkpoints.digest(params),
+        "num_replicates": num_replicates,
+        "rtol": rtol,
+        "generator": checkpoints.digest(generator.get_state()),
+    }
     if method == "parametric":
         rows = torch.stack([family.sample(params, len(x), generator)[0] for _ in range(num_replicates)])
         counts = ones.expand(num_replicates, -1)
@@ -231,7 +250,20 @@ def bootstrap(
         drawn = torch.multinomial(ones.expand(num_replicates, -1), len(x), replacement=True, generator=generator)
         counts = torch.zeros_like(drawn, dtype=x.dtype).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=x.dtype))
         rows = x.expand(num_replicates, *x.shape)
-    fits, converged = _em_of_all(family, rows, counts, params, max_steps, rtol, progress)
+    replicates = _Replicates(family, rows, counts, params, rtol)
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None:
+        replicates.restore(checkpoints.load(file, identity))
+        checkpoints.save(file, identity, replicates.state())  # a disk that takes no file is found now
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("bootstrap", total=num_replicates, completed=replicates.num_stopped)
+        while replicates.num_stopped < num_replicates and replicates.num_steps < max_steps:
+            replicates.step()
+            bar.update(task, completed=replicates.num_stopped)
+            last = replicates.num_stopped == num_replicates or replicates.num_steps == max_steps
+            if file is not None and (last or replicates.num_steps % checkpoint_every == 0):
+                checkpoints.save(file, identity, replicates.state())
+    fits, converged = replicates.fits, replicates.converged
     if has_spread(family, x.shape[1]):
         for i in converged.nonzero()[:, 0].tolist():
             converged[i] = not has_collapsed(family, tree_at(fits, i), Block(0, rows[i], counts[i]))
@@ -260,38 +292,61 @@ def bootstrap(
     return Draws(draws, {"lp": log_likelihood(posterior, draws).sum(-1)}, attributes)
 
 
-def _em_of_all(
-    family: Any, rows: Tensor, counts: Tensor, params: Any, max_steps: int, rtol: float, progress: bool
-) -> tuple[Any, Tensor]:
-    """Return where EM leads from one start on B data sets (B, N, D), and which of them converged, (B,)."""
+class _Replicates:
+    """Where EM leads from one start on B data sets (B, N, D); those that stop leave the batch."""
 
-    def step(params: Any, x: Tensor, row_weights: Tensor) -> tuple[Tensor, Any]:
+    def __init__(self, family: Any, rows: Tensor, counts: Tensor, params: Any, rtol: float):
+        self._family, self._rows, self._counts = family, rows, counts
+        self._least = rtol + 16 * torch.finfo(rows.dtype).eps
+        self._step_of_all = torch.func.vmap(self._step_of_one)
+        self.num_steps = 0
+        self.fits = tree_map(Tensor.clone, tree_expand(params, len(rows)))
+        self.converged = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        self._active = torch.arange(len(rows), device=rows.device)
+        self._last = rows.new_full((len(rows),), -math.inf)  # the log likelihoods of the active ones
+
+    @property
+    def num_stopped(self) -> int:
+        return len(self._rows) - len(self._active)
+
+    def _step_of_one(self, params: Any, x: Tensor, row_weights: Tensor) -> tuple[Tensor, Any]:
+        family = self._family
         table = family.log_joint(params, x).masked_fill((row_weights == 0)[:, None], 0)
         log_density = table.logsumexp(-1)
         resp = (table - log_density[:, None]).exp() * row_weights[:, None]
         return row_weights @ log_density, family.Params(*family.m_step(family.statistics(params, x, resp), None))
 
-    step_of_all = torch.func.vmap(step)
-    found = tree_map(Tensor.clone, tree_expand(params, len(rows)))
-    active = torch.arange(len(rows), device=rows.device)
-    converged = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    last = rows.new_full((len(rows),), -math.inf)
-    least = rtol + 16 * torch.finfo(rows.dtype).eps
-    with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("bootstrap", total=len(rows))
-        for _ in range(max_steps):
-            log_lik, images = step_of_all(tree_at(found, active), rows[active], counts[active])
-            at_rest = (log_lik - last).abs() <= least * log_lik.abs()
-            sound = torch.isfinite(log_lik)
-            for name, value in images._asdict().items():
-                valid = value > 0 if name.endswith("weights") else torch.isfinite(value)
-                sound &= valid.flatten(1).all(1)
-            converged[active[at_rest & sound]] = True
-            goes_on = sound & ~at_rest
-            active, last = active[goes_on], log_lik[goes_on]
-            for old, new in zip(found, images, strict=True):
-                old[active] = new[goes_on]
-            bar.update(task, completed=len(rows) - len(active))
-            if len(active) == 0:
-                break
-    return found, converged
+    def step(self) -> None:
+        """Take a step of EM in each active replicate, and let go of those at rest or without a component."""
+        active = self._active
+        log_lik, images = self._step_of_all(tree_at(self.fits, active), self._rows[active], self._counts[active])
+        at_rest = (log_lik - self._last).abs() <= self._least * log_lik.abs()
+        sound = torch.isfinite(log_lik)
+        for name, value in images._asdict().items():
+            valid = value > 0 if name.endswith("weights") else torch.isfinite(value)
+            sound &= valid.flatten(1).all(1)
+        self.converged[active[at_rest & sound]] = True
+        goes_on = sound & ~at_rest
+        self._active, self._last = active[goes_on], log_lik[goes_on]
+        for old, new in zip(self.fits, images, strict=True):
+            old[self._active] = new[goes_on]
+        self.num_steps += 1
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "num_steps": torch.tensor(self.num_steps),
+            "active": self._active,
+            "converged": self.converged,
+            "log_lik": self._last,
+        } | {f"params.{name}": value for name, value in self.fits._asdict().items()}
+
+    def restore(self, state: Mapping[str, Tensor] | None) -> None:
+        """Go back to a state, if there is one."""
+        if state is None:
+            return
+        self.num_steps = int(state["num_steps"])
+        self._active, self.converged, self._last = (
+            state[name].to(self._rows.device) for name in ("active", "converged", "log_lik")
+        )
+        for name, value in self.fits._asdict().items():
+            value.copy_(state[f"params.{name}"])

@@ -201,15 +201,15 @@ def test_replicates_that_switched_labels_are_renumbered(monkeypatch: pytest.Monk
     x, fit = binary_fit()
     settings: Any = {"num_replicates": 8, "method": "nonparametric"}
     draws = bootstrap(bernoulli, x, fit, generator=seeded(3), **settings)
-    run = module._em_of_all
+    em_step = module._Replicates.step
 
-    def switching(*args: Any) -> Any:
-        fits, converged = run(*args)
-        for value in fits:
-            value[::2] = value[::2].flip(1)
-        return fits, converged
+    def switching(replicates: Any) -> None:
+        em_step(replicates)
+        if replicates.num_stopped == settings["num_replicates"]:
+            for value in replicates.fits:
+                value[::2] = value[::2].flip(1)
 
-    monkeypatch.setattr(module, "_em_of_all", switching)
+    monkeypatch.setattr(module._Replicates, "step", switching)
     switched = bootstrap(bernoulli, x, fit, generator=seeded(3), **settings)
     assert all(torch.equal(switched.params[site], value) for site, value in draws.params.items())
 
