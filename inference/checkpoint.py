@@ -32,6 +32,8 @@ def save(path: Path, run: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for the checkpoint {path.name}: make it first")
     new = path.with_name(path.name + ".new")
     # safetensors takes no two tensors of the same memory
     own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}

@@ -33,6 +33,7 @@ MAX_RHAT, MIN_EFFECTIVE_DRAWS = 1.01, 400
 """Below and above which chains agree and quantiles are known (Vehtari et al. 2021, Bayesian Analysis 16, section 4)."""
 
 REMEDY = "raise num_warmup, or the evidence's num_replicates or num_chains"
+EMPTY = "the data carry fewer, and the prior decides what the others are"
 
 
 class Candidate(NamedTuple):
@@ -168,7 +169,7 @@ def study_of(candidate: Candidate, number: int, x: Tensor, seed: int, runs: Runs
                 num_empty_components=found.num_empty_components.get("num_empty_components"),
             )
             limits: Any = {"max_rhat": MAX_RHAT, "min_effective_draws": MIN_EFFECTIVE_DRAWS}
-            sentences += [f"{name}: {words}" for words in complaints(found, **limits, remedy=REMEDY)]
+            sentences += [f"{name}: {words}" for words in complaints(found, **limits, remedy=REMEDY, empty=EMPTY)]
             if len(x) < 2:
                 sentences.append(f"{name}: a single row has no LOO with an error: the evidence alone compares here")
             else:

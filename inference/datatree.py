@@ -305,8 +305,12 @@ def _warn_of_draws(tree: DataTree) -> None:
     if tree["posterior"].attrs["component_labels"] == OTHERWISE:  # by a symmetry that the parameters there show
         quantities = quantities.drop_vars(tree["posterior"].data_vars, errors="ignore")
     remedy = "warm up longer, start the chains elsewhere, or weigh the modes by log_evidence"
-    found = complaints(diagnose(quantities), max_rhat=NOT_MIXED, min_effective_draws=0, remedy=remedy)
-    for words in found:
+    empty = (
+        "the data carry fewer, and the prior decides what the others are, or all chains sit in a mode without them, as "
+        "under wide priors; log_evidence from several seeds tells which"
+    )
+    limits: Any = {"max_rhat": NOT_MIXED, "min_effective_draws": 0}
+    for words in complaints(diagnose(quantities), **limits, remedy=remedy, empty=empty):
         warnings.warn(words, ConvergenceWarning, stacklevel=3)
 
 

@@ -66,7 +66,7 @@ def diagnose(quantities: Dataset) -> Diagnosis:
     )
 
 
-def complaints(found: Diagnosis, *, max_rhat: float, min_effective_draws: float, remedy: str) -> list[str]:
+def complaints(found: Diagnosis, *, max_rhat: float, min_effective_draws: float, remedy: str, empty: str) -> list[str]:
     """Return what no reader of the draws should miss, a sentence each.
 
     Args:
@@ -74,6 +74,7 @@ def complaints(found: Diagnosis, *, max_rhat: float, min_effective_draws: float,
         max_rhat: the largest R-hat that is passed over.
         min_effective_draws: the smallest effective sample size that is.
         remedy: what to do where chains have not mixed, in words.
+        empty: what it may mean that components have no rows, in words.
     """
     words = []
     if not found.has_moved:
@@ -89,13 +90,9 @@ def complaints(found: Diagnosis, *, max_rhat: float, min_effective_draws: float,
         words.append(
             f"{', and '.join(bad)}: averages over the draws, LOO among them, are not yet to be trusted; {remedy}"
         )
-    for name, empty in found.num_empty_components.items():
-        if empty >= MANY_EMPTY:
-            words.append(
-                f"on average {empty:.1f} components have no row ({name}): the data carry fewer, and the prior decides "
-                "what the others are, or all chains sit in a mode without them, as under wide priors; log_evidence "
-                "from several seeds tells which"
-            )
+    for name, number in found.num_empty_components.items():
+        if number >= MANY_EMPTY:
+            words.append(f"on average {number:.1f} components have no row ({name}): {empty}")
     return words
 
 

@@ -558,7 +558,7 @@ def raise_for_collapse(family: Any, params: Any, block: Block, when: str, *, los
         return
     table = family.log_joint(params, x)
     _raise_below_rounding_of_rows(family, params, x, table, when, lost)
-    if x.shape[1] > 1:
+    if any("covariance" in name for name in params._fields):
         _raise_below_rounding_of_covariance(family, params, x, table, when)
 
 

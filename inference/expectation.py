@@ -88,12 +88,14 @@ def expectation(
         inner, inner_params, _ = family.reduction(params)
         log_lik, stats = expectation(inner, tree_to(inner_params, x.dtype), x, row_weights, chunk=chunk)
         return Expectation(log_lik, family.reduction(tree_to(params, torch.float64))[2](stats))
-    quick = hasattr(family, "features") or hasattr(family, "prepare") or getattr(family, "additive", False)
-    if not quick:
+    located = hasattr(family, "features") or hasattr(family, "prepare")
+    if not located and not getattr(family, "additive", False):
         return _in_one_piece(family, params, x, row_weights)
     if chunk is None and x.numel() * params[0].shape[0] < SMALL:
         return _pass(_Plain(family, params), x, row_weights, len(x))
-    center = family.moments(params)[0]
+    if not located:
+        return _pass(_Plain(family, params), x, row_weights, chunk)
+    center = params.weights @ params.locs
     # With more features than this, products with K factors are less work.
     most = 2 * params[0].shape[0] * x.shape[1] if hasattr(family, "prepare") else math.inf
     if hasattr(family, "features") and len(family.features(center[None], center)) <= most:

@@ -187,7 +187,8 @@ print(found.log_evidence.hex(), found.standard_error.hex())
 """
 
 
-@pytest.mark.parametrize("path", ["rows", pytest.param("temperatures", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["rows", "temperatures"])
 def test_a_killed_run_goes_on_to_the_same_evidence(path: str, tmp_path: Path) -> None:
     """A process is killed as soon as its checkpoint has been written for the third time."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

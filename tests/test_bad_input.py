@@ -790,6 +790,21 @@ def test_bernoulli_with_ten_thousand_columns() -> None:
     assert torch.allclose(fit.params.probs, means, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "family",
+    [bernoulli, gaussian_diagonal, gaussian_spherical, GaussianIsotropic(0.25), laplace],
+    ids=lambda family: getattr(family, "__name__", "gaussian_isotropic").removeprefix("mixproof.models."),
+)
+def test_no_matrix_of_features_by_features_where_none_is_fitted(family: Any) -> None:
+    """One of 200,000 x 200,000 numbers would take 320 GB."""
+    x = torch.rand(21, 200_000, generator=seeded(4), dtype=torch.float64)
+    x = x.round() if family is bernoulli else x
+    fit = em(family, x, family.init_params(x, 1, seeded(5)))
+    assert torch.isfinite(fit.log_lik).all()
+    centers = fit.params.probs if family is bernoulli else fit.params.locs
+    assert torch.allclose(centers[0], x.median(0).values if family is laplace else x.mean(0), atol=1e-12)
+
+
 def test_offset_of_a_million_changes_no_density(real_case: Case) -> None:
     """Rows and locations on a grid move by 1e6 without rounding, and so the density may not change at all."""
     params = real_case.params(4)

@@ -11,7 +11,7 @@ import xarray
 
 from mixproof.inference.diagnostics import Diagnosis, complaints, diagnose
 
-LIMITS: Any = {"max_rhat": 1.01, "min_effective_draws": 400, "remedy": "draw more"}
+LIMITS: Any = {"max_rhat": 1.01, "min_effective_draws": 400, "remedy": "draw more", "empty": "take fewer"}
 
 
 def quantities(values: Any, name: str = "lp") -> xarray.Dataset:
@@ -59,4 +59,5 @@ def test_components_without_rows_are_counted() -> None:
     for mean, complains in ((0.4, False), (0.6, True)):
         found = diagnose(quantities(values - values.mean() + mean, "num_empty_components_k"))
         assert found.num_empty_components == {"num_empty_components_k": pytest.approx(mean)}
-        assert [words[:31] for words in complaints(found, **LIMITS)] == ["on average 0.6 components have "] * complains
+        words = "on average 0.6 components have no row (num_empty_components_k): take fewer"
+        assert complaints(found, **LIMITS) == [words] * complains

@@ -124,7 +124,7 @@ PROVOCATIONS: dict[str, tuple[type[Exception], str, bool]] = {
     "all weights are 0": (ValueError, "all weights are 0", False),
     "disk": (OSError, "the disk is gone", True),
     "settings": (ValueError, "this process and the first of the group differ in max_steps", True),
-    "checkpoint": (OSError, "No such file or directory", False),
+    "checkpoint": (OSError, "there is no folder", False),
 }
 """The error, its words, and whether the second process alone meets it."""
 

@@ -684,6 +684,7 @@ def test_summands_under_one_prior_may_change_places() -> None:
     assert Relabelling(sum_of_two(same=False)).log_count == pytest.approx(math.log(2 * 2))
 
 
+@pytest.mark.slow
 def test_draws_of_one_order_of_the_summands_give_the_whole_evidence() -> None:
     """Draws whose x has the larger spread show half of the posterior: log 2 is added to it, as of labels."""
     posterior = sum_of_two(same=True)

@@ -48,11 +48,12 @@ def share_of_two(x: Tensor, apart: float = 2.0) -> None:
         pyro.sample("x", dist.Normal(apart * z, 1.0), obs=x)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(
     ("model", "data_sets"),
     [
-        pytest.param(share_and_loc, None, marks=pytest.mark.slow, id="chains on one data set"),
+        pytest.param(share_and_loc, None, id="chains on one data set"),
         pytest.param(share_and_loc, torch.stack([X, X.flip(0) + 1]), id="a data set for each chain"),
     ],
 )
