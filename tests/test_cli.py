@@ -800,6 +800,7 @@ def test_a_comparison_survives_ctrl_c_and_a_kill(eruptions: Path, tmp_path: Path
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def stopped_by(sent: signal.Signals) -> tuple[int, str]:
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
         process = subprocess.Popen(
             [*command, "--checkpoint", str(runs)],
             env=environment,
@@ -807,6 +808,7 @@ def test_a_comparison_survives_ctrl_c_and_a_kill(eruptions: Path, tmp_path: Path
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        signal.signal(signal.SIGINT, inherited)
         file, seen = runs / "2.evidence", set[int]()
         while process.poll() is None and len(seen) < 2:
             if file.exists():
